@@ -1,0 +1,209 @@
+"""Formats: what is read, what is refused, what is written. Run: python -m pytest tests/test_files.py"""
+
+import gzip
+import json
+import os
+import pickle
+
+import datasets
+import numpy as np
+import pytest
+
+from lib import files
+from lib.files import UserError
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))
+
+
+def put(path, text, compress=False):
+    (gzip.open(path, "wt") if compress else open(path, "w")).write(text)
+    return path
+
+
+CORPUS = [("7", "Ants", "Ants sleep."), ("9", "", "Bees fly."), ("x-1", "Ünï", "Öl \u2028 line")]
+CORPUS_FORMS = {
+    "beir.jsonl": "".join(json.dumps({"_id": i, "title": t, "text": x}) + "\n" for i, t, x in CORPUS),
+    "tevatron.jsonl.gz": "".join(json.dumps({"docid": i, "title": t, "text": x}) + "\n" for i, t, x in CORPUS),
+    "three.tsv": "".join(f"{i}\t{t}\t{x}\n" for i, t, x in CORPUS),
+    "documents.tsv.gz": "".join(f"{i}\thttp://u/{i}\t{t}\t{x}\r\n" for i, t, x in CORPUS),
+    "bom.tsv": "\ufeff" + "".join(f"{i}\t{t}\t{x}\n" for i, t, x in CORPUS),
+}
+
+
+@pytest.mark.parametrize("name", CORPUS_FORMS)
+def test_every_corpus_format_gives_the_same_texts(tmp_path, name):
+    path = put(tmp_path / name, CORPUS_FORMS[name], compress=name.endswith(".gz"))
+    texts = files.open_texts(path)
+    assert list(texts.stream()) == CORPUS and list(texts.stream(1, 2)) == CORPUS[1:2]
+    assert texts[2] == CORPUS[2][1:] and texts.ids([2, 0]) == ["x-1", "7"]
+    assert texts.rows(["9", "nowhere", "7"]).tolist() == [1, -1, 0]
+    assert pickle.loads(pickle.dumps(texts))[1] == ("", "Bees fly.")  # as a spawned worker gets it
+
+
+def test_parquet_and_save_to_disk_equal_jsonl(tmp_path):
+    table = datasets.Dataset.from_list([{"_id": i, "title": t, "text": x} for i, t, x in CORPUS])
+    table.to_parquet(str(tmp_path / "c.parquet"))
+    table.save_to_disk(str(tmp_path / "disk"))
+    assert list(files.read_texts(tmp_path / "c.parquet")) == CORPUS == list(files.read_texts(tmp_path / "disk"))
+
+
+def test_titles_are_joined_in_any_order(tmp_path):
+    corpus = put(tmp_path / "c.tsv", "1\tone\n2\ttwo\n3\tthree\n")
+    titles = put(tmp_path / "t.tsv", "2\tB\n1\tA\n3\t\n")
+    assert [t for _, t, _ in files.read_texts(corpus, titles)] == ["A", "B", ""]
+    with pytest.raises(UserError, match="c.tsv:3: 3 has no title"):
+        list(files.read_texts(corpus, put(tmp_path / "t2.tsv", "2\tB\n1\tA\n")))
+
+
+def test_texts_over_many_batches_and_a_changed_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ROWS_PER_BATCH", 7)
+    rows = [(f"d{i}", "", f"text {i % 13}") for i in range(50)]
+    files.write_texts(tmp_path / "c.jsonl.gz", rows)
+    texts = files.open_texts(tmp_path / "c.jsonl.gz")
+    for start, stop in ((0, 50), (3, 4), (6, 8), (7, 14), (13, 50), (49, 99), (20, 20)):
+        assert list(texts.stream(start, stop)) == rows[start:stop]
+    assert all(texts.rows([f"d{i}"])[0] == i and texts.id(i) == f"d{i}" for i in range(50))
+    assert (texts.text_keys[:13] == texts.text_keys[13:26]).all() and len(set(texts.text_keys.tolist())) == 13
+    fingerprint = texts.fingerprint
+    files.write_texts(tmp_path / "c.jsonl.gz", rows[:-1] + [("d49", "", "other")])
+    os.utime(tmp_path / "c.jsonl.gz", ns=(1, 1))
+    assert files.open_texts(tmp_path / "c.jsonl.gz").fingerprint != fingerprint
+
+
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_qrels_are_told_apart_by_shape(tmp_path, width):
+    rows = {
+        2: "q1\t7\nq1\t9\nq2\t8\n",
+        3: "query-id\tcorpus-id\tscore\nq1\t7\t1\nq1\t9\t1\nq2\t8\t1\n",
+        4: "q1\t0\t7\t1\nq1\t0\t9\t1\nq2\t0\t8\t1\n",
+    }
+    # RetroMAE reads columns 0 and 1 whatever the width: of the 4-column file it keeps the passage "0" and
+    # protects no positive
+    assert files.read_qrels(put(tmp_path / "q", rows[width])) == {"q1": {"7": 1, "9": 1}, "q2": {"8": 1}}
+    assert files.read_qrels(put(tmp_path / "s", rows[width].replace("\t", " "))) == {
+        "q1": {"7": 1, "9": 1},
+        "q2": {"8": 1},
+    }
+
+
+BAD_QRELS = {
+    "a run as qrels": ("q1 Q0 7 1 3.2 tag\n", ":1: 6 columns, a run"),
+    "three columns without header": ("q1\t7\t1\n", ":1: 3 columns without BEIR's header"),
+    "a negatives file": ("q1\t7,8,9\n", ":1: several passages"),
+    "a grade that is no number": ("q1 0 7 yes\n", ":1: relevance 'yes'"),
+    "columns that change": ("q1 0 7 1\nq1 7\n", ":2: 2 columns after lines of 4"),
+    "two grades": ("q1 0 7 1\nq1 0 7 2\n", ":2: q1 7 is judged twice"),
+    "nothing": ("", ": no judgments"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_QRELS)
+def test_bad_qrels(tmp_path, case):
+    with pytest.raises(UserError, match=f"{tmp_path}/q{BAD_QRELS[case][1]}"):
+        files.read_qrels(put(tmp_path / "q", BAD_QRELS[case][0]))
+
+
+BAD_CORPORA = {
+    "broken JSON": ('{"_id": "1", "text": "a"}\n{"_id": "2", "text": \n', ":2: not JSON"),
+    "no id": ('{"text": "a"}\n', ":1: no field for an id"),
+    "no text": ('{"_id": "1", "body_text": "a"}\n', ":1: no field for a text"),
+    "empty text": (
+        '{"_id": "1", "text": "a"}\n{"_id": "2", "title": "", "text": " "}\n',
+        ":2: 2 has neither title nor text",
+    ),
+    "text is a list": ('{"_id": "1", "text": ["a"]}\n', ":1: title and text must be strings"),
+    "one column": ("1 a\n", ":1: 1 columns"),
+    "columns that change": ("1\ta\n2\tb\tc\n", ":2: 3 columns after lines of 2"),
+    "an id with a blank": ("1 2\ta\n", ":1: the id '1 2'"),
+    "an id twice": ("1\ta\n2\tb\n1\tc\n", ": entries 1 and 3 have the same id 1"),
+    "empty": ("\n", ": no text in it"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CORPORA)
+def test_bad_corpora(tmp_path, case):
+    path = put(tmp_path / "c.txt", BAD_CORPORA[case][0])
+    with pytest.raises(UserError, match=f"{path}{BAD_CORPORA[case][1]}"):
+        files.open_texts(path)
+    assert not list((tmp_path / "cache").glob("*/meta.json"))
+
+
+def test_damaged_files(tmp_path):
+    whole = gzip.compress("".join(f"{i}\tpassage {i * i}\n" for i in range(2000)).encode())
+    (tmp_path / "cut.tsv.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cut.tsv.gz:\d+: truncated or damaged gzip"):
+        list(files.lines(tmp_path / "cut.tsv.gz"))
+    (tmp_path / "latin.tsv").write_bytes(b"1\tok\n2\tcaf\xe9\n")
+    with pytest.raises(UserError, match="latin.tsv:2: not UTF-8"):
+        list(files.lines(tmp_path / "latin.tsv"))
+    for missing in ("missing.jsonl", str(tmp_path / "missing")):
+        with pytest.raises(UserError, match="no such file"):
+            files.open_texts(missing)
+
+
+def test_negatives_runs_candidates_triples(tmp_path):
+    tsv = put(tmp_path / "n.tsv", "q1\t9,4,9,12\nq2\t\n")
+    assert list(files.read_negatives(tsv)) == [("q1", ["9", "4", "12"]), ("q2", [])]
+    run = put(tmp_path / "r.trec", "q1 Q0 4 2 1.5 t\nq1 Q0 9 1 2.5 t\nq2 Q0 3 1 0.5 t\n")
+    assert list(files.read_negatives(run)) == [("q1", ["9", "4"]), ("q2", ["3"])]
+    assert files.read_run(run)["q1"].pids == ["4", "9"] and files.read_run(run)["q1"].ranks.tolist() == [2, 1]
+    assert files.read_run(put(tmp_path / "m.tsv", "q1\t7\t1\nq1\t8\t2\n"))["q1"].scores.tolist() == [-1, -2]
+    top = put(tmp_path / "top1000.dev", "q1\t7\tdo ants\tAnts sleep\nq1\t8\tdo ants\tBees\n")
+    assert files.read_candidates(top) == {"q1": ["7", "8"]} and files.read_candidates(run) == {
+        "q1": ["4", "9"],
+        "q2": ["3"],
+    }
+    assert list(files.read_triples(put(tmp_path / "t", "a b\tc d\te f\n"))) == [("a b", "c d", "e f")]
+    assert list(files.read_id_triples(put(tmp_path / "i", "1\t2\t3\r\n"))) == [("1", "2", "3")]
+    assert list(files.read_scores(put(tmp_path / "s", "q1\t7\t[0.5]\nq1 8 -1e-2\n"))) == [
+        ("q1", "7", 0.5),
+        ("q1", "8", -0.01),
+    ]
+    assert list(files.read_clusters(put(tmp_path / "k", "q1\t3\n"))) == [("q1", 3)]
+    with pytest.raises(UserError, match="r2:2: 7 is listed twice"):
+        files.read_run(put(tmp_path / "r2", "q1 Q0 7 1 2 t\nq1 Q0 7 2 1 t\n"))
+    with pytest.raises(UserError, match="s2:1: score 'nan'"):
+        list(files.read_scores(put(tmp_path / "s2", "q1 8 nan\n")))
+
+
+def test_what_is_written_comes_back(tmp_path):
+    scores = np.float32([3.1415927, 1e-30, -2.5])
+    files.write_run(tmp_path / "run", [("q1", ["a", "b", "c"], scores)])
+    back = files.read_run(tmp_path / "run")["q1"]
+    assert back.pids == ["a", "b", "c"] and (back.scores == scores).all() and back.ranks.tolist() == [1, 2, 3]
+    qrels = {"q": {"a": 1, "b": 0}}
+    files.write_qrels(tmp_path / "qrels", qrels)
+    assert files.read_qrels(tmp_path / "qrels") == qrels
+    files.write_negatives(tmp_path / "n.gz", [("q", ["a", "b"])])
+    assert list(files.read_negatives(tmp_path / "n.gz")) == [("q", ["a", "b"])]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    files.write_lines(tmp_path / "f", ["old"])
+    with pytest.raises(ZeroDivisionError):
+        files.write_lines(tmp_path / "f", (str(1 / n) for n in (1, 0)))
+    assert (tmp_path / "f").read_text() == "old\n" and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_embeddings(tmp_path):
+    whole = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float16)
+    for index, (low, high) in enumerate(((0, 3), (3, 6), (6, 8))):
+        files.write_shard(tmp_path, index, whole[low:high], [f"d{i}" for i in range(low, high)])
+    with pytest.raises(UserError, match="no meta.json"):
+        files.Embeddings(tmp_path)
+    files.finish_embeddings(tmp_path, {"count": 8, "dim": 4})
+    stored = files.Embeddings(tmp_path)
+    assert (
+        len(stored) == 8
+        and stored.ids([7, 0, 3]) == ["d7", "d0", "d3"]
+        and stored.rows(["d4", "?"]).tolist() == [4, -1]
+    )
+    assert (stored.take([7, 0, 3]) == whole[[7, 0, 3]].astype(np.float32)).all()
+    assert [(row, len(block)) for row, block in stored.blocks(1, 8, 2)] == [(1, 2), (3, 2), (5, 1), (6, 2)]
+    assert (np.concatenate([block for _, block in stored.blocks(0, 8, 2)]) == whole).all()
+    files.finish_embeddings(tmp_path, {"count": 9, "dim": 4})
+    with pytest.raises(UserError, match="do not hold what meta.json states"):
+        files.Embeddings(tmp_path)

@@ -80,9 +80,7 @@ def atomic(path) -> Iterator[Path]:
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         yield temporary
-        if (
-            path.is_dir() and temporary.is_dir()
-        ):  # a folder cannot replace a folder in one step: move the old one aside first
+        if path.is_dir() and temporary.is_dir():  # a folder cannot replace a folder in one step
             aside = path.with_name(f".old-{os.getpid()}-{path.name}")
             os.replace(path, aside)
             os.replace(temporary, path)

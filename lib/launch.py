@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -157,6 +158,10 @@ def _claim(folder: Path, arguments: dict, last_file: str, resume: bool | None) -
             f"{folder}: holds something else ({leftovers[0].name}, ...) — choose another --output_dir or empty it",
             False,
         )
+    for leftover in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:  # of a killed run
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    if [p.name for p in folder.iterdir()] == ["args.json"]:  # a run that stopped before it had made anything
+        return None, False
     before = read_json(folder / "args.json")["arguments"]
     for key in sorted({*before, *arguments}):
         if before.get(key) != arguments.get(key):

@@ -1,0 +1,45 @@
+"""What the processes of a run exchange for a contrastive loss. On one process every function is the identity."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return all_gather(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        parts = [part.contiguous() for part in grad.chunk(world()[1])]
+        own = torch.empty_like(parts[0])
+        dist.reduce_scatter(own, parts)
+        return own
+
+
+def all_gather_with_grad(x: Tensor) -> Tensor:
+    """x (n, ...) of every process -> (W·n, ...) in the order of the ranks, differentiable. n must be equal everywhere.
+
+    Forward: all-gather. Backward: reduce-scatter, so that x receives the sum of what the losses of all processes say
+    about it. Why no factor W is needed: process r holds L_r, the mean over its own B queries; the loss of the batch of
+    W·B queries is L = (1/W) sum_r L_r. Process r sends sum_s dL_s/d(reps of r) through its own reps, DDP averages
+    the parameter gradients over processes, and (1/W) sum_r sum_s dL_s/dθ through the reps of r is dL/dθ, exactly.
+    (RetroMAE keeps its own slice of the gathered tensor alive, with the full matrix on each rank: dL/dθ / W.
+    LexMAE does so with its own queries only, and loses what other processes say about its passages.)"""
+    return _AllGather.apply(x) if world()[1] > 1 else x
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """The same concatenation without gradient: keys, masks, numbers for the log."""
+    x = x.detach().contiguous()
+    if world()[1] == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world()[1])]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)

@@ -1,0 +1,156 @@
+"""What the tests share: a small random BERT, and a collection with four passages on each of ten subjects."""
+
+import json
+import os
+import random
+from types import SimpleNamespace
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+SUBJECTS = {
+    "ants": "colony queen worker nest soldier larvae trail sugar",
+    "volcanoes": "lava crater eruption magma ash basalt plume vent",
+    "violins": "string bow bridge maple varnish tuning orchestra pitch",
+    "glaciers": "ice moraine valley snow crevasse meltwater fjord retreat",
+    "bread": "flour yeast dough oven crust crumb sourdough salt",
+    "comets": "tail orbit nucleus dust perihelion telescope coma sun",
+    "whales": "baleen pod song krill ocean calf blubber migration",
+    "bridges": "cable arch span pier truss river traffic steel",
+    "cheese": "milk rennet curd whey cellar rind mould goat",
+    "maps": "scale compass atlas border projection legend contour north",
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Memory-mapped copies of collections go to a folder of this session."""
+    os.environ["BOTTLENECK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_collection(tmp_path_factory):
+    """Paths of 40 passages (JSONL; every fourth has no title, 7 to 62 words), 20 queries (TSV), qrels (BEIR, one or
+    two positives per query), negatives (`qid TAB pid,...`, five or six each, none judged) and candidates (a TREC run
+    of the positives and the negatives)."""
+    folder, draw = tmp_path_factory.mktemp("collection"), random.Random(0)
+    passages, queries, qrels, negatives, candidates = [], [], [], [], []
+    for number, (name, words) in enumerate(SUBJECTS.items()):
+        words = words.split()
+        for part in range(4):
+            text = " ".join(draw.choices(words, k=draw.randint(5, 60))) + f" and {name}."
+            title = f"{name.title()}, part {part}" if part else ""
+            passages.append({"_id": f"p{4 * number + part}", "title": title, "text": text})
+        for half in range(2):
+            qid, others = f"q{2 * number + half}", [n for n in range(10) if n != number]
+            queries.append((qid, f"what about {words[half]} and {words[half + 2]} of {name}?"))
+            positives = [f"p{4 * number + 2 * half + extra}" for extra in range(1 + half)]
+            mined = [f"p{4 * draw.choice(others) + part}" for part in (0, 1, 2, 3)]
+            mined = [*dict.fromkeys(mined), *(f"p{4 * draw.choice(others[:-1]) + 1}" for _ in range(2))]
+            negatives.append((qid, list(dict.fromkeys(mined))))
+            qrels += [(qid, pid) for pid in positives]
+            for rank, pid in enumerate([*negatives[-1][1], *positives], 1):
+                candidates.append(f"{qid} Q0 {pid} {rank} {1 / rank:.6f} first")
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(p) + "\n" for p in passages))
+    (folder / "queries.tsv").write_text("".join(f"{qid}\t{text}\n" for qid, text in queries))
+    (folder / "qrels.tsv").write_text(
+        "query-id\tcorpus-id\tscore\n" + "".join(f"{qid}\t{pid}\t1\n" for qid, pid in qrels)
+    )
+    (folder / "negatives.tsv").write_text("".join(f"{qid}\t{','.join(pids)}\n" for qid, pids in negatives))
+    (folder / "candidates.trec").write_text("\n".join(candidates) + "\n")
+    return SimpleNamespace(
+        folder=folder,
+        corpus=folder / "corpus.jsonl",
+        queries=folder / "queries.tsv",
+        qrels=folder / "qrels.tsv",
+        negatives=folder / "negatives.tsv",
+        candidates=folder / "candidates.trec",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory, tiny_collection):
+    """Plain Hugging Face folder: a random BertForMaskedLM (2 layers of 32, 128 positions) and a WordPiece tokenizer
+    trained on the collection."""
+    import torch
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    trained = BertWordPieceTokenizer(lowercase=True)
+    texts = [tiny_collection.corpus.read_text(), tiny_collection.queries.read_text()]
+    trained.train_from_iterator(texts, vocab_size=300, min_frequency=1, show_progress=False)
+    tokenizer = BertTokenizerFast(vocab=trained.get_vocab(), model_max_length=128)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.3,  # vectors that differ clearly from text to text
+    )
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def script(monkeypatch, capfd):
+    """script("encode", "--model", folder, ...) -> (exit status, stdout, stderr): a script run in this process, which
+    saves
+    the seconds that imports take. Paths and numbers may be given as they are."""
+    import importlib
+    import sys
+
+    from accelerate.state import AcceleratorState
+
+    from lib import launch
+
+    def call(name, *flags):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        capfd.readouterr()
+        try:
+            launch.run(importlib.import_module(name).main)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def two_processes(tmp_path):
+    """two_processes("encode.py", "--model", folder, ...) -> stdout of a run on two gloo processes, as the README
+    starts it."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    def call(name, *flags):
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        launcher += [
+            "--main_process_port",
+            "0",
+            "--mixed_precision",
+            "no",
+            "--num_machines",
+            "1",
+            "--dynamo_backend",
+            "no",
+        ]
+        command = [*launcher, str(Path(__file__).parents[1] / name), *map(str, flags)]
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert "2 process(es)" in done.stdout, done.stdout
+        return done.stdout
+
+    return call

@@ -39,7 +39,7 @@ from lib.files import (
     write_lines,
     write_run,
 )
-from lib.index import BM25, Dense
+from lib.index import BM25, Dense, check_pair
 from lib.launch import claim_output, describe, echo, make_accelerator, parse_args, run, versions
 from lib.metrics import (
     bootstrap_interval,
@@ -95,15 +95,7 @@ def search(args, accelerator, qids, qrels_of) -> tuple[dict[str, RunList], dict[
         facts = {"searched": f"{len(corpus)} passages with BM25, k1 {args.k1}, b {args.b} (bm25s, Lucene's variant)"}
     else:
         queries, corpus = Embeddings(args.queries_embeddings), Embeddings(args.corpus_embeddings)
-        for part, kind in ((queries, "query"), (corpus, "passage")):
-            if part.meta["kind"] != kind:
-                raise UserError(
-                    f"{part.folder}: embeddings of kind {part.meta['kind']}, not {kind} — swap the folders?"
-                )
-        if queries.meta["model_hash"] != corpus.meta["model_hash"]:
-            raise UserError(
-                f"{queries.folder}: made by another checkpoint than {corpus.folder} — encode both with one"
-            )
+        check_pair(queries, corpus)
         facts = {"searched": f"{len(corpus)} passages, {args.index or 'exact'}, encoded by {corpus.meta['model']}"}
     rows = queries.rows(qids)
     if (rows < 0).any():

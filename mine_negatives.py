@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from lib.files import Embeddings, UserError, line_of, open_texts, read_qrels, read_run, write_json, write_lines
-from lib.index import BM25, Dense
+from lib.index import BM25, Dense, check_pair
 from lib.launch import claim_output, describe, echo, make_accelerator, parse_args, run, versions
 from lib.text import step_seed
 
@@ -107,10 +107,7 @@ def main():
             )
     if not args.run and not args.bm25:
         queries, vectors = Embeddings(args.queries_embeddings), Embeddings(args.corpus_embeddings)
-        if queries.meta["model_hash"] != vectors.meta["model_hash"]:
-            raise UserError(
-                f"{queries.folder}: made by another checkpoint than {vectors.folder} — encode both with one"
-            )
+        check_pair(queries, vectors)
         if vectors.meta["input_fingerprint"] != corpus.fingerprint:
             raise UserError(f"{vectors.folder}: not the embeddings of {args.corpus} — encode this corpus")
     if queries is not None:

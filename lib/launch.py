@@ -15,6 +15,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+from tqdm import tqdm
 
 from lib.files import UserError, lines, read_json, write_json, write_lines
 
@@ -64,7 +65,8 @@ def run(main) -> None:
         main()
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
-        print(f"{Path(sys.argv[0]).name}{f' [process {rank}]' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        place = Path(sys.argv[0]).name + (f" [process {rank}]" if rank else "")
+        tqdm.write(f"{place}: {error}", file=sys.stderr)  # on a line of its own, whatever bar is being drawn
         sys.exit(1)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from lib import files, index
 from lib.files import Embeddings, UserError, finish_embeddings, write_shard
-from lib.index import BM25, Dense, merge, top_k
+from lib.index import BM25, EMPTY, Dense, scan_device, unpack
 
 
 def store(folder, vectors, shard_rows=7):
@@ -39,9 +39,8 @@ def tied():
 @pytest.mark.parametrize("k", [1, 5, 23, 60, 75])
 def test_exact_with_ties_at_the_cut(tmp_path, monkeypatch, tied, dtype, k):
     queries, vectors = tied
-    monkeypatch.setattr(
-        index, "SCORES_AT_A_TIME", 100
-    )  # several blocks to a shard: at most 256 rows, here by the shards
+    monkeypatch.setattr(index, "ROW_TILE", 4)  # less than a shard
+    monkeypatch.setattr(index, "QUERY_TILE", 2)
     scores, rows = Dense(store(tmp_path, vectors.astype(dtype))).search(queries, k, at_a_time=4)
     expected = naive(queries, vectors, k)
     assert (scores == expected[0]).all() and (rows == expected[1]).all()
@@ -50,12 +49,12 @@ def test_exact_with_ties_at_the_cut(tmp_path, monkeypatch, tied, dtype, k):
 @pytest.mark.parametrize("k", [1, 5, 23, 75])
 def test_the_path_for_gpus_gives_the_same_order(tied, k):
     queries, vectors = tied
-    best = torch.full((9, k), -torch.inf), torch.full((9, k), -1)
+    best = torch.full((9, k), EMPTY)
     for row in range(0, 60, 11):
-        block = torch.from_numpy(vectors[row : row + 11])
-        best = merge([best, top_k(torch.from_numpy(queries) @ block.T, row, k)], k)
+        best = scan_device(torch.from_numpy(queries), torch.from_numpy(vectors[row : row + 11]), row, best, k)
+    scores, rows = unpack(best)
     expected = naive(queries, vectors, k)
-    assert (best[0].numpy() == expected[0]).all() and (best[1].numpy() == expected[1]).all()
+    assert (scores == expected[0]).all() and (rows == expected[1]).all()
 
 
 def test_random_vectors_and_faiss(tmp_path):
@@ -73,7 +72,7 @@ def test_random_vectors_and_faiss(tmp_path):
     assert np.mean([len(set(a) & set(b)) / 30 for a, b in zip(near, rows, strict=True)]) > 0.3
     given = Dense(corpus).score(queries, rows)
     assert all(np.allclose(a, b, rtol=1e-5) for a, b in zip(given, scores, strict=True))
-    with pytest.raises(UserError, match="--index Tree: faiss does not know it"):
+    with pytest.raises(UserError, match="--index Tree: faiss cannot make it"):
         Dense(corpus, factory="Tree")
 
 
@@ -82,7 +81,7 @@ def test_vectors_that_are_not_finite_are_named(tmp_path):
     vectors[13, 1] = np.nan
     with pytest.raises(UserError, match="the vector of d13 is not finite"):
         Dense(store(tmp_path, vectors)).search(np.ones((2, 3), np.float32), 2)
-    with pytest.raises(UserError, match="a query vector is not finite"):
+    with pytest.raises(UserError, match="query vector 0 is not finite"):
         Dense(Embeddings(tmp_path)).search(np.full((1, 3), np.inf, np.float32), 2)
 
 
@@ -98,7 +97,7 @@ def texts(tmp_path, monkeypatch):
 def test_bm25_is_the_formula_of_lucene(tmp_path, texts):
     terms = [["cat", "sat", "mat"], ["mat", "mat", "mat", "dog"], ["dog", "run"], []]
     found = BM25.open(texts, tmp_path / "index", k1=0.9, b=0.4)
-    assert [found.tokens(f"{t} {x}") for _, t, x in TEXTS] == terms
+    assert [found.terms(f"{t} {x}") for _, t, x in TEXTS] == terms
     average = sum(map(len, terms)) / 4
 
     def score(query, document):

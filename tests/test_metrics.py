@@ -111,8 +111,8 @@ def test_fusion_by_hand():
 @pytest.mark.parametrize("n", [9, 60])
 def test_randomisation_test_against_scipy(n):
     gap = np.random.default_rng(n).normal(0.15, 0.5, n)
-    reference = scipy.stats.permutation_test((gap, np.zeros(n)), lambda a, b: np.mean(a - b), permutation_type="samples",
-                                             n_resamples=10_000, rng=0).pvalue  # fmt: skip
+    samples, how = (gap, np.zeros(n)), {"permutation_type": "samples", "n_resamples": 10_000, "rng": 0}
+    reference = scipy.stats.permutation_test(samples, lambda a, b: np.mean(a - b), **how).pvalue
     assert randomisation_test(gap) == pytest.approx(reference, abs=1e-9 if n == 9 else 0.02)
     assert randomisation_test(np.zeros(n)) == 1 and randomisation_test(np.ones(20)) < 1e-3
     assert randomisation_test(gap, seed=1) == randomisation_test(gap, seed=1)

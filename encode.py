@@ -1,0 +1,235 @@
+"""Encode queries or passages with a bi-encoder: texts in, shards of vectors out.
+
+The corpus is cut into shards of --shard_rows texts whatever the number of processes. Within a shard, windows of
+--window texts are tokenised by loader workers, ordered by length, and encoded in batches of at most
+--tokens_per_batch tokens; rows keep the order of the input. Neither windows nor batches cross a shard, so any number
+of processes writes the same bytes as one (on the same machine, with the same number of threads each), and memory does
+not grow with the corpus.
+A run that died is finished by the same command: shards that exist are kept, if model, input and settings are the same.
+
+How texts are read (pooling, titles, prompts, lengths) belongs to the checkpoint. A flag that differs from what the
+checkpoint states stops the run; --override does it anyway. A plain Hugging Face folder states nothing but --pooling is
+needed; it gets TextFormat's defaults (lib/text.py).
+
+Reads   --model (our folder, any dense sentence-transformers folder, a Hugging Face folder with --pooling, a hub name);
+        --input in any format of lib/files.py
+Writes  --output_dir: shard-00000.npy (n, D), shard-00000.ids.txt, ..., progress.json while it runs, meta.json last
+
+CPU toy   python encode.py --model ckpt --input corpus.jsonl --kind passage --output_dir vectors
+1 GPU     accelerate launch --mixed_precision bf16 encode.py --model ckpt --input corpus.jsonl --kind passage ...
+N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 encode.py ...
+"""
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object, send_to_device
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers.hf_argparser import HfArg
+
+from lib.encoder import checkpoint_folder, load_encoder, model_hash
+from lib.files import UserError, finish_embeddings, open_texts, read_json, shard_name, write_json, write_shard
+from lib.launch import claim_output, describe, echo, make_accelerator, parse_args, run
+from lib.text import TextFormat, format_texts, pad, to_ids
+
+
+@dataclass
+class Args:
+    # data
+    model: str = HfArg(help="checkpoint")
+    input: str = HfArg(help="corpus or queries")
+    kind: Literal["query", "passage"] = HfArg(help="decides prompt and length; queries have no title")
+    output_dir: str = HfArg(help="where the vectors go")
+    titles: str = HfArg(default=None, help="`pid TAB title` file to join to the corpus")
+    dtype: Literal["float16", "float32"] = HfArg(default="float16", help="of the stored vectors")
+    # model: None = as the checkpoint states
+    pooling: Literal["cls", "mean"] | None = HfArg(default=None, help="needed where the checkpoint states none")
+    normalize: bool = HfArg(default=False, help="unit vectors from a checkpoint that states none")
+    title: Literal["none", "space", "sep"] | None = HfArg(default=None, help="how titles are joined to texts")
+    query_prompt: str = HfArg(default=None, help="put before every query")
+    passage_prompt: str = HfArg(default=None, help="put before every passage")
+    max_length: int = HfArg(default=None, help="tokens of a text of this --kind")
+    override: bool = HfArg(default=False, help="take the flags above even where the checkpoint states otherwise")
+    trust_remote_code: bool = HfArg(default=False, help="run Python code that the checkpoint brings along")
+    # runtime
+    tokens_per_batch: int = HfArg(default=0, help="rows x longest; 0 = 2048 on a CPU (fits its cache), 65536 on a GPU")
+    window: int = HfArg(default=8192, help="texts ordered by length at a time")
+    shard_rows: int = HfArg(default=16384, help="texts per shard, the unit of work and of resumption")
+    num_workers: int = HfArg(default=2, help="loader processes per process that turn text into ids; 0 = none")
+    dry_run: bool = HfArg(default=False, help="show the first inputs, truncation, batches and disk, and stop")
+
+
+class Windows(Dataset):
+    """Span [start, stop) of the texts -> (ids, all tokens in one (T,) int32 array, (n,) lengths): arrays, because
+    lists of lists would cost the main process more to receive than to make."""
+
+    def __init__(self, texts, spans: list[tuple[int, int]], kind: str, form: TextFormat, tokenizer):
+        self.texts, self.spans, self.kind, self.form, self.tokenizer = texts, spans, kind, form, tokenizer
+
+    def __len__(self):
+        return len(self.spans)
+
+    def __getitem__(self, index):
+        ids, titles, bodies = zip(*self.texts.stream(*self.spans[index]), strict=True)
+        strings = format_texts(list(zip(titles, bodies, strict=True)), self.kind, self.form, self.tokenizer)
+        tokens = to_ids(strings, self.tokenizer, self.form.max_length(self.kind))
+        lengths = np.fromiter(map(len, tokens), np.int32, len(tokens))
+        return list(ids), np.fromiter(chain.from_iterable(tokens), np.int32, lengths.sum()), lengths
+
+
+def token_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Rows, longest first, in batches of rows x longest <= budget (and at least one row)."""
+    order, batches = np.argsort(-lengths, kind="stable"), []
+    while len(order):
+        rows = max(budget // max(int(lengths[order[0]]), 1), 1)
+        batches.append(order[:rows])
+        order = order[rows:]
+    return batches
+
+
+def main():
+    # ---- setup
+    args = parse_args(Args)
+    accelerator = make_accelerator()
+    rank, W, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    if min(args.window, args.shard_rows) < 1 or args.tokens_per_batch < 0 or args.num_workers < 0:
+        raise UserError(
+            "--window and --shard_rows count from 1, --tokens_per_batch and --num_workers from 0 — mend them"
+        )
+    if args.num_workers:  # they are the parallelism; threads of the tokenizer's own would only contend
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    budget = args.tokens_per_batch or (2048 if device.type == "cpu" else 65536)
+
+    # ---- model and texts
+    overrides = {"title": args.title, "query_prompt": args.query_prompt, "passage_prompt": args.passage_prompt}
+    overrides[f"max_{args.kind}_length"] = args.max_length
+    with accelerator.main_process_first():
+        folder = checkpoint_folder(args.model)
+        texts = open_texts(args.input, args.titles)
+    model = load_encoder(
+        folder,
+        args.pooling,
+        overrides,
+        normalize=args.normalize,
+        strict=not args.override,
+        trust_remote_code=args.trust_remote_code,
+    ).to(device)
+    form, tokenizer = model.format, model.tokenizer
+    meta = {
+        "model": args.model,
+        "model_hash": model_hash(folder),
+        "head": "dense",
+        "kind": args.kind,
+        "pooling": model.pooling,
+        "normalized": model.normalized,
+        "dim": model.dim,
+        "title": form.title if args.kind == "passage" else None,
+        "prompt": form.prompt(args.kind),
+        "max_length": form.max_length(args.kind),
+        "input": args.input,
+        "input_fingerprint": texts.fingerprint,
+        "count": len(texts),
+        "dtype": args.dtype,
+        "precision": accelerator.mixed_precision.replace("no", "fp32"),
+        "shard_rows": args.shard_rows,
+        "window": args.window,
+        "tokens_per_batch": budget,
+    }
+    shards = [(s, min(s + args.shard_rows, len(texts))) for s in range(0, len(texts), args.shard_rows)]
+    _, tokens, lengths = Windows(texts, [(0, min(1000, len(texts)))], args.kind, form, tokenizer)[0]
+    first = tokenizer.decode(tokens[: lengths[0]])
+    facts = {
+        "model": f"{args.model}, {model.pooling} pooling, {model.dim} dimensions, normalised: {model.normalized}",
+        "texts": f"{len(texts)} of {args.input}",
+        "prompt": repr(meta["prompt"]),
+        "title": meta["title"],
+        "max_length": meta["max_length"],
+        "first input": first if len(first) < 300 else f"{first[:200]} ... {first[-80:]}",
+        "at max_length": f"{(lengths == meta['max_length']).mean():.1%} of the first {len(lengths)} texts",
+        "running on": describe(accelerator),
+        "stored as": f"{args.dtype}, {len(shards)} shard(s) of {args.shard_rows} rows",
+    }
+    if args.dry_run:
+        batches = len(token_batches(lengths, budget)) * len(texts) / len(lengths)
+        disk = len(texts) * model.dim * np.dtype(args.dtype).itemsize / 1e9
+        echo(accelerator, "dry run", {**facts, "batches": f"about {math.ceil(batches)}", "disk": f"{disk:.2f} GB"})
+        return
+
+    # ---- the folder: new, complete, or left by a run that died with the same model, input and settings
+    ignore = "num_workers", "override", "dry_run"
+    complete = claim_output(args, accelerator, last_file="meta.json", ignore=ignore)
+    folder = Path(args.output_dir)
+    progress = folder / ("meta.json" if complete else "progress.json")
+    if accelerator.is_main_process and not progress.is_file():
+        write_json(progress, meta)
+    accelerator.wait_for_everyone()
+    before = read_json(progress)
+    for key, value in meta.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"{folder}: made with {key} {before.get(key)}, now {value} — remove the folder or choose another"
+            )
+    if complete:
+        accelerator.print(f"{folder} is complete")
+        return
+    echo(accelerator, "encoding", facts)
+
+    # ---- encode
+    missing = [s for s in range(len(shards)) if not (folder / f"{shard_name(s)}.npy").is_file()]
+    accelerator.wait_for_everyone()  # all have listed what is missing before the first adds to it
+    mine = missing[rank::W]
+    spans = [[(a, min(a + args.window, shards[s][1])) for a in range(*shards[s], args.window)] for s in mine]
+    windows = Windows(texts, list(chain(*spans)), args.kind, form, tokenizer)
+    loader = iter(DataLoader(windows, batch_size=None, num_workers=args.num_workers, collate_fn=tuple))
+    total = sum(shards[s][1] - shards[s][0] for s in mine)
+    bar = tqdm(total=total, unit=" texts", disable=not accelerator.is_main_process)
+    limited, clock = 0, time.perf_counter()
+    with torch.inference_mode(), accelerator.autocast():  # one context for all batches: weights are cast once
+        for shard, parts in zip(mine, spans, strict=True):
+            vectors, shard_ids = np.empty((shards[shard][1] - shards[shard][0], model.dim), args.dtype), []
+            for _ in parts:
+                ids, tokens, lengths = next(loader)
+                starts = np.cumsum(lengths) - lengths
+                reps = torch.empty(len(ids), model.dim, device=device)
+                for rows in token_batches(lengths, budget):
+                    batch = pad([tokens[starts[r] : starts[r] + lengths[r]] for r in rows], tokenizer)
+                    reps[torch.from_numpy(rows).to(device)] = model.encode(send_to_device(batch, device))
+                with np.errstate(over="ignore"):
+                    stored = reps.cpu().numpy().astype(args.dtype)
+                if not np.isfinite(stored).all():
+                    wrong = ids[int(np.argmin(np.isfinite(stored).all(1)))]
+                    remedy = (
+                        "add --dtype float32" if torch.isfinite(reps).all() else "check the checkpoint, or use fp32"
+                    )
+                    raise UserError(f"{args.input}: the vector of {wrong} is not finite — {remedy}")
+                vectors[len(shard_ids) : len(shard_ids) + len(ids)] = stored
+                shard_ids += ids
+                limited += int((lengths == meta["max_length"]).sum())
+                bar.update(len(ids))
+            write_shard(folder, shard, vectors, shard_ids)
+    seconds = time.perf_counter() - clock
+    bar.close()
+
+    # ---- done
+    done = gather_object([(total, limited, seconds)])
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        texts_done, limited, seconds = sum(d[0] for d in done), sum(d[1] for d in done), max(d[2] for d in done)
+        finish_embeddings(folder, meta)
+        (folder / "progress.json").unlink()
+        print(
+            f"{texts_done} texts in {seconds:.1f} s ({texts_done / max(seconds, 1e-9):.0f} texts/s), "
+            f"{limited / max(texts_done, 1):.1%} of them at max_length -> {folder}"
+        )
+
+
+if __name__ == "__main__":
+    run(main)

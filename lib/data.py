@@ -1,0 +1,439 @@
+"""What the loaders of the two training scripts yield. Text becomes ids here, in the workers; every draw is a function
+of (seed, step, row)."""
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from lib.dist import world
+from lib.files import Texts, UserError, atomic, line_of, read_candidates, read_negatives, read_qrels
+from lib.text import TextFormat, format_texts, join_title, pad, step_seed, to_ids
+
+
+class StepSampler:
+    """Batch sampler without end and without state: micro-step m takes positions m*W*B ... (m+1)*W*B of the
+    concatenated epochs, this
+    process its B of them. So W processes of batch B see what one of batch W*B sees, and a resume starts at any
+    micro-step.
+
+    Yields [(example, micro_step, global_row), ...] of length B; global_row counts within the batch of the whole world.
+    Each epoch is a permutation by (seed, epoch); a batch that runs over the end of an epoch is filled from the
+    next."""
+
+    def __init__(
+        self, num_examples: int, per_device_batch_size: int, rank: int, world: int, seed: int, start: int = 0
+    ):
+        assert num_examples > 0 and 0 <= rank < world
+        self.num_examples, self.batch, self.rank, self.world, self.seed, self.start = (
+            num_examples,
+            per_device_batch_size,
+            rank,
+            world,
+            seed,
+            start,
+        )
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        epoch, order, micro_step = -1, None, self.start
+        while True:
+            batch = []
+            for row in range(self.rank * self.batch, (self.rank + 1) * self.batch):
+                now, offset = divmod(micro_step * self.world * self.batch + row, self.num_examples)
+                if now != epoch:
+                    epoch = now
+                    order = np.random.default_rng(step_seed(self.seed, epoch)).permutation(self.num_examples)
+                batch.append((int(order[offset]), micro_step, row))
+            yield batch
+            micro_step += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pre-training: blocks of whole sentences
+
+BLOCKS_VERSION = 1  # part of the cache key: raise it when split_blocks changes
+SENTENCE_END = re.compile(
+    r"""(?: (?<!\b[A-Z])                              # no initial: J. Smith, the U.S. Army
+            (?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)(?<!\bcf)(?<!\bal)(?<!\b[Ff]ig)(?<!\bNo)
+            (?<!\bMr)(?<!\bMs)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\bProf) \.
+          | [!?…] )
+        ["'”’»)\]]* (?=\s+[^\sa-z])                   # closing quotes and brackets; then space, and no small letter
+      | [。！？][”’」』）]*                              # needs no space
+      | (?=\n\s*\n)                                   # an empty line""",
+    re.VERBOSE,
+)
+
+
+def split_blocks(text: str, offsets: list[tuple[int, int]], room: int) -> list[tuple[int, int]]:
+    """Character spans of the blocks of a text: as many whole sentences as have at most `room` tokens together.
+
+    offsets: (start, end) of each token in the text, more than `room`. Sentences end where SENTENCE_END says; a long
+    one is cut before the last word that begins in the room, and its rest is packed with what follows. A span begins
+    where the one before it ended, white space included, so that a block has the tokens that it has in its text."""
+    starts, ends = np.array(offsets).T
+    word = np.append(True, starts[1:] > ends[:-1])  # token i follows white space, so a word begins
+    sentence_ends = [match.end() for match in SENTENCE_END.finditer(text)]
+    spans, first, last = [], 0, 0  # token spans; the open block is [first, last)
+    for stop in [*np.searchsorted(starts, sentence_ends), len(starts)]:  # tokens up to the end of each sentence
+        if stop - first > room and last > first:
+            spans.append((first, last))
+            first = last
+        while stop - first > room:
+            cut = first + room
+            inside = np.flatnonzero(word[first + 1 : cut + 1])
+            cut = first + 1 + inside[-1] if len(inside) else cut
+            spans.append((first, cut))
+            first = cut
+        last = stop
+    spans.append((first, last))
+    return [(int(ends[a - 1]) if a else 0, int(ends[b - 1])) for a, b in spans if b > a]
+
+
+class Blocks(Dataset):
+    """The texts of a corpus cut into blocks of at most `max_length` tokens; a block never crosses texts, a text that
+    fits stays whole. Counting tokens takes one pass over the corpus, in bounded memory, whose result, a table of (row,
+    first character, end), is kept beside the corpus' Arrow copy and mapped by all processes and workers; ids are made
+    in the workers. Call under accelerator.main_process_first(). The title stands before the first block of a text."""
+
+    def __init__(self, texts: Texts, tokenizer, max_length: int, title: str = "space", progress: bool = False):
+        self.texts, self.tokenizer, self.max_length, self.title = texts, tokenizer, max_length, title
+        state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        key = xxhash.xxh3_64_hexdigest(json.dumps([BLOCKS_VERSION, state, max_length, title]).encode())
+        path = texts.folder / f"blocks-{key}.npy"
+        if not path.is_file():
+            with atomic(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as rows:
+                with tqdm(desc="blocks", total=len(texts), unit="text", disable=not progress) as bar:
+                    for count, part in self._cut():
+                        np.array(part, dtype=np.int32).tofile(rows)
+                        bar.update(count)
+                rows.flush()
+                table = np.memmap(rows, dtype=np.int32, mode="r") if rows.tell() else np.zeros(0, dtype=np.int32)
+                with open(temporary, "wb") as stream:
+                    np.save(stream, table.reshape(-1, 3))
+        self.table = np.load(path, mmap_mode="r")  # (N, 3) int32: row, first character, end
+        if not len(self.table):
+            raise UserError(f"{texts.source}: no text has a token — is the tokenizer the right one?")
+
+    def __reduce__(self):  # workers started by spawn map the table again
+        return Blocks, (self.texts, self.tokenizer, self.max_length, self.title)
+
+    def _cut(self) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
+        """(number of texts, their rows of the table)."""
+        backend = self.tokenizer.backend_tokenizer
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add()
+        backend.no_truncation()
+        backend.no_padding()
+        waiting, size = [], 0
+        for row, (_, title, text) in enumerate(self.texts.stream()):
+            waiting.append(join_title(title, text, self.title, self.tokenizer))
+            size += len(waiting[-1])
+            if size < 2**20 and row + 1 < len(self.texts):  # characters tokenised at a time
+                continue
+            blocks = []
+            encoded = backend.encode_batch(waiting, add_special_tokens=False)
+            for number, (string, tokens) in enumerate(zip(waiting, encoded, strict=True), row + 1 - len(waiting)):
+                if len(tokens) > room:
+                    blocks += [(number, *span) for span in split_blocks(string, tokens.offsets, room)]
+                elif len(tokens):
+                    blocks.append((number, 0, len(string)))
+            yield len(waiting), blocks
+            waiting, size = [], 0
+
+    def string(self, index: int) -> str:
+        row, start, end = self.table[index].tolist()
+        return join_title(*self.texts[row], self.title, self.tokenizer)[start:end]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, str, int, int]:
+        """(block, micro-step, global row) of StepSampler -> (corpus row, string, micro-step, global row)."""
+        block, micro_step, global_row = place
+        return int(self.table[block, 0]), self.string(block), micro_step, global_row
+
+
+@dataclass
+class BlockCollator:
+    """Items of Blocks -> input_ids, attention_mask (B, L); rows (B,), counted in the batch of all processes;
+    texts (B,), corpus rows; micro_step and tokens, ints."""
+
+    tokenizer: object
+    max_length: int
+
+    def __call__(self, items: list[tuple[int, str, int, int]]) -> dict:
+        texts, strings, micro_steps, rows = zip(*items, strict=True)
+        ids = to_ids(strings, self.tokenizer, self.max_length)
+        return pad(ids, self.tokenizer) | {
+            "rows": torch.tensor(rows),
+            "texts": torch.tensor(texts),
+            "micro_step": micro_steps[0],
+            "tokens": sum(map(len, ids)),
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fine-tuning: groups of one query, one positive and P - 1 negatives
+
+
+class Groups(Dataset):
+    """Training examples of a bi-encoder: one for every judged positive (a line of the qrels with grade > 0), with
+    negatives drawn anew at every visit. All lists are flat arrays that workers share: no dict of texts or of lists.
+
+    `negatives_path` (`qid TAB pid,pid,...`, best first, or a TREC run) is cut to the first `depth` passages of each
+    query, of which passages_per_query - 1 are drawn without replacement as a function of (seed, micro-step, global
+    row). A shorter list is filled with row -1: an empty text whose column the loss masks. No judged positive of a
+    query is ever its negative, neither by id nor as an exact copy of its text. `notes`: what a user must know of it.
+
+    UserError: an id of the qrels without a text; an unknown passage among the negatives; negatives that overlap the
+    positives (unless allow_overlap: they are dropped and counted); negatives present and unused (unless allow_unused);
+    groups without a negatives file."""
+
+    def __init__(
+        self,
+        queries: Texts,
+        corpus: Texts,
+        qrels_path,
+        negatives_path=None,
+        passages_per_query: int = 1,
+        depth: int = 200,
+        seed: int = 0,
+        allow_overlap: bool = False,
+        allow_unused: bool = False,
+    ):
+        if passages_per_query < 1 or depth < 1:
+            raise UserError("--passages_per_query and --negatives_depth count from 1 — give larger numbers")
+        if passages_per_query > 1 and not negatives_path:
+            raise UserError(
+                f"--passages_per_query {passages_per_query} without negatives — give --negatives FILE, which "
+                "mine_negatives.py writes"
+            )
+        if passages_per_query == 1 and negatives_path and not allow_unused:
+            raise UserError(
+                f"{negatives_path}: unused with --passages_per_query 1 — raise it, drop --negatives, or add "
+                "--allow_unused_negatives"
+            )
+        self.queries, self.corpus, self.seed, self.num_negatives = queries, corpus, seed, passages_per_query - 1
+        self.notes = {"group": f"{passages_per_query} passages per query: 1 positive + {self.num_negatives} negatives"}
+
+        judged = {q: [p for p, grade in grades.items() if grade > 0] for q, grades in read_qrels(qrels_path).items()}
+        judged = {qid: dict.fromkeys(pids) for qid, pids in judged.items() if pids}
+        if not judged:
+            raise UserError(f"{qrels_path}: no passage is judged relevant (grade > 0) — training needs positives")
+        pids = [pid for positives in judged.values() for pid in positives]
+        self.query_rows = _known(queries, list(judged), qrels_path, "query")  # (J,) the judged queries
+        self.positive_rows = _known(corpus, pids, qrels_path, "passage")  # (E,) one per example
+        self.positive_starts = _starts(map(len, judged.values()))  # (J + 1,) into positive_rows
+        self.example_query = np.repeat(np.arange(len(judged), dtype=np.int32), np.diff(self.positive_starts))  # (E,)
+        self.notes["examples"] = f"{len(pids)} of {len(judged)} queries"
+        self.negative_rows = np.zeros(0, dtype=np.int32)
+        self.negative_starts = np.zeros(len(judged) + 1, dtype=np.int64)  # (J + 1,) into negative_rows
+        if negatives_path and self.num_negatives:
+            self._read_negatives(judged, negatives_path, depth, allow_overlap, allow_unused)
+
+    def _read_negatives(self, judged, path, depth, allow_overlap, allow_unused) -> None:
+        place = {qid: index for index, qid in enumerate(judged)}
+        lists = [self.negative_rows] * len(judged)
+        listed, unjudged, overlap, example = np.zeros(len(judged), dtype=bool), 0, 0, ()
+        for qid, pids in tqdm(read_negatives(path), "negatives", leave=False, disable=world()[0] > 0):
+            if qid not in place:
+                unjudged += 1
+                continue
+            index = place[qid]
+            listed[index] = True
+            others = [pid for pid in pids if pid not in judged[qid]]
+            rows = _known(self.corpus, others[:depth], path, "passage", qid)
+            copies = np.isin(self.corpus.text_keys[rows], self.positive_keys(index))
+            if copies.any() or len(others) < len(pids):
+                overlap += len(pids) - len(others) + int(copies.sum())
+                wrong = others[copies.argmax()] if copies.any() else next(pid for pid in pids if pid in judged[qid])
+                example = example or (qid, wrong)
+            rows = np.concatenate([lists[index], rows[~copies].astype(np.int32)])  # a query may have several lines
+            lists[index] = rows[np.sort(np.unique(rows, return_index=True)[1])][:depth]
+        if not listed.any() and not allow_unused:
+            raise UserError(
+                f"{path}: none of its {unjudged} queries is judged in the qrels — give the file of these queries, or "
+                "add --allow_unused_negatives"
+            )
+        if overlap and not allow_overlap:
+            raise UserError(
+                f"{line_of(path, *example)}: passage {example[1]} is a judged positive of query {example[0]} or an "
+                f"exact copy of one ({overlap} such negatives in the file) — mine again with these qrels, or add "
+                "--allow_overlap to drop them"
+            )
+        self.negative_starts, self.negative_rows = _starts(map(len, lists)), np.concatenate(lists)
+        counts = np.diff(self.negative_starts)
+        self.notes["negatives per query"] = f"min {counts.min()}, median {int(np.median(counts))}, max {counts.max()}"
+        missing = np.maximum(self.num_negatives - counts, 0)
+        columns = missing @ np.diff(self.positive_starts)
+        if overlap:
+            self.notes["positives dropped"] = f"{overlap} among the negatives"
+        if unjudged:
+            self.notes["negatives ignored"] = f"{unjudged} lines of queries that are not judged"
+        if not listed.all():
+            self.notes["queries not mined"] = f"{(~listed).sum()} of {len(listed)} have no line in {path}"
+        if columns:
+            self.notes["short lists"] = (
+                f"{(missing > 0).sum()} queries have fewer than {self.num_negatives} negatives: {columns} "
+                "empty, masked columns per epoch"
+            )
+
+    def positive_keys(self, index: int) -> np.ndarray:
+        """Text keys of all judged positives of the judged query `index`."""
+        rows = self.positive_rows[self.positive_starts[index] : self.positive_starts[index + 1]]
+        return np.asarray(self.corpus.text_keys[rows])
+
+    def __len__(self) -> int:
+        return len(self.example_query)
+
+    def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, np.ndarray]:
+        """(example, micro-step, global row) of StepSampler -> (judged query, (P,) corpus rows, positive first)."""
+        example, micro_step, global_row = place
+        index = int(self.example_query[example])
+        pool = self.negative_rows[self.negative_starts[index] : self.negative_starts[index + 1]]
+        if len(pool) > self.num_negatives:  # the 1: a stream of its own, beside that of the permutations
+            draw = np.random.default_rng(step_seed(self.seed, 1, micro_step, global_row))
+            pool = draw.choice(pool, self.num_negatives, replace=False)
+        rows = np.full(1 + self.num_negatives, -1, dtype=np.int64)
+        rows[0], rows[1 : 1 + len(pool)] = self.positive_rows[example], pool
+        return index, rows
+
+
+def _starts(lengths) -> np.ndarray:
+    return np.cumsum([0, *lengths], dtype=np.int64)
+
+
+def _known(texts: Texts, ids: list[str], path, what: str, *beside: str) -> np.ndarray:
+    rows = texts.rows(ids)
+    if len(rows) and rows.min() < 0:
+        unknown, count = ids[int(rows.argmin())], int((rows < 0).sum())
+        raise UserError(
+            f"{line_of(path, unknown, *beside)}: {what} {unknown} is not in {texts.source} ({count} such) — give "
+            "the files that belong together"
+        )
+    return rows
+
+
+@dataclass
+class GroupCollator:
+    """Rows of Groups -> a batch for one micro-step; text becomes ids here. B queries, n = B·P passages, query-major.
+
+    query, passage               lists of chunks {"input_ids", "attention_mask"} of `chunk_rows` texts of like length
+    query_order, passage_order   (B,), (n,) place among the encoded rows: p_reps[passage_order] is query-major
+    passage_rows, passage_keys   (n,) corpus row (-1 = filler), text key
+    query_rows, positive_rows    (B,) row of the query; corpus row of its positive, by the qrels
+    positive_keys                (B, M) text keys of all judged positives of each query, padded by repetition"""
+
+    groups: Groups
+    tokenizer: object
+    form: TextFormat
+    chunk_rows: int
+
+    def __call__(self, items: list[tuple[int, np.ndarray]]) -> dict:
+        groups, corpus = self.groups, self.groups.corpus
+        query_rows = groups.query_rows[[index for index, _ in items]]
+        passage_rows = np.concatenate([rows for _, rows in items])
+        keys = [groups.positive_keys(index) for index, _ in items]
+        width = max(map(len, keys))
+        how = self.form, self.tokenizer, self.chunk_rows
+        query, query_order = length_chunks("query", [groups.queries[row] for row in query_rows], *how)
+        texts = [corpus[row] if row >= 0 else ("", "") for row in passage_rows]
+        passage, passage_order = length_chunks("passage", texts, *how)
+        return {
+            "query": query,
+            "passage": passage,
+            "query_order": query_order,
+            "passage_order": passage_order,
+            "query_rows": torch.from_numpy(query_rows),
+            "passage_rows": torch.from_numpy(passage_rows),
+            "passage_keys": torch.from_numpy(np.where(passage_rows >= 0, corpus.text_keys[passage_rows], 0)),
+            "positive_rows": torch.from_numpy(np.stack([rows[0] for _, rows in items])),
+            "positive_keys": torch.from_numpy(np.stack([np.pad(k, (0, width - len(k)), mode="edge") for k in keys])),
+        }
+
+
+def length_chunks(
+    kind: str, texts: list[tuple[str, str]], form: TextFormat, tokenizer, chunk_rows: int
+) -> tuple[list[dict], Tensor]:
+    """(title, text) pairs -> (chunks, order): padded chunks of at most `chunk_rows` texts of like length, and
+    (len(texts),) int64, the place of each text among their rows: torch.cat(encoded chunks)[order]."""
+    ids = to_ids(format_texts(texts, kind, form, tokenizer), tokenizer, form.max_length(kind))
+    by_length = np.argsort([-len(one) for one in ids], kind="stable")
+    chunks = [by_length[start : start + chunk_rows] for start in range(0, len(ids), chunk_rows)]
+    return [pad([ids[row] for row in rows], tokenizer) for rows in chunks], torch.from_numpy(np.argsort(by_length))
+
+
+def preview(collate: GroupCollator, examples: int = 256) -> dict[str, str]:
+    """What a dry run shows: the first group as the encoder will read it, and how many texts are cut."""
+    groups, form, tokenizer = collate.groups, collate.form, collate.tokenizer
+    items = [groups[example, 0, example] for example in range(min(examples, len(groups)))]
+    index, rows = items[0]
+    texts = {
+        "query": [groups.queries[groups.query_rows[i]] for i, _ in items],
+        "passage": [groups.corpus[row] for row in np.unique(np.concatenate([rows for _, rows in items])) if row >= 0],
+    }
+    first = {
+        "query": [groups.queries[groups.query_rows[index]]],
+        "passage": [groups.corpus[r] for r in rows if r >= 0],
+    }
+    names, facts = {"query": ["query"], "passage": ["positive", "negative", "another negative"]}, {}
+    for kind in ("query", "passage"):
+        longest = form.max_length(kind)
+        ids = to_ids(format_texts(first[kind], kind, form, tokenizer), tokenizer, longest)
+        facts |= {f"first {name}": tokenizer.decode(one) for name, one in zip(names[kind], ids, strict=False)}
+        lengths = [len(one) for one in to_ids(format_texts(texts[kind], kind, form, tokenizer), tokenizer, 10**6)]
+        cut = sum(length > longest for length in lengths) / len(lengths)
+        facts[f"{kind} tokens"] = f"median {int(np.median(lengths))}, {cut:.1%} of texts cut at {longest}"
+    return facts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# development set: candidates to re-rank while training
+
+
+def read_dev(queries: Texts, corpus: Texts, qrels_path, candidates_path) -> tuple[dict, dict]:
+    """(qrels, candidates) of a development set: the judgments, and the passages to re-rank for judged queries.
+    UserError: an id without a text, or no judged query with candidates."""
+    qrels = read_qrels(qrels_path)
+    candidates = {qid: pids for qid, pids in read_candidates(candidates_path).items() if qid in qrels}
+    if not candidates:
+        raise UserError(f"{candidates_path}: no query of {qrels_path} is in it — give the candidates of these queries")
+    _known(queries, list(candidates), candidates_path, "query")
+    for qid, pids in candidates.items():
+        _known(corpus, pids, candidates_path, "passage", qid)
+    return qrels, candidates
+
+
+@torch.no_grad()
+def rerank(encoder: Callable, device, collate: GroupCollator, queries: Texts, candidates: dict, k: int) -> dict:
+    """{qid: the best k of its candidates by dot product, best first}; ties keep the order of the candidates.
+    encoder(query, passage) -> (q_reps, p_reps), either side None. 64 queries at a time, so memory does not grow with
+    their number."""
+    ranked, qids, corpus = {}, list(candidates), collate.groups.corpus
+
+    def reps(side: int, texts: list) -> Tensor:
+        kind = ("query", "passage")[side]
+        chunks, order = length_chunks(kind, texts, collate.form, collate.tokenizer, chunk_rows=64)
+        found = []
+        for chunk in chunks:
+            chunk = {name: values.to(device) for name, values in chunk.items()}
+            found.append(encoder(*((chunk, None), (None, chunk))[side])[side].float().cpu())
+        return torch.cat(found)[order]
+
+    for start in tqdm(range(0, len(qids), 64), "dev", leave=False, disable=world()[0] > 0):
+        block = qids[start : start + 64]
+        pids = sorted({pid for qid in block for pid in candidates[qid]})
+        place = {pid: row for row, pid in enumerate(pids)}
+        q_reps = reps(0, [queries[row] for row in queries.rows(block)])
+        p_reps = reps(1, [corpus[row] for row in corpus.rows(pids)])
+        for qid, q in zip(block, q_reps, strict=True):
+            scores = p_reps[[place[pid] for pid in candidates[qid]]] @ q
+            ranked[qid] = [candidates[qid][i] for i in scores.argsort(descending=True, stable=True)[:k]]
+    return ranked

@@ -1,0 +1,266 @@
+"""Pre-train an encoder by masked auto-encoding: the text passes through the [CLS] vector, a weak decoder rebuilds it.
+
+    mlm        masked language modelling alone, the control: BERT (arXiv 1810.04805), whole-word masks
+    retromae   + a one-layer decoder with position-specific masks over the clean text: RetroMAE (arXiv 2205.12035)
+
+Deliberate deviations from the official code of RetroMAE:
+  1. Each loss term is a mean over the labels of all processes (RetroMAE: mean of the means per device). Under gradient
+     accumulation every micro-batch weighs the same.
+  2. A corrupted token is replaced by [MASK], an ordinary token or itself, 80/10/10; never by a special token.
+  3. Blocks end with a sentence and fit --max_length (RetroMAE's exceed it by up to a sentence, which is cut off).
+  4. The decoder is saved, and picked up by the next stage of the same objective (RetroMAE starts it anew).
+  5. Special tokens inside a text, such as the [SEP] of --title sep, are neither masked nor predicted.
+Masks are a function of (seed, micro-step, row in the batch of all processes): the number of processes changes nothing.
+
+Reads   --model (Hugging Face), or --model_config FILE.json and --tokenizer DIR to start from scratch; a corpus
+Writes  --output_dir: the checkpoint with its LM head (AutoModel, AutoModelForMaskedLM), the decoder beside it
+        (decoder.safetensors, decoder.json); log.jsonl, args.json, state/ for --resume; `done` last
+
+CPU toy   python pretrain_mae.py --objective retromae --model ckpt --corpus corpus.jsonl --max_length 64 \\
+              --max_steps 20 --output_dir out
+1 GPU     accelerate launch --mixed_precision bf16 pretrain_mae.py ... --per_device_batch_size 128 --max_length 150
+N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 pretrain_mae.py ...
+"""
+
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers.hf_argparser import HfArg
+
+from lib.data import BlockCollator, Blocks, StepSampler
+from lib.files import UserError, open_texts, write_lines
+from lib.launch import (
+    RunLog,
+    claim_output,
+    describe,
+    echo,
+    load_state,
+    make_accelerator,
+    parse_args,
+    run,
+    save_state,
+    versions,
+)
+from lib.mae import (
+    MLM,
+    RetroMAE,
+    load_decoder,
+    load_lm,
+    max_positions,
+    preview,
+    read_architecture,
+    save_checkpoint,
+    stated_title,
+)
+from lib.optim import parameter_groups
+from lib.text import step_seed
+
+
+@dataclass
+class Args:
+    # data
+    corpus: str = HfArg(help="texts to learn from")
+    output_dir: str = HfArg(help="where the checkpoint goes")
+    model: str = HfArg(default=None, help="checkpoint to start from; its decoder too, if of the same objective")
+    model_config: str = HfArg(
+        default=None, help="instead: JSON of a model to start from scratch (model_type and sizes)"
+    )
+    tokenizer: str = HfArg(default=None, help="tokenizer of --model_config")
+    titles: str = HfArg(default=None, help="`pid TAB title` file to join to the corpus")
+    title: Literal["none", "space", "sep"] | None = HfArg(
+        default=None, help="how to join; else as the checkpoint does, else by a space"
+    )
+    max_length: int = HfArg(default=512, help="tokens of a block (RetroMAE 512, on MS MARCO 150)")
+    # objective
+    objective: Literal["mlm", "retromae"] = HfArg(default="retromae", help="see above")
+    mask: Literal["whole_word", "token"] = HfArg(default="whole_word", help="what the encoder's mask hides at a time")
+    encoder_mask_ratio: float = HfArg(
+        default=0.3, help="share of tokens hidden from the encoder (RetroMAE 0.3, BERT 0.15)"
+    )
+    decoder_mask_ratio: float = HfArg(default=0.5, help="share hidden from each row of the decoder (RetroMAE 0.5)")
+    decoder_masks: int = HfArg(
+        default=256, help="masks per text that the rows choose from (RetroMAE 256, FlagEmbedding 128)"
+    )
+    query_stream: Literal["raw", "normed"] = HfArg(
+        default="raw", help="RetroMAE's queries or those of FlagEmbedding, DupMAE"
+    )
+    # optimisation
+    per_device_batch_size: int = HfArg(
+        default=32, help="blocks per process and micro-step (RetroMAE 32, on MS MARCO 128)"
+    )
+    gradient_accumulation_steps: int = HfArg(default=1, help="micro-steps per optimizer step")
+    optimizer: Literal["adamw"] = HfArg(default="adamw", help="betas 0.9 and 0.999, eps 1e-8")
+    learning_rate: float = HfArg(default=1e-4, help="peak (RetroMAE 1e-4)")
+    weight_decay: float = HfArg(default=0.01, help="not on biases and norms (RetroMAE 0.01)")
+    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (RetroMAE 1); 0 = none")
+    num_epochs: float = HfArg(default=8.0, help="passes over the blocks (RetroMAE 8, on MS MARCO 20)")
+    max_steps: int = HfArg(default=0, help="optimizer steps; wins over --num_epochs")
+    warmup_ratio: float = HfArg(default=0.1, help="share of linear warm-up before the linear decay (RetroMAE 0.1)")
+    warmup_steps: int = HfArg(default=None, help="wins over --warmup_ratio")
+    # runtime
+    seed: int = HfArg(default=42, help="data order, masks, dropout, new weights")
+    save_every: int = HfArg(default=1000, help="steps between states to --resume from")
+    log_every: int = HfArg(default=20, help="steps between log lines")
+    resume: bool = HfArg(default=False, help="go on from the last state")
+    num_workers: int = HfArg(default=2, help="loader processes that turn text into ids")
+    report_to: Literal["none", "tensorboard", "wandb"] = HfArg(default="none", help="tracker beside log.jsonl")
+    deterministic: bool = HfArg(default=False, help="bit-identical reruns on CUDA")
+    dry_run: bool = HfArg(default=False, help="show the first inputs, blocks, batch, steps and disk, and stop")
+
+
+def lr_at(step: int, peak: float, warmup_steps: int, max_steps: int) -> float:
+    """Linear warm-up to the peak, linear decay to zero; step counts from 0."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * (max_steps - step) / max(max_steps - warmup_steps, 1)
+
+
+def mean_loss(accelerator, terms):
+    """(loss to backpropagate here, numbers of all processes: a row of loss, labels, correct for each term).
+    DDP takes the mean of the gradients of W processes, so W times the local sum, divided by the labels of all, is the
+    mean over the batch of the world."""
+    sums = torch.stack(
+        [torch.stack([t.loss.detach(), t.loss.new_tensor(t.labels), t.correct.float()]) for t in terms.values()]
+    )
+    sums = accelerator.reduce(sums, "sum")  # (terms, 3)
+    labels = sums[:, 1].clamp(min=1)  # a batch of texts without ordinary tokens has no label
+    loss = sum(accelerator.num_processes * t.loss / n for t, n in zip(terms.values(), labels, strict=True))
+    return loss, sums
+
+
+def main():
+    # ---- setup
+    args = parse_args(Args)
+    accumulation = args.gradient_accumulation_steps
+    accelerator = make_accelerator(accumulation, args.report_to, args.output_dir, args.deterministic)
+    rank, W, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    B = args.per_device_batch_size
+    config, tokenizer = read_architecture(args.model, args.model_config, args.tokenizer)
+    if not 4 <= args.max_length <= max_positions(config):
+        raise UserError(
+            f"--max_length {args.max_length}: the model has {max_positions(config)} positions — choose 4 to that"
+        )
+    for name in ("encoder_mask_ratio", "decoder_mask_ratio"):
+        if not 0 < getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: a share of the tokens — choose it between 0 and 1")
+    for name in ("per_device_batch_size", "gradient_accumulation_steps", "decoder_masks", "log_every", "save_every"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: counts from 1 — give a larger number")
+
+    # ---- data
+    title = args.title or stated_title(args.model) or "space"
+    with accelerator.main_process_first():
+        texts = open_texts(args.corpus, args.titles)
+        blocks = Blocks(texts, tokenizer, args.max_length, title, progress=accelerator.is_main_process)
+    max_steps = args.max_steps or math.ceil(args.num_epochs * len(blocks) / (W * B * accumulation))
+    warmup_steps = round(args.warmup_ratio * max_steps) if args.warmup_steps is None else args.warmup_steps
+    collate = BlockCollator(tokenizer, args.max_length)
+
+    # ---- model, optimizer, prepare
+    torch.manual_seed(args.seed)  # of new weights
+    lm, origin = load_lm(config, args.model)
+    encoder_masks = lm, tokenizer, args.encoder_mask_ratio, args.mask == "whole_word"
+    if args.objective == "mlm":
+        model = MLM(*encoder_masks)
+    else:
+        model = RetroMAE(*encoder_masks, args.decoder_mask_ratio, args.decoder_masks, args.query_stream)
+    decoder = load_decoder(model, args.model)
+    weights = sum(p.numel() for p in model.parameters())
+    facts = {
+        "model": f"{origin}, {config.model_type}, {weights / 1e6:.1f} M weights; decoder: {decoder}",
+        "objective": ", ".join(f"{name} {value}" for name, value in model.settings.items()),
+        "running on": describe(accelerator),
+        "batch": f"{B} blocks x {W} process(es) x {accumulation} accumulated = {W * B * accumulation} per step",
+        "blocks": f"{len(blocks)} of at most {args.max_length} tokens, from {len(texts)} texts, title: {title}",
+        "steps": f"{max_steps}, {len(blocks) / (W * B * accumulation):.2f} per epoch, {warmup_steps} of warm-up",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    if args.dry_run:
+        first = collate([blocks[index, 0, index] for index in range(min(B, len(blocks)))])
+        disk = f"{weights * 4 * 4 / 1e9:.2f} GB"  # checkpoint, and state with two moments
+        shown = preview(model, tokenizer, first, args.seed)
+        return echo(accelerator, "dry run: pre-training", {**facts, **shown, "disk": disk})
+    ignore = "log_every", "save_every", "num_workers", "report_to"
+    if claim_output(args, accelerator, resume=args.resume, ignore=ignore):
+        return accelerator.print(f"{args.output_dir} is complete")
+    echo(accelerator, "pre-training", facts)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    # ---- resume
+    step, extra = load_state(args.output_dir, accelerator, model, optimizer)
+    launched = f"{W} process(es), precision {accelerator.mixed_precision}"
+    if extra and extra["launched"] != launched:
+        raise UserError(f"{args.output_dir}: the run had {extra['launched']}, now {launched} — resume it as it was")
+    micro_step = step * accumulation
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns at every fork of a worker
+    sampler = StepSampler(len(blocks), B, rank, W, args.seed, start=micro_step)
+    how = {"num_workers": args.num_workers, "pin_memory": device.type == "cuda"}
+    batches = iter(DataLoader(blocks, batch_sampler=sampler, collate_fn=collate, **how))
+
+    # ---- train
+    log, totals, tokens = RunLog(accelerator, args.output_dir, step), 0, 0
+    bar = tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process)
+    model.train()
+    clock = time.perf_counter()
+    while step < max_steps:
+        # ---------------------------------------------------------------------------------------- one training step
+        batch = send_to_device(next(batches), device, non_blocking=True)
+        with accelerator.accumulate(model):
+            torch.manual_seed(step_seed(args.seed, 2, micro_step, rank))  # of dropout; 0 is the data order
+            terms = model(batch, args.seed)
+            loss, sums = mean_loss(accelerator, terms)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_at(step, args.learning_rate, warmup_steps, max_steps)
+            checked = loss + norm if accelerator.sync_gradients and not accelerator.scaler else loss
+            if not torch.isfinite(checked):  # fp16: the scaler itself passes over a step whose gradient overflows
+                pids = ", ".join(texts.ids(batch["texts"].tolist()))
+                raise UserError(
+                    f"step {step + 1}: loss or gradient not finite for texts {pids} — lower --learning_rate"
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+        # -------------------------------------------------------------------------------- log, save: once per step
+        micro_step += 1
+        totals, tokens = totals + sums.double(), tokens + batch["tokens"]  # stay on the device until they are logged
+        if not accelerator.sync_gradients:
+            continue
+        step += 1
+        last_step = step == max_steps
+        bar.update()
+        if step % args.log_every == 0 or last_step:
+            values = {}
+            for name, (loss_sum, labels, correct) in zip(terms, totals.tolist(), strict=True):
+                values |= {f"{name}_loss": loss_sum / max(labels, 1), f"{name}_accuracy": correct / max(labels, 1)}
+            values = {"loss": sum(values[f"{name}_loss"] for name in terms), **values}
+            speed = W * tokens / (time.perf_counter() - clock)  # of this process, times W
+            log.write(step, {**values, "lr": group["lr"], "grad_norm": norm.item(), "tokens/s": speed}, bar)
+            totals, tokens, clock = 0, 0, time.perf_counter()
+        if step % args.save_every == 0 and not last_step:
+            save_state(args.output_dir, step, accelerator, model, optimizer, {"launched": launched})
+    bar.close()
+
+    # ---- save
+    if accelerator.is_main_process:
+        metrics = {"steps": step, **values}
+        card = {"base": origin, "data": args.corpus, "command": " ".join(sys.argv), "metrics": metrics}
+        save_checkpoint(accelerator.unwrap_model(model), tokenizer, args.output_dir, title, card)
+        write_lines(Path(args.output_dir) / "done", [])
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,171 @@
+"""pytest tests/test_encode.py — encode.py by subprocess on a random BERT: order, resumption, processes, refusals."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from encode import main, token_batches
+from lib.encoder import load_encoder, save_encoder
+from lib.files import Embeddings, UserError, open_texts, read_json, write_texts
+from lib.text import format_texts, to_ids
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--shard_rows", "9", "--window", "5", "--tokens_per_batch", "100", "--num_workers", "1"]  # 40 texts: 5 shards
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    texts = {"query_prompt": "what: ", "max_query_length": 8, "max_passage_length": 40}
+    save_encoder(load_encoder(tiny_model_dir, "mean", texts), folder, {})
+    return folder
+
+
+def command(checkpoint, source, output, *flags, kind="passage"):
+    arguments = ["--model", checkpoint, "--input", source, "--kind", kind, "--output_dir", output, *SMALL, *flags]
+    return [sys.executable, "encode.py", *map(str, arguments)]
+
+
+def encode(*args, **kwargs):
+    """In this process; gives what it prints. For what is about processes, see the tests with `command`."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", command(*args, **kwargs)[1:])
+        main()
+    return printed.getvalue()
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.name != "args.json"}
+
+
+@pytest.fixture(scope="module")
+def encoded(checkpoint, tiny_collection, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoded") / "passages"
+    return folder, encode(checkpoint, tiny_collection.corpus, folder, "--dtype", "float32")
+
+
+def reference(checkpoint, source, kind):
+    model, texts = load_encoder(checkpoint), open_texts(source)
+    rows = format_texts([texts[r] for r in range(len(texts))], kind, model.format, model.tokenizer)
+    with torch.no_grad():  # one by one: neither order nor padding nor batches
+        ids = [torch.tensor([one]) for one in to_ids(rows, model.tokenizer, model.format.max_length(kind))]
+        reps = [model.encode({"input_ids": one, "attention_mask": torch.ones_like(one)}) for one in ids]
+    return texts.ids(range(len(texts))), torch.cat(reps).numpy()
+
+
+def test_rows_keep_the_order_of_the_input(encoded, checkpoint, tiny_collection):
+    folder, printed = encoded
+    ids, expected = reference(checkpoint, tiny_collection.corpus, "passage")
+    embeddings = Embeddings(folder)
+    assert embeddings.ids(range(40)) == ids and embeddings.meta["count"] == 40
+    np.testing.assert_allclose(embeddings.take(range(40)), expected, atol=2e-5)
+    assert sorted(path.name for path in folder.glob("*.npy"))[-1] == "shard-00004.npy"
+    assert "[CLS]" in printed and "max_length               40" in printed and "fp32" in printed
+    assert not (folder / "progress.json").exists()
+
+
+def test_queries_take_prompt_and_length_of_their_own(checkpoint, tiny_collection, tmp_path):
+    printed = encode(checkpoint, tiny_collection.queries, tmp_path / "q", kind="query")
+    _, expected = reference(checkpoint, tiny_collection.queries, "query")
+    embeddings = Embeddings(tmp_path / "q")
+    np.testing.assert_allclose(embeddings.take(range(20)), expected, atol=2e-3)  # stored as float16
+    assert embeddings.meta["prompt"] == "what: " and embeddings.meta["max_length"] == 8 and "what :" in printed
+    assert np.load(tmp_path / "q" / "shard-00000.npy").dtype == np.float16
+
+
+def test_two_processes_write_the_same_bytes(encoded, checkpoint, tiny_collection, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    line = launch + command(checkpoint, tiny_collection.corpus, tmp_path / "a", "--dtype", "float32")[1:]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "2 process(es)" in done.stdout and "40 texts" in done.stdout, done.stderr
+    assert content(tmp_path / "a") == content(encoded[0])
+
+
+def test_a_lost_shard_is_made_again_and_a_complete_folder_left_alone(encoded, checkpoint, tiny_collection, tmp_path):
+    flags = checkpoint, tiny_collection.corpus, tmp_path / "a", "--dtype", "float32"
+    encode(*flags)
+    for name in ("meta.json", "shard-00001.npy", "shard-00003.npy", "shard-00003.ids.txt"):
+        (tmp_path / "a" / name).unlink()
+    meta = read_json(encoded[0] / "meta.json")
+    (tmp_path / "a" / "progress.json").write_text(json.dumps(meta))
+    (tmp_path / "a" / ".tmp-1-shard-00001.npy").write_bytes(b"half")
+    kept = (tmp_path / "a" / "shard-00000.npy").stat().st_mtime_ns
+    assert "18 texts" in encode(*flags)
+    assert content(tmp_path / "a") == content(encoded[0])
+    assert (tmp_path / "a" / "shard-00000.npy").stat().st_mtime_ns == kept
+    assert "is complete" in encode(*flags, "--num_workers", "0")
+
+
+def test_killed_at_any_moment(encoded, checkpoint, tiny_collection, tmp_path):
+    for name in range(15):  # 600 texts, 67 shards: something to kill
+        (tmp_path / "many.jsonl").open("a").write(tiny_collection.corpus.read_text().replace('"p', f'"{name}-p'))
+    flags = checkpoint, tmp_path / "many.jsonl"
+    encode(*flags, tmp_path / "whole")
+    kills, cut = 0, tmp_path / "cut"
+    while not (cut / "meta.json").exists():
+        shards = len(list(cut.glob("*.npy")))
+        started = subprocess.Popen(
+            command(*flags, cut), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        while started.poll() is None and len(list(cut.glob("*.npy"))) < shards + 25:
+            time.sleep(0.001)
+        kills += started.poll() is None
+        started.kill()
+        started.wait()
+    assert kills >= 2 and content(cut) == content(tmp_path / "whole")
+
+
+def test_what_is_refused(encoded, checkpoint, tiny_model_dir, tiny_collection, tmp_path):
+    corpus, output = tiny_collection.corpus, tmp_path / "x"
+
+    def refused(message, *args):
+        with pytest.raises(UserError, match=message):
+            encode(*args)
+
+    refused("states no pooling", tiny_model_dir, corpus, output)
+    refused("its title is 'space'", checkpoint, corpus, output, "--title", "none")
+    refused("128 positions", checkpoint, corpus, output, "--max_length", "129", "--override")
+    refused("made with --dtype float32", checkpoint, corpus, encoded[0])
+    other, moved = tmp_path / "other", tmp_path / "corpus.jsonl"
+    save_encoder(load_encoder(tiny_model_dir, "mean"), other, {})
+    refused("made with --model", other, corpus, encoded[0], "--dtype", "float32")
+    assert not output.exists()
+    write_texts(moved, [("1", "", "ants"), ("2", "", "bees")])
+    encode(other, moved, tmp_path / "a")
+    save_encoder(load_encoder(checkpoint), other, {})  # another model under the same name
+    refused("made with model_hash", other, moved, tmp_path / "a")
+    encode(checkpoint, moved, tmp_path / "b")
+    write_texts(moved, [("1", "", "ants"), ("2", "", "wasps")])  # other texts under the same name
+    refused("made with input_fingerprint", checkpoint, moved, tmp_path / "b")
+    model = load_encoder(checkpoint)
+    model.backbone.encoder.layer[1].output.LayerNorm.weight.data.mul_(1e6)
+    save_encoder(model, tmp_path / "huge", {})
+    refused("vector of 1 is not finite — add --dtype float32", tmp_path / "huge", moved, output)
+    assert not (output / "meta.json").exists()
+
+
+def test_dry_run_and_override(checkpoint, tiny_collection, tmp_path):
+    printed = encode(checkpoint, tiny_collection.corpus, tmp_path / "x", "--dry_run", "--title", "none", "--override")
+    assert "disk" in printed and "title                    none" in printed and not (tmp_path / "x").exists()
+
+
+def test_batches_cover_all_rows_within_the_budget():
+    lengths = np.random.default_rng(0).integers(3, 50, 300).astype(np.int32)
+    batches = token_batches(lengths, 120)
+    assert sorted(np.concatenate(batches)) == list(range(300))
+    assert all(len(rows) * lengths[rows].max() <= 120 for rows in batches) and max(map(len, batches)) > 10
+    assert len(token_batches(np.array([9, 9]), 1)) == 2

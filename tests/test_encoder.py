@@ -1,0 +1,185 @@
+"""pytest tests/test_encoder.py — pooling and heads against plain transformers, what padding must not change, what is
+saved, and what cannot be loaded."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+from lib.data import length_chunks
+from lib.encoder import Dense, LayerNorm, load_encoder, model_hash, save_encoder
+from lib.files import UserError
+from lib.text import pad, to_ids
+
+CARD = {"base": "tiny", "data": {"corpus": "c.jsonl"}, "command": ["python", "x.py"], "metrics": {"MRR@10": 0.5}}
+TEXTS = ["ants and sugar", "the lava of a crater " * 9, "bow", "orchestra", "rind mould goat whey milk, curd"]
+
+
+def batch_of(model, texts=TEXTS, **settings):
+    for name, value in settings.items():
+        setattr(model.tokenizer, name, value)
+    return pad(to_ids(texts, model.tokenizer, 128), model.tokenizer)
+
+
+@torch.no_grad()
+def vectors(model, texts=TEXTS, **settings):
+    return model.encode(batch_of(model, texts, **settings))
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_pooling_is_what_transformers_gives_text_by_text(tiny_model_dir, pooling):
+    model = load_encoder(tiny_model_dir, pooling)
+    plain, tokenizer = AutoModel.from_pretrained(tiny_model_dir).eval(), AutoTokenizer.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        for text, found in zip(TEXTS, vectors(model), strict=True):  # no padding in the reference
+            hidden = plain(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+            torch.testing.assert_close(found, hidden[0] if pooling == "cls" else hidden.mean(0))
+    assert found.dtype == torch.float32 and model.dim == 32 and model.backbone.pooler is None
+
+
+def test_projection_and_normalisation(tiny_model_dir):
+    plain = load_encoder(tiny_model_dir, "cls")
+    torch.manual_seed(1)
+    model = load_encoder(tiny_model_dir, "cls", projection=24, normalize=True)
+    dense, norm = model.head[0].linear, model.head[1].norm
+    assert model.dim == 24 and 0.018 < dense.weight.std() < 0.022 and not dense.bias.any()
+    expected = torch.layer_norm(vectors(plain) @ dense.weight.T, (24,), norm.weight, norm.bias)
+    torch.testing.assert_close(vectors(model), expected / expected.norm(dim=1, keepdim=True))
+    torch.manual_seed(1)
+    assert torch.equal(load_encoder(tiny_model_dir, "cls", projection=24).head[0].linear.weight, dense.weight)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_the_width_of_the_padding_does_not_matter(tiny_model_dir, pooling):
+    model = load_encoder(tiny_model_dir, pooling)
+    expected, batch = vectors(model), batch_of(model)
+    wide = {name: torch.nn.functional.pad(values, (0, 20)) for name, values in batch.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode(wide), expected)
+    chunks, order = length_chunks("query", [("", text) for text in TEXTS], model.format, model.tokenizer, chunk_rows=2)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode(chunks)[order], vectors(model))
+        q_reps, p_reps = model(None, chunks)
+    assert q_reps is None and torch.equal(p_reps[order], model.encode(chunks)[order])
+
+
+def test_left_padding_pools_the_first_real_token(tiny_model_dir):
+    model = load_encoder(tiny_model_dir, "cls")
+    batch = batch_of(model, padding_side="left")
+    assert (batch["attention_mask"][:, 0] == 0).any()
+    with torch.no_grad():
+        hidden = model.backbone(**batch).last_hidden_state
+        for row, mask in enumerate(batch["attention_mask"]):
+            torch.testing.assert_close(model.encode(batch)[row], hidden[row, len(mask) - mask.sum()])
+
+
+def test_every_parameter_has_a_gradient_and_pooling_is_fp32_under_autocast(tiny_model_dir):
+    model = load_encoder(tiny_model_dir, "mean", projection=16).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        q_reps, p_reps = model(batch_of(model), batch_of(model))
+    assert q_reps.dtype == torch.float32
+    (q_reps @ p_reps.T).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("title", ["space", "sep"])
+def test_a_saved_checkpoint_comes_back_whole(tiny_model_dir, tmp_path, title):
+    texts = {
+        "title": title,
+        "query_prompt": "q: ",
+        "passage_prompt": "",
+        "max_query_length": 9,
+        "max_passage_length": 99,
+    }
+    model = load_encoder(tiny_model_dir, "cls", texts, projection=24, normalize=True)
+    save_encoder(model.train(), tmp_path / "a", CARD)
+    assert model.training
+    again = load_encoder(tmp_path / "a", strict=True, overrides=texts, normalize=True)
+    torch.testing.assert_close(vectors(again), vectors(model.eval()))
+    assert again.format == model.format and again.stated == texts and again.pooling == "cls"
+    assert (tmp_path / "a" / "modules.json").exists() == (title == "space")
+    _, report = AutoModel.from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert all(key.startswith("pooler.") for key in report["missing_keys"]) and not report["unexpected_keys"]
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "tiny" in card and "MRR@10: 0.5" in card and "python x.py" in card
+    for name, value in [("title", "none"), ("query_prompt", ""), ("max_query_length", 8)]:
+        with pytest.raises(UserError, match=f"its {name} is"):
+            load_encoder(tmp_path / "a", overrides={name: value}, strict=True)
+        assert getattr(load_encoder(tmp_path / "a", overrides={name: value}).format, name) == value
+
+
+def test_saving_again_keeps_what_a_run_put_beside_the_checkpoint(tiny_model_dir, tmp_path):
+    model = load_encoder(tiny_model_dir, "cls", projection=24)
+    (tmp_path / "state").mkdir()
+    (tmp_path / "args.json").write_text("{}")
+    save_encoder(model, tmp_path, CARD)
+    first, names = model_hash(tmp_path), sorted(path.name for path in tmp_path.iterdir())
+    (tmp_path / "args.json").write_text('{"a": 1}')
+    assert model_hash(tmp_path) == first and {"state", "2_Dense", "model.safetensors"} <= set(names)
+    twice = {name: values * 2 for name, values in model.state_dict().items()}
+    save_encoder(model, tmp_path, CARD, state_dict=twice)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names and model_hash(tmp_path) != first
+    torch.testing.assert_close(load_encoder(tmp_path).state_dict(), twice)
+    save_encoder(model, tmp_path, CARD)
+    assert model_hash(tmp_path) == first
+    broken = {name: values * float("nan") for name, values in model.state_dict().items()}
+    with pytest.raises(UserError, match="other vectors"):
+        save_encoder(model, tmp_path, CARD, state_dict=broken)
+    assert model_hash(tmp_path) == first and sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def edit(path, **changes):
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**content, **changes}))
+
+
+def swap_module(folder, kind):
+    path = folder / "modules.json"
+    path.write_text(path.read_text().replace("sentence_transformers.models.Dense", kind))
+
+
+def lose_a_weight(folder):
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    weights = {k: v for k, v in model.state_dict().items() if "layer.1.output.dense" not in k}
+    model.save_pretrained(folder, state_dict=weights)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / "modules.json").unlink(), "states no pooling.*--pooling"),
+        (lambda f: edit(f / "1_Pooling/config.json", pooling_mode_max_tokens=True), r"cls \+ max_tokens"),
+        (lambda f: edit(f / "1_Pooling/config.json", pooling_mode="lasttoken"), "pooling by lasttoken"),
+        (lambda f: edit(f / "1_Pooling/config.json", include_prompt=False), "include_prompt"),
+        (lambda f: swap_module(f, "sentence_transformers.models.CNN"), "the module .*CNN"),
+        (lambda f: swap_module(f, "my_code.Dense"), "the module my_code.Dense"),
+        (lambda f: edit(f / "2_Dense/config.json", activation_function="os.system"), "os.system"),
+        (lambda f: edit(f / "2_Dense/config.json", use_residual=True), "residual"),
+        (lambda f: (f / "2_Dense/model.safetensors").unlink(), "no model.safetensors"),
+        (lambda f: edit(f / "2_Dense/config.json", out_features=7), "do not fit"),
+        (lambda f: edit(f / "config_sentence_transformers.json", model_type="SparseEncoder"), "a SparseEncoder"),
+        (lambda f: edit(f / "sentence_bert_config.json", query_expansion={"length": 3}), "query_expansion"),
+        (lambda f: edit(f / "bottleneck.json", tokenizer={"ids": "other", "version": "0"}), "other ids"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"cut short"), "cannot be loaded"),
+        (lambda f: (f / "config.json").unlink(), "cannot be loaded"),
+        (lose_a_weight, "2 weights are missing"),
+        (shutil.rmtree, "no such folder"),
+    ],
+)
+def test_what_cannot_be_loaded_says_why(tiny_model_dir, tmp_path, damage, message):
+    save_encoder(load_encoder(tiny_model_dir, "cls", projection=24), tmp_path / "a", CARD)
+    damage(tmp_path / "a")
+    with pytest.raises(UserError, match=message) as error:
+        load_encoder(tmp_path / "a")
+    assert "—" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_flags_that_contradict_a_checkpoint(tiny_model_dir, tmp_path):
+    model = load_encoder(tiny_model_dir, "cls", projection=24)
+    save_encoder(model, tmp_path / "a", CARD)
+    assert [type(m) for m in load_encoder(tmp_path / "a", "cls", projection=24).head] == [Dense, LayerNorm]
+    for arguments in [("mean",), ("cls", None, 25), ("cls", {"max_query_length": 129}), ("cls", None, 0, True, True)]:
+        with pytest.raises(UserError):
+            load_encoder(tmp_path / "a", *arguments)

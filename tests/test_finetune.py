@@ -1,0 +1,205 @@
+"""pytest tests/test_finetune.py — finetune_biencoder.py: kill -9 and resume, two processes, best/, refusals."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+
+import finetune_biencoder
+from lib.files import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def arguments(tiny_collection, tiny_model_dir, tmp_path):
+    """Function from changes to the command line of a run of some seconds."""
+
+    def build(*flags, **changes):
+        files = {name: getattr(tiny_collection, name) for name in ("corpus", "queries", "qrels", "negatives")}
+        texts = {"model": tiny_model_dir, "pooling": "mean", "max_query_length": 16, "max_passage_length": 48}
+        steps = {"passages_per_query": 4, "per_device_batch_size": 4, "learning_rate": 1e-3, "max_steps": 12}
+        how = {"log_every": 1, "save_every": 2, "num_workers": 0, "output_dir": tmp_path / "out"}
+        options = files | texts | steps | how | changes
+        return [w for k, v in options.items() if v is not None for w in (f"--{k}", str(v))] + list(flags)
+
+    return build
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Run main() in this process with a command line."""
+
+    def main(words):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        monkeypatch.setattr(sys, "argv", ["finetune_biencoder.py", *words])
+        finetune_biencoder.main()
+
+    return main
+
+
+def dev_files(collection):
+    return {"dev_queries": collection.queries, "dev_qrels": collection.qrels, "dev_candidates": collection.candidates}
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same_weights(one, other, atol=0, without="nothing"):
+    one, other = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    for name in one | other:
+        if without not in name:
+            torch.testing.assert_close(one[name], other[name], atol=atol, rtol=0, msg=name)
+
+
+def test_killed_at_random_moments_it_ends_bit_identical(arguments, call, tiny_collection, tmp_path):
+    how = dev_files(tiny_collection) | {"eval_every": 3, "num_workers": 1, "gradient_accumulation_steps": 2}
+    call(arguments(**how, output_dir=tmp_path / "whole"))
+    script, kills = [sys.executable, str(ROOT / "finetune_biencoder.py")], 0
+    moments = [random.SystemRandom().uniform(0, 3) for _ in range(2)]
+    for moment in moments:
+        process = subprocess.Popen(
+            [*script, *arguments(*["--resume"] * bool(kills), **how)],
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        while process.poll() is None and not (tmp_path / "out" / "args.json").is_file():
+            time.sleep(0.02)
+        time.sleep(moment)
+        os.killpg(process.pid, signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills, "the run ended before it could be killed"
+    subprocess.run([*script, *arguments("--resume", **how)], check=True, capture_output=True)
+    same_weights(tmp_path / "whole", tmp_path / "out")
+    same_weights(tmp_path / "whole" / "best", tmp_path / "out" / "best")
+    fixed = [
+        [{k: v for k, v in line.items() if k != "queries/s"} for line in log_of(tmp_path / n)]
+        for n in ("whole", "out")
+    ]
+    assert fixed[0] == fixed[1], moments
+    assert (tmp_path / "out" / "done").is_file()
+
+
+def test_two_processes_with_gradcache_train_like_one_with_twice_the_batch(arguments, call, tiny_model_dir, tmp_path):
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(
+        tiny_model_dir, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, add_pooling_layer=False
+    )
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "model")
+    how = {"model": tmp_path / "model", "max_steps": 4, "chunk_size": 5}
+    call(arguments(**how, per_device_batch_size=8, output_dir=tmp_path / "one"))
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--rdzv_endpoint=localhost:0",
+        "--rdzv_backend=c10d",
+    ]
+    found = subprocess.run(
+        [*launch, str(ROOT / "finetune_biencoder.py"), *arguments(**how, output_dir=tmp_path / "two")],
+        capture_output=True, text=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert "4 queries x 2 process(es) x 1 accumulated = 8 per step" in found.stdout
+    for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        for name in ("loss", "accuracy", "masked", "grad_norm"):
+            assert two[name] == pytest.approx(one[name], abs=1e-5), (one["step"], name)
+    # the gradient of a key's bias is zero but for rounding, which Adam turns into steps of full size
+    same_weights(tmp_path / "one", tmp_path / "two", atol=1e-4, without="key.bias")
+
+
+def test_it_learns_and_best_is_what_its_score_says(arguments, call, tiny_collection, tmp_path, capsys):
+    call(arguments(**dev_files(tiny_collection), eval_every=10, max_steps=30, log_every=5))
+    log = log_of(tmp_path / "out")
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert sum(losses[-2:]) < sum(losses[:2])
+    scores = {line["step"]: line["dev_mrr@10"] for line in log if "dev_mrr@10" in line}
+    assert list(scores) == [0, 10, 20, 30]
+    call(arguments(**dev_files(tiny_collection), model=tmp_path / "out" / "best", pooling=None, max_steps=1,
+                   learning_rate=0, output_dir=tmp_path / "again"))  # fmt: skip
+    assert log_of(tmp_path / "again")[0]["dev_mrr@10"] == pytest.approx(max(scores.values()), abs=1e-9)
+    shown = capsys.readouterr().out
+    for fact in (
+        "4 queries x 1 process(es) x 1 accumulated = 4 per step",
+        "1 positive + 3 negatives",
+        "30 of 20 queries",
+    ):
+        assert fact in shown
+    call(arguments(**dev_files(tiny_collection), eval_every=10, max_steps=30, log_every=5))
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_best_is_not_overwritten_by_a_worse_or_an_equal_one(arguments, call, tiny_collection, tmp_path, monkeypatch):
+    scores, saved = iter([0.1, 0.5, 0.5, 0.2, 0.6, 0.3]), []
+    monkeypatch.setattr(finetune_biencoder, "mrr_at_k", lambda *_: next(scores))
+    monkeypatch.setattr(
+        finetune_biencoder, "save_encoder", lambda model, folder, card: saved.append((Path(folder).name, card))
+    )
+    call(arguments(**dev_files(tiny_collection), eval_every=2, max_steps=10))
+    assert [(name, card["metrics"]["dev MRR@10"]) for name, card in saved] == [
+        ("best", 0.1), ("best", 0.5), ("best", 0.6), ("out", 0.3),
+    ]  # fmt: skip
+
+
+def test_dry_run_shows_and_leaves_nothing(arguments, call, tmp_path, capsys):
+    call(arguments("--dry_run", chunk_size=8, gradient_accumulation_steps=3))
+    shown = capsys.readouterr().out
+    for fact in (
+        "[CLS] what about",
+        "cut at 48",
+        "= 12 per step",
+        "8 texts (GradCache)",
+        "GB",
+        "candidates per query     16",
+    ):
+        assert fact in shown
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({"negatives": None}, "--passages_per_query 4 without negatives"),
+        ({"negatives": None, "passages_per_query": 1, "per_device_batch_size": 1}, "no negatives"),
+        ({"loss": "triplet", "passages_per_query": 1, "negatives": None}, "no negatives"),
+        ({"dev_queries": "x.tsv"}, "development set is incomplete"),
+        ({"eval_every": 5}, "development set is incomplete"),
+        ({"learning_rate": 1e38}, r"step \d+: .*(q\d+, ){3}q\d+"),
+    ],
+)
+def test_refusals_name_the_remedy(arguments, call, tmp_path, changes, what):
+    with pytest.raises(UserError, match=what) as error:
+        call(arguments(**changes))
+    assert " — " in str(error.value) and not (tmp_path / "out" / "done").exists()
+
+
+def test_triplets_and_a_projection_train(arguments, call, tmp_path, capsys):
+    call(arguments(loss="triplet", projection=24, max_steps=3, max_grad_norm=0))
+    shown = capsys.readouterr().out
+    assert "24 dimensions" in shown and "candidates per query     4\n" in shown
+    assert all(0 < line["loss"] < 20 for line in log_of(tmp_path / "out"))
+
+
+def test_bf16_saves_what_fp32_reads(arguments, call, tiny_collection, tmp_path, monkeypatch, capsys):
+    for precision in ("no", "bf16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        call(arguments(**dev_files(tiny_collection), max_steps=3, chunk_size=5, output_dir=tmp_path / precision))
+    assert "precision bf16" in capsys.readouterr().out
+    weights = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    losses = [[line["loss"] for line in log_of(tmp_path / n) if "loss" in line] for n in ("no", "bf16")]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]

@@ -1,0 +1,140 @@
+"""Arguments, output folders, resume state, sampler. Run: python -m pytest tests/test_launch.py"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from lib import launch
+from lib.data import StepSampler
+from lib.files import UserError
+from lib.text import step_seed
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+from dataclasses import dataclass
+from lib.launch import claim_output, make_accelerator, parse_args, run
+@dataclass
+class Args:
+    output_dir: str
+    depth: int = 3
+def main():
+    args = parse_args(Args)
+    accelerator = make_accelerator()
+    print("complete", claim_output(args, accelerator), args.depth)
+if __name__ == "__main__":
+    run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--output_dir", "out", "--dept", "4"], "unknown argument --dept"),
+        (["--output_dir", "out", "--depth", "many"], "invalid int value: 'many'"),
+        ([], "the following arguments are required: --output_dir"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_1(tmp_path, flags, message):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "script.py", *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@dataclass
+class Args:
+    output_dir: str
+    depth: int = 3
+    num_workers: int = 0
+
+
+def test_output_folders_are_never_shared(tmp_path):
+    accelerator, out = Accelerator(cpu=True), tmp_path / "out"
+
+    def claim(depth=3, **how):
+        return launch.claim_output(Args(str(out), depth), accelerator, ignore=("num_workers",), **how)
+
+    assert claim() is False and (out / "args.json").is_file()
+    assert claim(4) is False, "nothing made yet: free for other arguments"
+    assert claim() is False
+    (out / "log.jsonl").touch()
+    assert claim() is False, "a stage without --resume goes on by the same command"
+    with pytest.raises(UserError, match="unfinished run — add --resume"):
+        claim(resume=False)
+    assert claim(resume=True) is False
+    with pytest.raises(UserError, match="made with --depth 3, now 4"):
+        claim(4)
+    (out / "done").touch()
+    assert claim() is True and claim(resume=False) is True
+    with pytest.raises(UserError, match="made with --depth 3, now 4"):
+        claim(4)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="holds something else"):
+        launch.claim_output(Args(str(tmp_path / "other")), accelerator)
+
+
+def test_state_comes_back_and_the_log_is_cut(tmp_path):
+    accelerator = Accelerator(cpu=True)
+
+    def fresh():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        return accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+
+    def step(model, optimizer, number):
+        torch.manual_seed(step_seed(1, number))
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = fresh()
+    log = launch.RunLog(accelerator, tmp_path)
+    assert launch.load_state(tmp_path, accelerator, model, optimizer) == (0, {})
+    for number in range(1, 5):
+        step(model, optimizer, number)
+        log.write(number, {"loss": 1.0})
+        if number == 2:
+            launch.save_state(tmp_path, number, accelerator, model, optimizer, {"best": 0.5})
+    again, optimizer_again = fresh()
+    assert launch.load_state(tmp_path, accelerator, again, optimizer_again) == (2, {"best": 0.5})
+    launch.RunLog(accelerator, tmp_path, 2)
+    assert (tmp_path / "log.jsonl").read_text().count("\n") == 2
+    for number in (3, 4):
+        step(again, optimizer_again, number)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_sampler_epochs_are_permutations_whatever_the_number_of_processes():
+    one = iter(StepSampler(10, 4, 0, 1, seed=3))
+    pair = [iter(StepSampler(10, 2, rank, 2, seed=3)) for rank in range(2)]
+    whole = [next(one) for _ in range(5)]
+    assert whole == [next(pair[0]) + next(pair[1]) for _ in range(5)]
+    examples = [example for batch in whole for example, _, _ in batch]
+    assert sorted(examples[:10]) == sorted(examples[10:]) == list(range(10)) and examples[:10] != examples[10:]
+    assert [row for _, _, row in whole[1]] == [0, 1, 2, 3] and {m for _, m, _ in whole[3]} == {3}
+    assert next(iter(StepSampler(10, 4, 0, 1, seed=3, start=3))) == whole[3], "a resume starts in the middle"
+    assert next(iter(StepSampler(10, 4, 0, 1, seed=4))) != whole[0]
+    assert len(np.unique([step_seed(0, *parts) for parts in ((0,), (1,), (0, 0), (1, 0), (0, 1))])) == 5
+
+
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE is 2 but Accelerate runs 1 process"):
+        launch.make_accelerator()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="fp16 on a CPU"):
+        launch.make_accelerator()

@@ -1,0 +1,141 @@
+"""A user's mistakes, one after another: each ends in one line that names place and remedy, exit status 1, nothing half
+written. Run: python -m pytest tests/test_mistakes.py"""
+
+import gzip
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from lib import files
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory, tiny_collection, tiny_model_dir):
+    """A folder with what the cases spoil, each under a name of its own."""
+    here = tmp_path_factory.mktemp("mistakes")
+    good = tiny_collection.corpus.read_text().splitlines()
+
+    def put(name, lines):
+        (here / name).write_text("\n".join(lines) + "\n")
+
+    put("malformed.jsonl", [*good[:2], good[2][:-5], *good[3:]])
+    put("no_text.jsonl", [good[0], '{"_id": "x", "title": "a title", "body_text": "?"}'])
+    put("empty_text.jsonl", [*good[:6], '{"_id": "x", "title": "", "text": " "}'])
+    put("twice.jsonl", [*good, good[3]])
+    put("empty.jsonl", [""])
+    put("one_column.tsv", ["q0 what about ants"])
+    (here / "cut.jsonl.gz").write_bytes(gzip.compress("\n".join(good).encode())[:-200])
+    (here / "latin.tsv").write_bytes("q0\tcafé\n".encode("latin-1"))
+    qrels = tiny_collection.qrels.read_text().splitlines()
+    put("unknown_passage.qrels", [*qrels, "q1\tp999\t1"])
+    put("unknown_query.qrels", [*qrels, "q999\tp1\t1"])
+    put("run_as.qrels", ["q1 Q0 p1 1 3.5 bm25"])
+    put("headless.qrels", ["q1\tp1\t1"])
+    put("irrelevant.qrels", ["q1 0 p1 0"])
+    positives = files.read_qrels(tiny_collection.qrels)
+    files.write_negatives(here / "positives.tsv", [(qid, list(judged)) for qid, judged in positives.items()])
+    files.write_negatives(here / "unknown.tsv", [("q1", ["p1", "p999"])])
+    files.write_negatives(here / "others.tsv", [("q77", ["p1", "p2"])])
+    shutil.copytree(tiny_model_dir, here / "no_weights")
+    (here / "no_weights" / "model.safetensors").unlink()
+    shutil.copytree(tiny_model_dir, here / "sparse")
+    (here / "sparse" / "modules.json").write_text(
+        json.dumps(
+            [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.sparse_encoder.models.SpladePooling"}]
+        )
+    )
+    for name, kind, model in (
+        ("vectors_q", "query", "1"),
+        ("vectors_p", "passage", "2"),
+        ("unfinished", "passage", "1"),
+    ):
+        files.write_shard(here / name, 0, np.ones((1, 2), np.float32), ["q0" if kind == "query" else "p0"])
+        if name != "unfinished":
+            meta = {"model": "m", "model_hash": model, "dim": 2, "count": 1, "kind": kind}
+            files.finish_embeddings(here / name, meta)
+    (here / "thesis").mkdir()
+    (here / "thesis" / "chapter.tex").touch()
+    return here
+
+
+FINETUNE = "finetune_biencoder --model MODEL --pooling cls --corpus CORPUS --queries QUERIES --qrels QRELS "
+FINETUNE += "--passages_per_query 2 --max_steps 2 --num_workers 0 --negatives "
+ENCODE = "encode --model MODEL --pooling cls --kind passage --num_workers 0 --input "
+PRETRAIN = "pretrain_mae --max_steps 2 --num_workers 0 --max_length 32 --corpus "
+BM25 = "evaluate --bm25 --corpus CORPUS --queries QUERIES --qrels "
+MINE = "mine_negatives --bm25 --corpus CORPUS --queries QUERIES --qrels "
+
+MISTAKES = [
+    # what is typed, what the line says
+    (ENCODE + "malformed.jsonl", "malformed.jsonl:3: not JSON"),
+    (ENCODE + "no_text.jsonl", "no_text.jsonl:2: no field for a text"),
+    (ENCODE + "empty_text.jsonl", "empty_text.jsonl:7: x has neither title nor text"),
+    (ENCODE + "twice.jsonl", "twice.jsonl: entries 4 and 41 have the same id"),
+    (ENCODE + "empty.jsonl", "empty.jsonl: no text in it"),
+    (ENCODE + "cut.jsonl.gz", "truncated or damaged gzip"),
+    (ENCODE + "nowhere.jsonl", "nowhere.jsonl: no such file"),
+    (ENCODE + "CORPUS --output_dir thesis", "thesis: holds something else"),
+    (ENCODE.replace("--pooling cls", "") + "CORPUS", "--pooling"),
+    (ENCODE.replace("MODEL", "no_weights") + "CORPUS", "no_weights"),
+    (ENCODE.replace("MODEL --pooling cls", "sparse") + "CORPUS", "sparse"),
+    (ENCODE + "CORPUS --batch_size 8", "unknown argument --batch_size"),
+    (PRETRAIN + "CORPUS --model nowhere/", "nowhere"),
+    (PRETRAIN + "CORPUS", "--model"),
+    (PRETRAIN + "CORPUS --model MODEL --objective lexmoe", "argument --objective: invalid choice: 'lexmoe'"),
+    (PRETRAIN + "latin.tsv --model MODEL", "latin.tsv:1: not UTF-8"),
+    (FINETUNE + "positives.tsv", "positives.tsv:1: passage"),
+    (FINETUNE + "unknown.tsv", "unknown.tsv:1: passage p999 is not in"),
+    (FINETUNE + "others.tsv", "others.tsv: none of its 1 queries is judged"),
+    (FINETUNE + "NEGATIVES --head sparse", "argument --head: invalid choice: 'sparse'"),
+    (FINETUNE + "NEGATIVES --passages_per_query 1", "unused with --passages_per_query 1"),
+    (FINETUNE.replace("QUERIES", "one_column.tsv") + "NEGATIVES", "one_column.tsv:1: 1 columns"),
+    (FINETUNE.replace("QRELS", "unknown_passage.qrels") + "NEGATIVES", "passage p999 is not in"),
+    (FINETUNE.replace("QRELS", "irrelevant.qrels") + "NEGATIVES", "irrelevant.qrels: no passage is judged relevant"),
+    (
+        FINETUNE + "NEGATIVES --learning_rate 1e30 --warmup_steps 0 --max_steps 9",
+        "step 2: loss or gradient not finite",
+    ),
+    (MINE + "run_as.qrels", "run_as.qrels:1: 6 columns, a run"),
+    (MINE + "headless.qrels", "headless.qrels:1: 3 columns without BEIR's header"),
+    (MINE + "QRELS --depth 5 --skip_top 5", "no rank is left"),
+    (BM25 + "unknown_query.qrels", "query q999 is not in"),
+    (
+        "evaluate --queries_embeddings vectors_q --corpus_embeddings vectors_p --allow_unknown --qrels QRELS",
+        "another checkpoint",
+    ),
+    ("evaluate --queries_embeddings vectors_q --corpus_embeddings unfinished --qrels QRELS", "no meta.json"),
+    (
+        "evaluate --queries_embeddings vectors_p --corpus_embeddings vectors_q --allow_unknown --qrels QRELS",
+        "of kind passage",
+    ),
+    ("evaluate --run QRELS --qrels QRELS", "rank 'score' is not an integer"),
+]
+
+
+@pytest.mark.parametrize(("typed", "said"), MISTAKES, ids=lambda value: value[-60:])
+def test_mistake(script, ground, tiny_collection, tiny_model_dir, monkeypatch, typed, said):
+    monkeypatch.chdir(ground)
+    places = {
+        "MODEL": tiny_model_dir,
+        **{name.upper(): getattr(tiny_collection, name) for name in ("corpus", "queries", "qrels", "negatives")},
+    }
+    name, *flags = [str(places.get(word, word)) for word in typed.split()]
+    if "--output_dir" not in flags:
+        flags += ["--output_dir", "out"]
+    before = set(ground.iterdir())
+    status, _, error = script(name, *flags)
+    line = next((line for line in re.split("[\\r\\n]", error) if line.startswith(f"{name}.py: ")), "")
+    assert status == 1 and said in line and " — " in line, error
+    assert "Traceback" not in error
+    made = set(ground.iterdir()) - before
+    assert not [
+        p
+        for folder in made
+        for p in folder.rglob("*")
+        if p.name in ("done", "meta.json", "metrics.json", "audit.json", "model.safetensors")
+    ]
+    for folder in made:
+        shutil.rmtree(folder)

@@ -1,0 +1,160 @@
+"""pytest tests/test_pretrain.py — the script: from scratch, chained, killed and resumed, on two processes, misused."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForMaskedLM
+
+import pretrain_mae
+from lib.files import UserError
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines"]
+LAUNCH += ["1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+CONFIG = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+
+
+def command(out, **flags):
+    """Arguments of a small run."""
+    flags = {
+        "output_dir": out,
+        "max_length": 32,
+        "per_device_batch_size": 4,
+        "num_workers": 0,
+        "log_every": 1,
+        **flags,
+    }
+    return [
+        str(part)
+        for name, value in flags.items()
+        for part in ([f"--{name}"] if value is True else [f"--{name}", value])
+    ]
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs the script in this process."""
+
+    def call(out, **flags):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        monkeypatch.setattr(sys, "argv", ["pretrain_mae.py", *command(out, **flags)])
+        pretrain_mae.main()
+        return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+    return call
+
+
+def start(out, launcher=(sys.executable,), **flags):
+    """Runs it in a process of its own."""
+    words = [*launcher, str(ROOT / "pretrain_mae.py"), *command(out, **flags)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def scratch(tmp_path, tiny_model_dir, **more):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "bert", **CONFIG, "max_position_embeddings": 64, **more})
+    )
+    return {"model_config": tmp_path / "config.json", "tokenizer": tiny_model_dir}
+
+
+def test_from_scratch_and_on_from_there(tmp_path, tiny_model_dir, tiny_collection, here, capsys):
+    corpus, new = tiny_collection.corpus, scratch(tmp_path, tiny_model_dir)
+    log = here(tmp_path / "mlm", corpus=corpus, objective="mlm", max_steps=30, learning_rate=1e-2, **new)
+    assert len(log) == 30 and log[-1]["loss"] == log[-1]["encoder_loss"] < log[0]["loss"] - 0.5
+    assert log[0]["lr"] == pytest.approx(1e-2 / 3) and log[2]["lr"] == 1e-2 > log[-1]["lr"] > 0
+    assert (tmp_path / "mlm" / "done").is_file() and not (tmp_path / "mlm" / "decoder.json").is_file()
+
+    log = here(tmp_path / "one", corpus=corpus, model=tmp_path / "mlm", max_steps=6, title="sep", save_every=2)
+    assert log[0]["loss"] == pytest.approx(log[0]["encoder_loss"] + log[0]["decoder_loss"])
+    assert "decoder: new" in capsys.readouterr().out
+    here(tmp_path / "two", corpus=corpus, model=tmp_path / "one", max_steps=2)
+    echo = capsys.readouterr().out
+    assert f"decoder: that of {tmp_path / 'one'}" in echo and "title: sep" in echo, "the checkpoint's own join"
+    assert (
+        load_file(tmp_path / "one" / "decoder.safetensors").keys()
+        == load_file(tmp_path / "two" / "decoder.safetensors").keys()
+    )
+    for name in ("mlm", "one", "two"):
+        _, info = AutoModelForMaskedLM.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not any(info.values()), info
+        _, info = AutoModel.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert all(key.startswith("pooler.") for key in info["missing_keys"])
+    here(tmp_path / "two", corpus=corpus, model=tmp_path / "one", max_steps=2)
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, tiny_model_dir, tiny_collection, here):
+    flags = {"corpus": tiny_collection.corpus, "model": tiny_model_dir, "max_steps": 80, "save_every": 5}
+    flags |= {"gradient_accumulation_steps": 2, "num_workers": 1, "learning_rate": 1e-3}
+    whole, killed = start(tmp_path / "whole", **flags), start(tmp_path / "killed", **flags)
+    log, when = tmp_path / "killed" / "log.jsonl", random.randint(1, 60)
+    while not log.is_file() or log.read_text().count("\n") < when:
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "killed" / "done").exists()
+    with pytest.raises(UserError, match="add --resume"):
+        here(tmp_path / "killed", **flags)
+    resumed = start(tmp_path / "killed", resume=True, **flags)
+    assert resumed.wait(120) == 0 and whole.wait(120) == 0, resumed.communicate()
+    for name in ("model.safetensors", "decoder.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), (
+            f"killed at {when}"
+        )
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, 81))
+
+
+def test_two_processes_log_the_losses_of_one(tmp_path, tiny_model_dir, tiny_collection, here):
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    flags = {"corpus": tiny_collection.corpus, "max_steps": 3, **scratch(tmp_path, tiny_model_dir, **still)}
+    pair = start(tmp_path / "pair", LAUNCH, **flags)
+    single = here(tmp_path / "single", **{**flags, "per_device_batch_size": 8})
+    out, error = pair.communicate(timeout=120)
+    assert pair.returncode == 0 and "2 process(es) on cpu" in out, error
+    logged = [json.loads(line) for line in (tmp_path / "pair" / "log.jsonl").read_text().splitlines()]
+    for one, two in zip(single, logged, strict=True):
+        for name in ("encoder_loss", "decoder_loss", "grad_norm"):
+            assert one[name] == pytest.approx(two[name], abs=1e-4), name
+
+
+def test_a_dry_run_shows_and_writes_nothing(tmp_path, tiny_model_dir, tiny_collection, here, capsys):
+    with pytest.raises(FileNotFoundError):  # there is no log
+        here(tmp_path / "out", corpus=tiny_collection.corpus, model=tiny_model_dir, dry_run=True)
+    shown = capsys.readouterr().out
+    assert "[MASK]" in shown and "decoder row" in shown and "4 blocks x 1 process(es) x 1 accumulated = 4" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_end_in_a_line(tmp_path, tiny_model_dir, tiny_collection, here):
+    good = {"corpus": tiny_collection.corpus, "model": tiny_model_dir, "max_steps": 9}
+    for flags, message in (
+        ({"learning_rate": 1e30}, r"step \d: loss or gradient not finite for texts p\d+, .* — lower --learning_rate"),
+        ({"max_length": 129}, "the model has 128 positions"),
+        ({"encoder_mask_ratio": 1.5}, "--encoder_mask_ratio 1.5: a share"),
+        ({"per_device_batch_size": 0}, "--per_device_batch_size 0: counts from 1"),
+        ({"model": tmp_path}, "not a model and tokenizer"),
+        ({"model_config": "x.json"}, "which model"),
+        ({"corpus": tmp_path / "none.jsonl"}, "no such file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            here(tmp_path / f"out{len(message)}", **{**good, **flags})
+    here(tmp_path / "first", **{**good, "max_steps": 1})
+    decoder = load_file(tmp_path / "first" / "decoder.safetensors")
+    torch.save({}, tmp_path / "first" / "decoder.safetensors")
+    with pytest.raises(UserError, match="decoder.safetensors: does not fit this model"):
+        here(tmp_path / "second", **{**good, "model": tmp_path / "first"})
+    assert len(decoder) == 16 and not (tmp_path / "second").exists()

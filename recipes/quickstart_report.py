@@ -1,0 +1,67 @@
+"""The end of the quickstart: how well BM25, stage 1 and stage 2 find the passage of each test query, and three examples.
+
+Reads   OUT, as recipes/quickstart.sh leaves it
+
+    python -m recipes.quickstart_report runs/quickstart
+"""
+
+import sys
+from pathlib import Path
+
+from lib.files import open_texts, read_json, read_qrels, read_run
+from lib.launch import run
+
+METRICS = "RR@10", "nDCG@10", "R@100"
+STAGES = {"bm25": "BM25", "stage1": "stage 1", "stage2": "stage 2"}
+
+
+def shorten(text: str, width: int = 96) -> str:
+    return text if len(text) <= width else text[: width - 4] + " ..."
+
+
+def verdict(ours: str, theirs: str, part: dict, metric: str = "RR@10") -> str:
+    """The paired comparison of evaluate.py --compare in words."""
+    found = part["compare"][metric]
+    if found["p"] >= 0.05:
+        return f"{ours} and {theirs} cannot be told apart at this size (MRR@10, p {found['p']:.2f})"
+    word = "ahead of" if found["difference"] > 0 else "behind"
+    return f"{ours} is {word} {theirs} by {abs(found['difference']):.4f} (MRR@10, p {found['p']:.4f})"
+
+
+def main():
+    out = Path(sys.argv[1])
+    results = {stage: read_json(out / f"evaluation-{stage}" / "metrics.json")["splits"]["test"] for stage in STAGES}
+    corpus = open_texts(out / "collection/corpus.jsonl")
+    queries = open_texts(out / "collection/queries.test.jsonl")
+    qrels, ranked = read_qrels(out / "collection/qrels/test.tsv"), read_run(out / "evaluation-stage2/run.trec")
+
+    qids = sorted(qrels)
+    for qid in qids[:: max(len(qids) // 3, 1)][:3]:
+        print(f"\n{shorten(queries[queries.rows([qid])[0]][1])}")
+        for rank, pid in enumerate(ranked[qid].pids[:3], 1):
+            title, text = corpus[corpus.rows([pid])[0]]
+            print(f"   {rank}{'*' if pid in qrels[qid] else ' '} {title}: {shorten(text)}")
+    print("   (* = the passage that belongs to the query)")
+
+    print("\nfiles")
+    for name, what in (
+        ("collection", "corpus, queries, qrels"),
+        ("pretrained", "RetroMAE checkpoint"),
+        ("stage2", "the retriever: loads in sentence-transformers too"),
+        ("stage2-corpus", "its vectors of the corpus"),
+        ("evaluation-stage2", "its TREC run, metrics with intervals, per-query values"),
+    ):
+        print(f"   {str(out / name):<48} {what}")
+
+    print(f"\n{results['bm25']['queries']} test queries against {len(corpus)} passages")
+    print(f"{'':<10}{'MRR@10':>10}{'nDCG@10':>10}{'Recall@100':>12}")
+    for stage, name in STAGES.items():
+        values = [results[stage]["metrics"][metric] for metric in METRICS]
+        print(f"{name:<10}{values[0]:>10.4f}{values[1]:>10.4f}{values[2]:>12.4f}")
+    gain = read_json(out / "evaluation-gain/metrics.json")["splits"]["test"]
+    print(verdict("stage 2", "stage 1", gain))
+    print(verdict("stage 2", "BM25", results["stage2"]))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -67,8 +67,7 @@ class Args:
 
 def score_limit(positive_score: float, margin: float | None, ratio: float | None) -> float:
     """The highest score a negative may have beside a positive of this score. The ratio takes its share of |s|, so that
-    it
-    lowers the limit for negative scores too (s·ratio would raise it)."""
+    it lowers the limit for negative scores too (s·ratio would raise it)."""
     limits = [np.inf]
     if margin is not None:
         limits.append(positive_score - margin)

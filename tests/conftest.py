@@ -103,8 +103,7 @@ def tiny_model_dir(tmp_path_factory, tiny_collection):
 @pytest.fixture
 def script(monkeypatch, capfd):
     """script("encode", "--model", folder, ...) -> (exit status, stdout, stderr): a script run in this process, which
-    saves
-    the seconds that imports take. Paths and numbers may be given as they are."""
+    saves the seconds that imports take. Paths and numbers may be given as they are."""
     import importlib
     import sys
 

@@ -1,5 +1,7 @@
-"""Mined negatives: what may not be among them, and the numbers of the audit. Run: python -m pytest
-tests/test_mine.py"""
+"""Mined negatives: what may not be among them, and the numbers of the audit. 
+
+Run: python -m pytest tests/test_mine.py
+"""
 
 import json
 

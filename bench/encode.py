@@ -1,0 +1,92 @@
+"""Passages per second of encode.py against SentenceTransformer.encode, on the same texts with the same checkpoint.
+
+    python -m bench.encode --model DIR --corpus FILE [--precision bf16] [--limit 1000]
+
+Each run is a process of its own, in turns, with the same number of threads. Timed is encoding alone, tokenisation
+included: no imports, no loading; ours also writes its shards to disk. Both in fp32, or both in bf16: ours under
+autocast, the peer's weights cast to bf16 (`dtype`), its faster way, or under autocast with --peer_autocast. Printed:
+medians, their ratio, and how far the vectors are apart.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from lib.files import Embeddings, open_texts, write_texts
+
+ROOT = Path(__file__).resolve().parents[1]
+PEER = """
+import json, sys, time
+from contextlib import nullcontext
+import numpy as np, torch
+from sentence_transformers import SentenceTransformer
+model, corpus, out, precision, size = sys.argv[1:5] + [int(sys.argv[5])]
+kwargs = {"dtype": torch.bfloat16 if precision == "bf16" else torch.float32}
+model = SentenceTransformer(model, model_kwargs=kwargs)
+texts = [json.loads(line) for line in open(corpus)]
+texts = [f"{t['title']} {t['text']}" if t.get("title") else t["text"] for t in texts]
+context = torch.autocast(model.device.type, torch.bfloat16) if precision == "autocast" else nullcontext()
+model.encode(texts[:size], batch_size=size)
+began = time.perf_counter()
+with context:
+    vectors = model.encode(texts, batch_size=size)
+print("seconds", time.perf_counter() - began)
+np.save(out, np.asarray(vectors, dtype=np.float32))
+"""
+
+
+def seconds(command: list, pattern: str, **environment) -> float:
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(done.stderr)
+    return float(re.search(pattern, done.stdout)[1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a sentence-transformers folder")
+    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--peer_autocast", action="store_true", help="bf16 of the peer by autocast")
+    parser.add_argument("--peer_batch_size", type=int, default=32, help="texts per batch of the peer (its default)")
+    parser.add_argument("--limit", type=int, default=0, help="take so many passages, evenly spread; 0 = all")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    corpus = open_texts(args.corpus)
+    rows = np.linspace(0, len(corpus) - 1, args.limit or len(corpus)).astype(int)
+    found, peer_precision = {"ours": [], "theirs": []}, "autocast" if args.peer_autocast else args.precision
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        write_texts(folder / "corpus.jsonl", ((corpus.id(row), *corpus[row]) for row in rows))
+        for turn in range(args.rounds):
+            ours = ["encode.py", "--model", args.model, "--input", folder / "corpus.jsonl", "--kind", "passage"]
+            ours = [ROOT / ours[0], *ours[1:], "--dtype", "float32", "--output_dir", folder / f"vectors{turn}"]
+            mixed = {"fp32": "no", "bf16": "bf16"}[args.precision]
+            cache = {"BOTTLENECK_CACHE": str(folder / "cache")}
+            found["ours"].append(seconds(ours, r"texts in ([\d.]+) s", ACCELERATE_MIXED_PRECISION=mixed, **cache))
+            peer = args.model, folder / "corpus.jsonl", folder / "peer.npy", peer_precision, args.peer_batch_size
+            found["theirs"].append(seconds(["-c", PEER, *peer], r"seconds ([\d.]+)"))
+            print(json.dumps({name: values[-1] for name, values in found.items()}), flush=True)
+        ours, theirs = Embeddings(folder / "vectors0").take(np.arange(len(rows))), np.load(folder / "peer.npy")
+    median = {name: statistics.median(values) for name, values in found.items()}
+    cosine = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+    print(f"{len(rows)} passages, {args.precision}: ours {len(rows) / median['ours']:.1f} texts/s, "
+          f"theirs {len(rows) / median['theirs']:.1f}, ratio {median['theirs'] / median['ours']:.2f}")  # fmt: skip
+    print(f"vectors: largest difference {np.abs(ours - theirs).max():.1e}, lowest cosine {cosine.min():.6f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Fetch MS MARCO passage ranking and TREC Deep Learning 2019 and 2020 from their official places, and check every line count.
+#
+#     bash recipes/get_msmarco.sh [OUT] [--titles] [--bm25_negatives]      OUT: default data/msmarco
+#     bash recipes/get_msmarco.sh [OUT] --check                            only count the lines of what is there
+#
+# --titles           the titles of the passages too, as RocketQA made them; OUT/corpus.tsv joins them: pid TAB title TAB text
+# --bm25_negatives   the official BM25 triples (5 GB), as OUT/train.negatives.tsv (mine_negatives.py --bm25 makes such a file too)
+#
+# Licence: MS MARCO is for non-commercial research only; its terms stand on https://microsoft.github.io/msmarco/. TREC's judgments are
+# in the public domain. By fetching you accept the terms.
+# Not tried: this script was written without access to these servers. Addresses and names of members are those the project pages
+# give; what does not answer or does not have the expected number of lines stops it with its name. Call it again to go on.
+set -euo pipefail
+out=data/msmarco titles="" triples="" check=""
+for argument in "$@"; do
+    case $argument in
+        --titles) titles=1 ;;
+        --bm25_negatives) triples=1 ;;
+        --check) check=1 ;;
+        -*) sed -n '4,5p' "$0" >&2; exit 1 ;;
+        *) out=$argument ;;
+    esac
+done
+marco=https://msmarco.z22.web.core.windows.net/msmarcoranking # the old address, msmarco.blob.core.windows.net, is dead
+trec=https://trec.nist.gov/data/deep
+rocketqa=https://rocketqa.bj.bcebos.com/corpus/marco.tar.gz
+
+stop() { echo "get_msmarco: $*" >&2; exit 1; }
+
+have() { # FILE LINES: is it there, with so many lines?
+    [ -f "$out/$1" ] || return 1
+    local found
+    found=$(wc -l <"$out/$1" | tr -d ' ')
+    [ "$found" = "$2" ] || stop "$out/$1: $found lines, not $2 — remove it and call again; if that repeats, its source has changed"
+    echo "$out/$1: $2 lines"
+}
+
+fetch() { # URL: prints where the file lies; a download that broke off goes on
+    local name=$out/download/${1##*/}
+    if [ ! -f "$name" ]; then
+        echo "fetching $1" >&2
+        curl -fL --retry 3 -C - -o "$name.part" "$1" >&2 || stop "$1 does not answer — see https://microsoft.github.io/msmarco/Datasets"
+        mv "$name.part" "$name"
+    fi
+    echo "$name"
+}
+
+member() { # URL MEMBER: a file of an archive, on stdout
+    local archive
+    archive=$(fetch "$1")
+    tar -xzOf "$archive" "$2" || stop "$archive: no member $2 — its contents have changed"
+}
+
+unpacked() { # URL: a gzipped file, on stdout
+    local file
+    file=$(fetch "$1")
+    gzip -dc "$file"
+}
+
+plain() { # URL: a file, on stdout
+    local file
+    file=$(fetch "$1")
+    cat "$file"
+}
+
+judged() { # queries of train that have a judgment, out of all 808,731
+    member $marco/collectionandqueries.tar.gz queries.train.tsv | awk -F '\t' 'NR == FNR { judged[$1]; next } $1 in judged' "$out/qrels.train.tsv" -
+}
+
+joined() { # pid TAB title TAB text; both files are in the order of the ids
+    local file
+    file=$(fetch $rocketqa)
+    tar -xzOf "$file" marco/para.title.txt >"$out/titles.tsv" || stop "$file: no member marco/para.title.txt — its contents have changed"
+    awk -F '\t' 'NR == FNR { title[$1] = $2; next } { print $1 "\t" title[$1] "\t" $2 }' "$out/titles.tsv" "$out/collection.tsv"
+}
+
+negatives() { # qid TAB pid,pid,... out of qid TAB positive TAB negative, of which the lines of a query stand together
+    unpacked $marco/qidpidtriples.train.full.2.tsv.gz | tr -d '\r' |
+        awk -F '\t' '$1 == last { printf ",%s", $3; next } { if (last) print ""; printf "%s\t%s", $1, $3; last = $1 } END { print "" }'
+}
+
+make() { # FILE LINES COMMAND...: the file out of a command's output, unless it is there
+    if have "$1" "$2"; then return; fi
+    [ -z "$check" ] || { echo "$out/$1: not there"; return; }
+    "${@:3}" >"$out/$1.part"
+    mv "$out/$1.part" "$out/$1"
+    have "$1" "$2"
+}
+
+mkdir -p "$out/download"
+make collection.tsv 8841823 member $marco/collectionandqueries.tar.gz collection.tsv
+make qrels.train.tsv 532761 plain $marco/qrels.train.tsv
+make queries.train.tsv 502939 judged
+make queries.dev.tsv 6980 member $marco/collectionandqueries.tar.gz queries.dev.small.tsv
+make qrels.dev.tsv 7437 member $marco/collectionandqueries.tar.gz qrels.dev.small.tsv
+make top1000.dev 6668967 member $marco/top1000.dev.tar.gz top1000.dev
+make queries.dl19.tsv 200 unpacked $marco/msmarco-test2019-queries.tsv.gz
+make qrels.dl19.txt 9260 plain $trec/2019qrels-pass.txt
+make top1000.dl19.tsv 189877 unpacked $marco/msmarco-passagetest2019-top1000.tsv.gz
+make queries.dl20.tsv 200 unpacked $marco/msmarco-test2020-queries.tsv.gz
+make qrels.dl20.txt 11386 plain $trec/2020qrels-pass.txt
+if [ -n "$titles$check" ]; then make corpus.tsv 8841823 joined; fi
+if [ -n "$triples$check" ]; then make train.negatives.tsv 400782 negatives; fi

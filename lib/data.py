@@ -21,13 +21,12 @@ from lib.text import TextFormat, format_texts, join_title, pad, step_seed, to_id
 
 class StepSampler:
     """Batch sampler without end and without state: micro-step m takes positions m*W*B ... (m+1)*W*B of the
-    concatenated epochs, this
-    process its B of them. So W processes of batch B see what one of batch W*B sees, and a resume starts at any
-    micro-step.
+    concatenated epochs, this process its B of them. So W processes of batch B see what one of batch W*B sees, and a
+    resume starts at any micro-step.
 
     Yields [(example, micro_step, global_row), ...] of length B; global_row counts within the batch of the whole world.
-    Each epoch is a permutation by (seed, epoch); a batch that runs over the end of an epoch is filled from the
-    next."""
+    Each epoch is a permutation by (seed, epoch); a batch that runs over the end of an epoch is filled from the next.
+    """
 
     def __init__(
         self, num_examples: int, per_device_batch_size: int, rank: int, world: int, seed: int, start: int = 0

@@ -313,9 +313,8 @@ def _build_texts(folder: Path, source, titles) -> None:
 
 def open_texts(source, titles=None) -> "Texts":
     """A corpus or queries for random access by row or id. The first use writes a memory-mapped Arrow copy to the
-    cache; a file that has
-    changed since (name, size, time) gets a new one. On several processes call it first on one: `with
-    accelerator.main_process_first():`"""
+    cache; a file that has changed since (name, size, time) gets a new one. On several processes call it first on one:
+    `with accelerator.main_process_first():`"""
     stamp = [TEXTS_VERSION]
     for path in [source, *([titles] if titles else [])]:
         path = Path(path)

@@ -1,5 +1,4 @@
-"""Metrics: trec_eval's through pytrec_eval, and what it lacks: RR@k by the MS MARCO definition, success, hole rate,
-tests.
+"""Metrics: trec_eval's through pytrec_eval, and what it lacks: RR@k by the MS MARCO definition, hole rate, tests.
 
 Names are those of ir_measures: nDCG@10  RR@10 (MRR@10)  R@100 (Recall@100)  AP (MAP)  P@10  Success@5  Hole@10.
 A value belongs to a judged query. Queries that the run lacks, or that have no relevant passage, count 0 (trec_eval
@@ -154,8 +153,7 @@ def bootstrap_interval(
 def randomisation_test(differences: Sequence[float], seed: int = 0, trials: int = 10_000) -> float:
     """Two-sided p of a paired randomisation (permutation) test that the mean difference is 0: the share of sign flips
     whose mean is at least as far from 0. All 2^n flips for up to 13 queries, else random ones, the observed one
-    counted
-    in (Smucker et al., CIKM 2007)."""
+    counted in (Smucker et al., CIKM 2007)."""
     differences = np.asarray(differences, dtype=np.float64)
     n, observed = len(differences), abs(differences.sum())
     reach = observed * (1 - 1e-12) - 1e-12  # sums in another order differ in the last bits

@@ -1,4 +1,4 @@
-"""The end of the quickstart: how well BM25, stage 1 and stage 2 find the passage of each test query, and three examples.
+"""The end of the quickstart: how well BM25, stage 1 and stage 2 find the passage of each test query, three examples.
 
 Reads   OUT, as recipes/quickstart.sh leaves it
 

@@ -1,4 +1,4 @@
-"""Mined negatives: what may not be among them, and the numbers of the audit. 
+"""Mined negatives: what may not be among them, and the numbers of the audit.
 
 Run: python -m pytest tests/test_mine.py
 """

@@ -15,7 +15,7 @@ setup
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false BOTTLENECK_CACHE=${BOTTLENECK_CACHE:-$out/cache}
 if [ "$DEVICE" = gpu ]; then export ACCELERATE_MIXED_PRECISION=bf16; fi
 
-collection=() vocabulary=8000 layers=2 pretrain_steps=300 finetune_steps=250 batch=64 # for two CPU cores
+collection=() vocabulary=8000 layers=2 pretrain_steps=240 finetune_steps=220 batch=64 # for two CPU cores
 if [ "${SCALE:-}" = tiny ]; then
     collection=(--roots "$(python -c 'import os; print(os.path.dirname(os.__file__))')" --max_passages 400 --eval_queries 50)
     vocabulary=1000 layers=1 pretrain_steps=5 finetune_steps=5 batch=8

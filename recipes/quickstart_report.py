@@ -61,6 +61,7 @@ def main():
     gain = read_json(out / "evaluation-gain/metrics.json")["splits"]["test"]
     print(verdict("stage 2", "stage 1", gain))
     print(verdict("stage 2", "BM25", results["stage2"]))
+    print("(stage 2 goes on from stage 1: twice the steps, and negatives that stage 1 itself finds hard)")
 
 
 if __name__ == "__main__":

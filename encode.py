@@ -35,9 +35,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from lib.encoder import checkpoint_folder, load_encoder, model_hash, pack_linears
+from lib.encoder import checkpoint_folder, load_encoder, model_hash
 from lib.files import UserError, finish_embeddings, open_texts, read_json, shard_name, write_json, write_shard
 from lib.launch import claim_output, describe, echo, make_accelerator, parse_args, run
+from lib.packed import pack_linears
 from lib.text import TextFormat, format_texts, pad, to_ids
 
 

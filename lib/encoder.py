@@ -310,30 +310,6 @@ def _extend_head(folder, head: list, hidden: int, projection: int | None, normal
     return head
 
 
-class PackedLinear(nn.Module):
-    """A Linear for inference on a CPU whose weight lies as oneDNN's kernels read it, instead of being laid out anew at
-    every call: a tenth faster in fp32. What torch.compile does to frozen weights. Inputs are cast to `dtype`."""
-
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype))
-        self.bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-        self.dtype = dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.weight, self.bias, "none", [], "")
-
-
-def pack_linears(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace the Linears below `module`, for inference alone, where this build of torch has oneDNN (x86)."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
-        return
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child, dtype))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # sentence-transformers' files, in the spelling of any version
 

@@ -17,6 +17,7 @@ import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import numba
@@ -28,11 +29,12 @@ from tqdm import tqdm
 
 from lib.dist import all_gather
 from lib.files import Embeddings, Texts, UserError, atomic, id_hashes, read_json, write_json
+from lib.packed import product
 
 EMPTY = np.iinfo(np.int64).min  # the key of "no passage": below every other
 ROW_MASK = (1 << 32) - 1
 KEYS_AT_A_TIME = 1 << 24  # bound on Q·k of a pass over the corpus, all processes together
-QUERY_TILE, ROW_TILE = 1024, 16384  # scores computed at a time on a CPU: 64 MB
+QUERY_TILE, ROW_TILE = 1024, 2048  # scores computed at a time by each thread of a CPU: 8 MB
 DEVICE_QUERY_TILE, DEVICE_ROW_TILE = 2048, 65536  # on a GPU: 512 MB
 DOCUMENT_TILE = 1 << 15  # BM25: the totals of so many documents stay in the cache of a core
 
@@ -95,42 +97,34 @@ def _best_first(keys, k):
 
 
 @numba.njit(nogil=True, cache=True)
-def _offer(scores, bits, first_row, keys, count, bar, k):
-    """Put scores (n,), of rows first_row ..., that are above `bar` into keys[:count]; (count, bar) after that.
+def _push(score, bits, row, keys, count, bar, k):
+    """Put one score above `bar` into keys[:count]; (count, bar) after that. `bits`: the score as int32.
 
     `keys` has more than k places; when it is full, the k best stay and the worst of them is the new bar. Rows come in
-    ascending order, so that a later row which ties with the bar has lost already. bits: the scores as int32."""
-    for start in range(0, len(scores), 64):
-        chunk, hit = scores[start : start + 64], False
-        for j in range(len(chunk)):  # no branch, so that the compiler compares 16 at a time
-            hit |= chunk[j] > bar
-        if not hit:
-            continue
-        for j in range(len(chunk)):
-            if chunk[j] > bar:
-                high = _flip(np.int64(bits[start + j])) if chunk[j] != 0 else np.int64(0)
-                keys[count] = (high << 32) | (0xFFFFFFFF - (first_row + start + j))
-                count += 1
-                if count == len(keys):
-                    bar = np.int32(_flip(_best_first(keys, k) >> 32)).view(np.float32)
-                    count = k
+    ascending order, so that a later row which ties with the bar has lost already."""
+    high = _flip(np.int64(bits)) if score != 0 else np.int64(0)
+    keys[count] = (high << 32) | (0xFFFFFFFF - row)
+    count += 1
+    if count == len(keys):
+        bar = np.int32(_flip(_best_first(keys, k) >> 32)).view(np.float32)
+        count = k
     return count, bar
 
 
 @numba.njit(nogil=True, cache=True)
 def _scan(scores, first_row, keys, counts, bars, k):
+    """Offer the scores (n, Q) of rows first_row ... to the lists of Q queries."""
     bits = scores.view(np.int32)
-    for q in range(len(scores)):
-        counts[q], bars[q] = _offer(scores[q], bits[q], first_row, keys[q], counts[q], bars[q], k)
-
-
-def _in_threads(function, count: int, size: int | None = None) -> None:
-    """function(slice) over [0, count) in slices of `size`, in as many threads as torch uses (numba's own would not
-    know of those)."""
-    threads = torch.get_num_threads()
-    size = size or -(-count // threads)
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(function, [slice(at, min(at + size, count)) for at in range(0, count, size)]))
+    for j in range(len(scores)):
+        for start in range(0, scores.shape[1], 64):
+            line, least, hit = scores[j, start : start + 64], bars[start : start + 64], False
+            for i in range(len(line)):  # no branch, so that the compiler compares 16 at a time
+                hit |= line[i] > least[i]
+            if hit:
+                for i in range(len(line)):
+                    if line[i] > least[i]:
+                        q = start + i
+                        counts[q], bars[q] = _push(line[i], bits[j, q], first_row + j, keys[q], counts[q], bars[q], k)
 
 
 def _everywhere(keys: Tensor, accelerator) -> Tensor:
@@ -222,23 +216,31 @@ class Dense:
             return torch.full((len(queries), k), EMPTY)
         keys = np.full((len(queries), 2 * depth), EMPTY)
         counts, bars = np.zeros(len(queries), dtype=np.int64), np.full(len(queries), -np.inf, dtype=np.float32)
-        tile = torch.empty(min(QUERY_TILE, len(queries)) * ROW_TILE)
-        for row, block in self._blocks(ROW_TILE, "exact search"):
-            with warnings.catch_warnings():  # torch says that a mapped array is read-only; nobody writes to it
-                warnings.simplefilter("ignore")
-                block = torch.from_numpy(block).float()
-            for at in range(0, len(queries), QUERY_TILE):
-                part = queries[at : at + QUERY_TILE]
-                out = tile[: len(part) * len(block)].view(len(part), len(block))
-                scores = torch.mm(part, block.T, out=out).numpy()
-                if at == 0:
-                    self._check_finite(scores[0], row)
+        threads = torch.get_num_threads()
+        size = min(-(-len(queries) // threads), QUERY_TILE)
+        parts = [slice(at, at + size) for at in range(0, len(queries), size)]
+        products = [product(queries[part].contiguous()) for part in parts]
 
-                def scan(rows, scores=scores, row=row, at=at):
-                    into = slice(at + rows.start, at + rows.stop)
-                    _scan(scores[rows], row, keys[into], counts[into], bars[into], depth)
+        @torch.inference_mode()
+        def scan(number: int, block: Tensor, row: int) -> None:
+            part = parts[number]
+            for at in range(0, len(block), ROW_TILE):
+                scores = products[number](block[at : at + ROW_TILE]).numpy()  # (n, Q)
+                if number == 0:
+                    self._check_finite(scores[:, 0], row + at)
+                _scan(scores, row + at, keys[part], counts[part], bars[part], depth)
 
-                _in_threads(scan, len(part))
+        # each thread multiplies and scans for its own queries, so that none waits for another within a block
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                for row, block in self._blocks(8 * ROW_TILE, "exact search"):
+                    with warnings.catch_warnings():  # torch says that a mapped array is read-only; nobody writes to it
+                        warnings.simplefilter("ignore")
+                        block = torch.from_numpy(block).float()
+                    list(pool.map(scan, range(len(parts)), repeat(block), repeat(row)))
+        finally:
+            torch.set_num_threads(threads)
         keys[np.arange(2 * depth) >= counts[:, None]] = EMPTY
         return top_keys(torch.from_numpy(keys), k)
 
@@ -335,7 +337,7 @@ def term(word: str) -> str | None:
 
 @numba.njit(nogil=True, cache=True)
 def _scan_postings(terms, starts, queries, data, documents, offsets, num_documents, keys, k):
-    """BM25 of queries.start ... queries.stop: add up the postings of each query's terms, tile by tile of documents."""
+    """BM25 of queries[0] ... queries[1] - 1: add up the postings of each query's terms, tile by tile of documents."""
     totals = np.empty(DOCUMENT_TILE, dtype=np.float32)
     for q in range(queries[0], queries[1]):
         mine = terms[starts[q] : starts[q + 1]]
@@ -351,8 +353,10 @@ def _scan_postings(terms, starts, queries, data, documents, offsets, num_documen
                     j += 1
                 at[t] = j
             if touched:
-                here = totals[: stop - first_row]
-                count, bar = _offer(here, here.view(np.int32), first_row, keys[q], count, bar, k)
+                bits = totals.view(np.int32)
+                for j in range(stop - first_row):
+                    if totals[j] > bar:
+                        count, bar = _push(totals[j], bits[j], first_row + j, keys[q], count, bar, k)
         keys[q, count:] = EMPTY
 
 
@@ -480,11 +484,12 @@ class BM25:
             terms, starts = self._terms(block[rank * share : (rank + 1) * share])
             keys = np.full((share, 2 * depth), EMPTY)
 
-            def scan(part, keys=keys, terms=terms, starts=starts):
+            def scan(start, keys=keys, terms=terms, starts=starts):
                 postings = self.data, self.documents, self.offsets, self.meta["count"]
-                _scan_postings(terms, starts, (part.start, part.stop), *postings, keys, depth)
+                _scan_postings(terms, starts, (start, min(start + 16, len(starts) - 1)), *postings, keys, depth)
 
-            _in_threads(scan, len(starts) - 1, 16)
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                list(pool.map(scan, range(0, len(starts) - 1, 16)))
             keys = top_keys(torch.from_numpy(keys), k)
             keys = _everywhere(keys, self.accelerator) if world > 1 else keys
             scores[at : at + at_a_time], rows[at : at + at_a_time] = unpack(keys[: len(block)])

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from lib.data import length_chunks
-from lib.encoder import Dense, LayerNorm, PackedLinear, load_encoder, model_hash, pack_linears, save_encoder
+from lib.encoder import Dense, LayerNorm, load_encoder, model_hash, save_encoder
 from lib.files import UserError
+from lib.packed import PackedLinear, pack_linears
 from lib.text import pad, to_ids
 
 CARD = {"base": "tiny", "data": {"corpus": "c.jsonl"}, "command": ["python", "x.py"], "metrics": {"MRR@10": 0.5}}

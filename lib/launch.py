@@ -63,6 +63,8 @@ def run(main) -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         main()
+        if torch.distributed.is_initialized():  # a gloo process that just ends may abort in a thread still running
+            torch.distributed.destroy_process_group()
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         place = Path(sys.argv[0]).name + (f" [process {rank}]" if rank else "")

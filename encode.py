@@ -1,10 +1,10 @@
 """Encode queries or passages with a bi-encoder: texts in, shards of vectors out.
 
 The corpus is cut into shards of --shard_rows texts whatever the number of processes. Within a shard, windows of
---window texts are tokenised by loader workers, ordered by length, and encoded in batches of at most
---tokens_per_batch tokens; rows keep the order of the input. Neither windows nor batches cross a shard, so any number
-of processes writes the same bytes as one (on the same machine, with the same number of threads each), and memory does
-not grow with the corpus.
+--window texts (the first is shorter) are tokenised by loader workers, ordered by length, and encoded in batches of at
+most --tokens_per_batch tokens; rows keep the order of the input. Neither windows nor batches cross a shard, so any
+number of processes writes the same bytes as one (on the same machine, with the same number of threads each), and
+memory does not grow with the corpus.
 A run that died is finished by the same command: shards that exist are kept, if model, input and settings are the same.
 
 How texts are read (pooling, titles, prompts, lengths) belongs to the checkpoint. A flag that differs from what the
@@ -84,6 +84,12 @@ class Windows(Dataset):
         tokens = to_ids(strings, self.tokenizer, self.form.max_length(self.kind))
         lengths = np.fromiter(map(len, tokens), np.int32, len(tokens))
         return list(ids), np.fromiter(chain.from_iterable(tokens), np.int32, lengths.sum()), lengths
+
+
+def cut(start: int, stop: int, window: int) -> list[tuple[int, int]]:
+    """Spans of at most `window` texts. The first is short: encoding begins while the others are being tokenised."""
+    edges = [start, *range(min(start + max(window // 16, 1), stop), stop, window), stop]
+    return list(zip(edges, edges[1:], strict=False))
 
 
 def token_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
@@ -187,7 +193,7 @@ def main():
     missing = [s for s in range(len(shards)) if not (folder / f"{shard_name(s)}.npy").is_file()]
     accelerator.wait_for_everyone()  # all have listed what is missing before the first adds to it
     mine = missing[rank::W]
-    spans = [[(a, min(a + args.window, shards[s][1])) for a in range(*shards[s], args.window)] for s in mine]
+    spans = [cut(*shards[s], args.window) for s in mine]
     windows = Windows(texts, list(chain(*spans)), args.kind, form, tokenizer)
     loader = iter(DataLoader(windows, batch_size=None, num_workers=args.num_workers, collate_fn=tuple))
     total = sum(shards[s][1] - shards[s][0] for s in mine)

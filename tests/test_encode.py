@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from encode import main, token_batches
+from encode import cut, main, token_batches
 from lib.encoder import load_encoder, save_encoder
 from lib.files import Embeddings, UserError, open_texts, read_json, write_texts
 from lib.text import format_texts, to_ids
@@ -169,3 +169,10 @@ def test_batches_cover_all_rows_within_the_budget():
     assert sorted(np.concatenate(batches)) == list(range(300))
     assert all(len(rows) * lengths[rows].max() <= 120 for rows in batches) and max(map(len, batches)) > 10
     assert len(token_batches(np.array([9, 9]), 1)) == 2
+
+
+@pytest.mark.parametrize(("start", "stop", "window"), [(0, 1, 1), (3, 20, 5), (0, 100, 32), (7, 9, 8192)])
+def test_spans_cover_a_shard_in_order(start, stop, window):
+    spans = cut(start, stop, window)
+    assert [row for a, b in spans for row in range(a, b)] == list(range(start, stop))
+    assert all(0 < b - a <= window for a, b in spans)

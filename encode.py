@@ -38,7 +38,6 @@ from transformers.hf_argparser import HfArg
 from lib.encoder import checkpoint_folder, load_encoder, model_hash
 from lib.files import UserError, finish_embeddings, open_texts, read_json, shard_name, write_json, write_shard
 from lib.launch import claim_output, describe, echo, make_accelerator, parse_args, run
-from lib.packed import pack_linears
 from lib.text import TextFormat, format_texts, pad, to_ids
 
 
@@ -198,8 +197,6 @@ def main():
     loader = iter(DataLoader(windows, batch_size=None, num_workers=args.num_workers, collate_fn=tuple))
     total = sum(shards[s][1] - shards[s][0] for s in mine)
     bar = tqdm(total=total, unit=" texts", disable=not accelerator.is_main_process)
-    if device.type == "cpu":
-        pack_linears(model.backbone, torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32)
     limited, clock = 0, time.perf_counter()
     with torch.inference_mode(), accelerator.autocast():  # one context for all batches: weights are cast once
         for shard, parts in zip(mine, spans, strict=True):

@@ -18,7 +18,7 @@ read -ra launch <<<"${LAUNCH:-accelerate launch}"
 found=0
 for collection in "$folder" "$folder"/*/; do
     collection=${collection%/}
-    corpus=$(ls "$collection"/corpus.jsonl* 2>/dev/null | head -1)
+    corpus=$(ls "$collection"/corpus.jsonl* 2>/dev/null | head -1) || true
     [ -n "$corpus" ] || continue
     queries=$(ls "$collection"/queries.jsonl* | head -1)
     splits=("$collection"/qrels/test*.tsv)

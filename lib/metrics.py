@@ -1,8 +1,8 @@
 """Metrics: trec_eval's through pytrec_eval, and what it lacks: RR@k by the MS MARCO definition, hole rate, tests.
 
 Names are those of ir_measures: nDCG@10  RR@10 (MRR@10)  R@100 (Recall@100)  AP (MAP)  P@10  Success@5  Hole@10.
-A value belongs to a judged query. Queries that the run lacks, or that have no relevant passage, count 0 (trec_eval
--c).
+A value belongs to a judged query. Queries that the run lacks, or that have no relevant passage, count 0, as under
+trec_eval -c.
 """
 
 import re
@@ -141,8 +141,7 @@ def _scores(entry: RunList) -> dict[str, float]:
 def bootstrap_interval(
     values: Sequence[float], seed: int = 0, trials: int = 10_000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of the mean, queries drawn with replacement. For a paired difference pass the
-    differences."""
+    """Percentile interval of the mean, queries drawn with replacement. For a paired comparison pass differences."""
     values, draw, means = np.asarray(values, dtype=np.float64), np.random.default_rng(seed), []
     for _ in range(0, trials, 1000):
         means.append(values[draw.integers(0, len(values), (1000, len(values)))].mean(1))

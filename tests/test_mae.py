@@ -226,7 +226,8 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_model_dir, tmp_path):
     mp.spawn(one_of_two, (port, str(tiny_model_dir), str(tmp_path)), nprocs=2)
     single = [world_step(tiny_model_dir, objective) for objective in ("mlm", "retromae")]
     for rank in range(2):
-        for (loss, grad, W), (loss_1, grad_1, W_1) in zip(torch.load(tmp_path / f"{rank}.pt"), single, strict=True):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for (loss, grad, W), (loss_1, grad_1, W_1) in zip(found, single, strict=True):
             assert (W, W_1) == (2, 1) and grad_1.abs().max() > 1e-2
             torch.testing.assert_close(loss, loss_1, atol=1e-5, rtol=0)
             torch.testing.assert_close(grad, grad_1, atol=1e-5, rtol=0)

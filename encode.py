@@ -38,6 +38,7 @@ from transformers.hf_argparser import HfArg
 from lib.encoder import checkpoint_folder, load_encoder, model_hash
 from lib.files import UserError, finish_embeddings, open_texts, read_json, shard_name, write_json, write_shard
 from lib.launch import claim_output, describe, echo, make_accelerator, parse_args, run
+from lib.packed import pack_linears
 from lib.text import TextFormat, format_texts, pad, to_ids
 
 
@@ -91,12 +92,18 @@ def cut(start: int, stop: int, window: int) -> list[tuple[int, int]]:
     return list(zip(edges, edges[1:], strict=False))
 
 
-def token_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Rows, longest first, in batches of rows x longest <= budget (and at least one row)."""
+def token_batches(lengths: np.ndarray, budget: int, limit: int) -> list[tuple[np.ndarray, int]]:
+    """(rows, width) of batches, longest first: rows x width <= budget (or one row). Few shapes occur, because the
+    libraries below keep code and memory for each: the width is rounded up to one of eight steps between two powers of
+    two (`limit` tokens at most), and the rows at the end of a window are split by powers of two."""
     order, batches = np.argsort(-lengths, kind="stable"), []
     while len(order):
-        rows = max(budget // max(int(lengths[order[0]]), 1), 1)
-        batches.append(order[:rows])
+        longest = int(lengths[order[0]])
+        step = 1 << max(longest.bit_length() - 4, 0)
+        width = min(-(-longest // step) * step, limit)
+        rows = max(budget // width, 1)
+        rows = rows if rows <= len(order) else 1 << (len(order).bit_length() - 1)
+        batches.append((order[:rows], width))
         order = order[rows:]
     return batches
 
@@ -164,7 +171,7 @@ def main():
         "stored as": f"{args.dtype}, {len(shards)} shard(s) of {args.shard_rows} rows",
     }
     if args.dry_run:
-        batches = len(token_batches(lengths, budget)) * len(texts) / len(lengths)
+        batches = len(token_batches(lengths, budget, meta["max_length"])) * len(texts) / len(lengths)
         disk = len(texts) * model.dim * np.dtype(args.dtype).itemsize / 1e9
         echo(accelerator, "dry run", {**facts, "batches": f"about {math.ceil(batches)}", "disk": f"{disk:.2f} GB"})
         return
@@ -197,6 +204,9 @@ def main():
     loader = iter(DataLoader(windows, batch_size=None, num_workers=args.num_workers, collate_fn=tuple))
     total = sum(shards[s][1] - shards[s][0] for s in mine)
     bar = tqdm(total=total, unit=" texts", disable=not accelerator.is_main_process)
+    packed = {"no": torch.float32, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+    if device.type == "cpu" and packed:
+        pack_linears(model.backbone, packed)
     limited, clock = 0, time.perf_counter()
     with torch.inference_mode(), accelerator.autocast():  # one context for all batches: weights are cast once
         for shard, parts in zip(mine, spans, strict=True):
@@ -205,8 +215,8 @@ def main():
                 ids, tokens, lengths = next(loader)
                 starts = np.cumsum(lengths) - lengths
                 reps = torch.empty(len(ids), model.dim, device=device)
-                for rows in token_batches(lengths, budget):
-                    batch = pad([tokens[starts[r] : starts[r] + lengths[r]] for r in rows], tokenizer)
+                for rows, width in token_batches(lengths, budget, meta["max_length"]):
+                    batch = pad([tokens[starts[r] : starts[r] + lengths[r]] for r in rows], tokenizer, width)
                     reps[torch.from_numpy(rows).to(device)] = model.encode(send_to_device(batch, device))
                 with np.errstate(over="ignore"):
                     stored = reps.cpu().numpy().astype(args.dtype)

@@ -15,7 +15,7 @@ import mmap
 import re
 import warnings
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from lib.dist import all_gather
 from lib.files import Embeddings, Texts, UserError, atomic, id_hashes, read_json, write_json
+from lib.packed import product
 
 EMPTY = np.iinfo(np.int64).min  # the key of "no passage": below every other
 ROW_MASK = (1 << 32) - 1
@@ -124,17 +125,6 @@ def _scan(scores, first_row, keys, counts, bars, k):
                     if line[i] > least[i]:
                         q = start + i
                         counts[q], bars[q] = _push(line[i], bits[j, q], first_row + j, keys[q], counts[q], bars[q], k)
-
-
-def product(queries: Tensor) -> Callable[[Tensor], Tensor]:
-    """queries (Q, D) -> a function of a block (n, D) that gives its scores (n, Q) on a CPU. oneDNN lays the memory of
-    the queries out once, not at every call, as torch.compile does with frozen weights: a tenth faster than torch.mm.
-    It keeps code for each n, half a megabyte: for blocks of one size."""
-    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    if not known:
-        return lambda block: block @ queries.T
-    packed = torch.ops.mkldnn._reorder_linear_weight(queries)
-    return lambda block: torch.ops.mkldnn._linear_pointwise(block, packed, None, "none", [], "")
 
 
 def _everywhere(keys: Tensor, accelerator) -> Tensor:

@@ -68,9 +68,10 @@ def to_ids(strings: Sequence[str], tokenizer, max_length: int) -> list[list[int]
     return encoded["input_ids"]
 
 
-def pad(ids: Sequence[Sequence[int]], tokenizer) -> dict[str, Tensor]:
-    """{"input_ids", "attention_mask"}: (B, L) int64, padded to the longest on the tokenizer's padding side."""
-    width = max(map(len, ids))
+def pad(ids: Sequence[Sequence[int]], tokenizer, width: int = 0) -> dict[str, Tensor]:
+    """{"input_ids", "attention_mask"}: (B, L) int64, padded to the longest, or to `width` if that is more, on the
+    tokenizer's padding side."""
+    width = max(width, max(map(len, ids)))
     input_ids = np.full((len(ids), width), tokenizer.pad_token_id, dtype=np.int64)
     attention_mask = np.zeros((len(ids), width), dtype=np.int64)
     for row, one in enumerate(ids):

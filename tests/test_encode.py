@@ -165,10 +165,21 @@ def test_dry_run_and_override(checkpoint, tiny_collection, tmp_path):
 
 def test_batches_cover_all_rows_within_the_budget():
     lengths = np.random.default_rng(0).integers(3, 50, 300).astype(np.int32)
-    batches = token_batches(lengths, 120)
-    assert sorted(np.concatenate(batches)) == list(range(300))
-    assert all(len(rows) * lengths[rows].max() <= 120 for rows in batches) and max(map(len, batches)) > 10
-    assert len(token_batches(np.array([9, 9]), 1)) == 2
+    batches = token_batches(lengths, 120, 49)
+    assert sorted(np.concatenate([rows for rows, _ in batches])) == list(range(300))
+    assert all(len(rows) * width <= 120 and lengths[rows].max() <= width <= 49 for rows, width in batches)
+    assert max(len(rows) for rows, _ in batches) > 10
+    assert [width for _, width in token_batches(np.array([9, 9]), 1, 9)] == [9, 9]
+
+
+def test_batches_have_few_shapes():
+    draw, shapes = np.random.default_rng(0), set()
+    for size in range(50, 150):
+        lengths = draw.integers(3, 513, size)
+        for rows, width in token_batches(lengths, 2048, 512):
+            assert width - lengths[rows].max() <= width / 8
+            shapes.add((len(rows), width))
+    assert len({width for _, width in shapes}) <= 56 and len(shapes) < 150, len(shapes)
 
 
 @pytest.mark.parametrize(("start", "stop", "window"), [(0, 1, 1), (3, 20, 5), (0, 100, 32), (7, 9, 8192)])

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from lib.data import length_chunks
 from lib.encoder import Dense, LayerNorm, load_encoder, model_hash, save_encoder
 from lib.files import UserError
+from lib.packed import PackedLinear, pack_linears
 from lib.text import pad, to_ids
 
 CARD = {"base": "tiny", "data": {"corpus": "c.jsonl"}, "command": ["python", "x.py"], "metrics": {"MRR@10": 0.5}}
@@ -183,3 +184,13 @@ def test_flags_that_contradict_a_checkpoint(tiny_model_dir, tmp_path):
     for arguments in [("mean",), ("cls", None, 25), ("cls", {"max_query_length": 129}), ("cls", None, 0, True, True)]:
         with pytest.raises(UserError):
             load_encoder(tmp_path / "a", *arguments)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_packed_weights_give_the_same_vectors(tiny_model_dir, dtype, tolerance):
+    plain, packed = load_encoder(tiny_model_dir, "mean"), load_encoder(tiny_model_dir, "mean")
+    pack_linears(packed.backbone, dtype)
+    kinds = {type(module) for module in packed.backbone.modules()}
+    assert PackedLinear in kinds and torch.nn.Linear not in kinds
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        torch.testing.assert_close(vectors(packed), vectors(plain), rtol=tolerance, atol=tolerance)

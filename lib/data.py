@@ -411,11 +411,14 @@ def read_dev(queries: Texts, corpus: Texts, qrels_path, candidates_path) -> tupl
 
 
 @torch.no_grad()
-def rerank(encoder: Callable, device, collate: GroupCollator, queries: Texts, candidates: dict, k: int) -> dict:
+def rerank(
+    encoder: Callable, device, collate: GroupCollator, queries: Texts, candidates: dict, k: int, at_once: int = 25_000
+) -> dict:
     """{qid: the best k of its candidates by dot product, best first}; ties keep the order of the candidates.
-    encoder(query, passage) -> (q_reps, p_reps), either side None. 64 queries at a time, so memory does not grow with
-    their number."""
+    encoder(query, passage) -> (q_reps, p_reps), either side None. As many queries at a time as have about `at_once`
+    candidates, each of which is encoded once for them: memory does not grow with the number of queries."""
     ranked, qids, corpus = {}, list(candidates), collate.groups.corpus
+    size = max(at_once // max(map(len, candidates.values()), default=1), 1)
 
     def reps(side: int, texts: list) -> Tensor:
         kind = ("query", "passage")[side]
@@ -426,8 +429,8 @@ def rerank(encoder: Callable, device, collate: GroupCollator, queries: Texts, ca
             found.append(encoder(*((chunk, None), (None, chunk))[side])[side].float().cpu())
         return torch.cat(found)[order]
 
-    for start in tqdm(range(0, len(qids), 64), "dev", leave=False, disable=world()[0] > 0):
-        block = qids[start : start + 64]
+    for start in tqdm(range(0, len(qids), size), "dev", leave=False, disable=world()[0] > 0):
+        block = qids[start : start + size]
         pids = sorted({pid for qid in block for pid in candidates[qid]})
         place = {pid: row for row, pid in enumerate(pids)}
         q_reps = reps(0, [queries[row] for row in queries.rows(block)])

@@ -155,7 +155,9 @@ def test_rerank_orders_by_score(tiny, tiny_collection):
         lengths = [None if side is None else side["attention_mask"].sum(1, keepdim=True) for side in (query, passage)]
         return None if query is None else torch.ones(len(lengths[0]), 1), lengths[1]
 
-    for qid, pids in rerank(encoder, "cpu", collate, groups.queries, candidates, 4).items():
+    ranked = rerank(encoder, "cpu", collate, groups.queries, candidates, 4)
+    assert ranked == rerank(encoder, "cpu", collate, groups.queries, candidates, 4, at_once=1)
+    for qid, pids in ranked.items():
         longest = [
             len(collate.tokenizer(" ".join(groups.corpus[row]).strip())["input_ids"])
             for row in groups.corpus.rows(candidates[qid])

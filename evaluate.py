@@ -224,6 +224,10 @@ def main():
     out = Path(args.output_dir)
     write_run(out / "run.trec", ((qid, pids, scores[qid]) for qid, pids in ranked.items()))
 
+    missing = sum(qid not in found or not found[qid].pids for qid in qids)
+    ranked = {qid: pids[:10] for qid, pids in ranked.items()}
+    del runs, found, orders, scores  # a run of 16 M lines takes gigabytes; it is read again as it was written
+
     # ---- metrics
     result, table = {"splits": {}}, ["\t".join(["qid", "split", *metrics])]
     written = read_run(out / "run.trec")
@@ -248,7 +252,6 @@ def main():
                 }
         result["splits"][split] = part
         table += ["\t".join([q, split, *(f"{values[name][q]:.6g}" for name in metrics)]) for q in qrels]
-    missing = sum(qid not in found or not found[qid].pids for qid in qids)
     empty = sum(max(judged.values()) < args.relevance_level for qrels in splits.values() for judged in qrels.values())
     result["policy"] = {
         "ties": "score descending, then id descending, as trec_eval" if args.ties == "score" else "the rank column",

@@ -68,15 +68,11 @@ class Args:
     output_dir: str = HfArg(help="where the checkpoint goes")
     titles: str = HfArg(default=None, help="`pid TAB title` file to join to the corpus")
     negatives: str = HfArg(default=None, help="`qid TAB pid,pid,...`, best first, or a TREC run")
-    passages_per_query: int = HfArg(
-        default=8, help="1 positive + n negatives (RetroMAE 16); 1 = in-batch negatives only"
-    )
+    passages_per_query: int = HfArg(default=8, help="1 positive + n negatives (RetroMAE 16); 1 = in-batch only")
     negatives_depth: int = HfArg(default=200, help="draw from the first so many per query (RetroMAE, ANCE 200)")
     allow_overlap: bool = HfArg(default=False, help="drop negatives that are judged positives instead of stopping")
     allow_unused_negatives: bool = HfArg(default=False, help="go on although the negatives serve no example")
-    title: Literal["none", "space", "sep"] | None = HfArg(
-        default=None, help="how to join; else as the checkpoint does"
-    )
+    title: Literal["none", "space", "sep"] | None = HfArg(default=None, help="how to join; else the checkpoint's")
     query_prompt: str = HfArg(default=None, help="before every query; else the checkpoint's")
     passage_prompt: str = HfArg(default=None, help="before every passage; else the checkpoint's")
     max_query_length: int = HfArg(default=None, help="tokens (RetroMAE 32, ANCE 64); else the checkpoint's")
@@ -94,16 +90,12 @@ class Args:
     normalize: bool = HfArg(default=False, help="unit vectors; a checkpoint that has them keeps them")
     projection: int = HfArg(default=0, help="new Linear + LayerNorm of this size on top (ANCE 768); 0 = none")
     loss: Literal["info_nce", "triplet"] = HfArg(default="info_nce", help="see above")
-    temperature: float = HfArg(
-        default=1.0, help="scores are q·p / temperature (RetroMAE 1; unit vectors 0.01 to 0.05)"
-    )
+    temperature: float = HfArg(default=1.0, help="scores are q·p / it (RetroMAE 1; unit vectors 0.01 to 0.05)")
     mask_positives: bool = HfArg(default=True, help="judged positives are no in-batch negatives of their query")
     # optimisation
     per_device_batch_size: int = HfArg(default=16, help="queries per process and micro-step (RetroMAE 16)")
     chunk_size: int = HfArg(default=0, help="GradCache: texts encoded at a time, so that any batch fits; 0 = all")
-    gradient_accumulation_steps: int = HfArg(
-        default=1, help="adds no in-batch negatives (--chunk_size lets you add some)"
-    )
+    gradient_accumulation_steps: int = HfArg(default=1, help="adds no in-batch negatives; --chunk_size makes room")
     optimizer: Literal["adamw"] = HfArg(default="adamw", help="betas 0.9 and 0.999, eps 1e-8")
     learning_rate: float = HfArg(default=2e-5, help="peak (RetroMAE 2e-5)")
     weight_decay: float = HfArg(default=0.01, help="not on biases and norms (RetroMAE 0, LexMAE 0.01)")

@@ -24,6 +24,7 @@ import json
 import os
 import shutil
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -507,7 +508,7 @@ class RunList(NamedTuple):
 
 def read_run(path) -> dict[str, RunList]:
     """run[qid] from TREC's 6 columns or MS MARCO's 3 (qid, pid, rank). A passage twice for a query stops."""
-    gathered, width = {}, None
+    gathered, names, width = {}, {}, None
     for number, line in lines(path):
         columns = line.split()
         width = width or len(columns)
@@ -517,9 +518,12 @@ def read_run(path) -> dict[str, RunList]:
                 "in every line"
             )
         pid, rank = (columns[1], columns[2]) if width == 3 else (columns[2], columns[3])
+        pid = names.setdefault(pid, pid)  # one string for all its lines
         rank = _integer(rank, path, number, "rank")
         score = float(-rank) if width == 3 else _number(columns[4], path, number, "score")
-        entry = gathered.setdefault(columns[0], ({}, [], []))
+        if columns[0] not in gathered:
+            gathered[columns[0]] = {}, array("f"), array("i")
+        entry = gathered[columns[0]]
         if pid in entry[0]:
             raise UserError(f"{path}:{number}: {pid} is listed twice for query {columns[0]} — remove the duplicate")
         entry[0][pid] = None
@@ -527,10 +531,11 @@ def read_run(path) -> dict[str, RunList]:
         entry[2].append(rank)
     if not gathered:
         raise UserError(f"{path}: an empty run — is it the right file?")
-    return {
-        qid: RunList(list(pids), np.array(scores, dtype=np.float32), np.array(ranks, dtype=np.int32))
-        for qid, (pids, scores, ranks) in gathered.items()
-    }
+    run = {}
+    for qid in list(gathered):
+        pids, scores, ranks = gathered.pop(qid)
+        run[qid] = RunList(list(pids), np.array(scores, dtype=np.float32), np.array(ranks, dtype=np.int32))
+    return run
 
 
 def write_run(path, rows: Iterable[tuple[str, list[str], Iterable[float]]], tag: str = "bottleneck") -> None:

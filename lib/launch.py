@@ -68,7 +68,10 @@ def run(main) -> None:
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         place = Path(sys.argv[0]).name + (f" [process {rank}]" if rank else "")
-        tqdm.write(f"{place}: {error}", file=sys.stderr)  # on a line of its own, whatever bar is being drawn
+        bars = list(getattr(tqdm, "_instances", ()))
+        for bar in bars:  # the last one drawn may stand lines below the first
+            bar.close()
+        print(("\r" if bars else "") + f"{place}: {error}", file=sys.stderr)  # on a line of its own
         sys.exit(1)
 
 

@@ -1,5 +1,6 @@
 """Arguments, output folders, resume state, sampler. Run: python -m pytest tests/test_launch.py"""
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from lib import launch
 from lib.data import StepSampler
@@ -51,6 +53,19 @@ def test_a_wrong_flag_is_one_line_and_exit_1(tmp_path, flags, message):
     )
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_error_under_progress_bars_is_a_line_of_its_own(capfd):
+    def main():
+        bar = tqdm(total=9)  # as in training, left open by the error
+        bar.update()
+        for _ in tqdm(range(3), "dev", leave=False):
+            raise UserError("a.tsv:1: wrong — mend it")
+
+    with pytest.raises(SystemExit):
+        launch.run(main)
+    line = re.split("[\r\n]", capfd.readouterr().err)[-2]
+    assert line.endswith(": a.tsv:1: wrong — mend it") and "\x1b" not in line
 
 
 @dataclass

@@ -98,7 +98,7 @@ def token_batches(lengths: np.ndarray, budget: int, limit: int) -> list[tuple[np
     two (`limit` tokens at most), and the rows at the end of a window are split by powers of two."""
     order, batches = np.argsort(-lengths, kind="stable"), []
     while len(order):
-        longest = int(lengths[order[0]])
+        longest = max(int(lengths[order[0]]), 1)  # 0: a text without a token, from a tokenizer without special ones
         step = 1 << max(longest.bit_length() - 4, 0)
         width = min(-(-longest // step) * step, limit)
         rows = max(budget // width, 1)

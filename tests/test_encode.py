@@ -170,6 +170,7 @@ def test_batches_cover_all_rows_within_the_budget():
     assert all(len(rows) * width <= 120 and lengths[rows].max() <= width <= 49 for rows, width in batches)
     assert max(len(rows) for rows, _ in batches) > 10
     assert [width for _, width in token_batches(np.array([9, 9]), 1, 9)] == [9, 9]
+    assert [width for _, width in token_batches(np.array([0, 0]), 8, 9)] == [1]
 
 
 def test_batches_have_few_shapes():

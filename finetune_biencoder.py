@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
+from lib.attention import economize
 from lib.data import GroupCollator, Groups, StepSampler, preview, read_dev, rerank
 from lib.dist import all_gather, all_gather_with_grad
 from lib.encoder import load_encoder, save_encoder
@@ -95,6 +96,7 @@ class Args:
     # optimisation
     per_device_batch_size: int = HfArg(default=16, help="queries per process and micro-step (RetroMAE 16)")
     chunk_size: int = HfArg(default=0, help="GradCache: texts encoded at a time, so that any batch fits; 0 = all")
+    gradient_checkpointing: bool = HfArg(default=False, help="encode twice to keep less: a fifth more time")
     gradient_accumulation_steps: int = HfArg(default=1, help="adds no in-batch negatives; --chunk_size makes room")
     optimizer: Literal["adamw"] = HfArg(default="adamw", help="betas 0.9 and 0.999, eps 1e-8")
     learning_rate: float = HfArg(default=2e-5, help="peak (RetroMAE 2e-5)")
@@ -154,6 +156,7 @@ def main():
     texts = "title", "query_prompt", "passage_prompt", "max_query_length", "max_passage_length"
     overrides = {name: getattr(args, name) for name in texts}
     model = load_encoder(args.model, args.pooling, overrides, projection=args.projection, normalize=args.normalize)
+    economize(model.backbone, args.gradient_checkpointing)
     chunked = 0 < args.chunk_size < B * P
     chunk_rows = args.chunk_size if chunked else 16 if device.type == "cpu" else 64  # short chunks pad less
     collate = GroupCollator(groups, model.tokenizer, model.format, chunk_rows)

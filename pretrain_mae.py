@@ -1,18 +1,30 @@
-"""Pre-train an encoder by masked auto-encoding: the text passes through the [CLS] vector, a weak decoder rebuilds it.
+"""Pre-train an encoder through a bottleneck: a text passes through one vector, from which a weak decoder rebuilds it.
 
-    mlm        masked language modelling alone, the control: BERT (arXiv 1810.04805), whole-word masks
-    retromae   + a one-layer decoder with position-specific masks over the clean text: RetroMAE (arXiv 2205.12035)
+    mlm          masked language modelling alone, the control: BERT (arXiv 1810.04805), whole-word masks
+    retromae     + a one-layer decoder with position-specific masks over the clean text: RetroMAE (2205.12035)
+    dupmae       retromae + the bag of words from the max-pooled LM logits: DupMAE (2305.02564)
+    lexmae       + a two-layer decoder of a masked text behind a lexicon bottleneck: LexMAE (2208.14754)
+    seed         + a causal decoder that sees a few tokens back: SEED-Encoder (2102.09206)
+    condenser    + a head over the late [CLS] and the states of a middle layer: Condenser (2104.08253)
+    cocondenser  condenser + a contrastive loss over two spans of a document: coCondenser (2108.05540), and on the
+                 target corpora COCO-DR (2210.15212)
 
-Deliberate deviations from the official code of RetroMAE:
-  1. Each loss term is a mean over the labels of all processes (RetroMAE: mean of the means per device). Under gradient
-     accumulation every micro-batch weighs the same.
+Deliberate deviations from the official code:
+  1. Each loss term is a mean over the labels of all processes (SEED does so too; the others: mean of the means per
+     device). Under gradient accumulation every micro-batch weighs the same.
   2. A corrupted token is replaced by [MASK], an ordinary token or itself, 80/10/10; never by a special token.
-  3. Blocks end with a sentence and fit --max_length (RetroMAE's exceed it by up to a sentence, which is cut off).
+  3. Blocks end with a sentence and fit --max_length (RetroMAE's exceed it by up to a sentence, which is cut off;
+     Condenser makes one in ten shorter). Sentences longer than a block or span are cut, and nothing of them is lost.
   4. The decoder is saved, and picked up by the next stage of the same objective (RetroMAE starts it anew).
-  5. Special tokens inside a text, such as the [SEP] of --title sep, are neither masked nor predicted.
-Masks are a function of (seed, micro-step, row in the batch of all processes): the number of processes changes nothing.
+  5. Special tokens inside a text, such as the [SEP] of --title sep, are neither masked nor predicted; SEED's decoder
+     alone predicts them, [SEP] ending its text.
+  6. Token masks hide exactly their share of each text (BERT and RoBERTa flip a coin per token).
+  7. SEED's cross-attention to its one key has no query and key projections: over one key they change nothing.
+  8. DupMAE's --bow paper keeps the LM head where the paper has a linear layer of its own.
+  9. COCO-DR pre-trains with dropout off in the encoder, on in the head, perhaps by mistake: --no_encoder_dropout.
+Masks and spans are functions of (seed, micro-step, row in the batch of all processes), whatever their number.
 
-Reads   --model (Hugging Face), or --model_config FILE.json and --tokenizer DIR to start from scratch; a corpus
+Reads   --model (Hugging Face), or --model_config FILE.json and --tokenizer DIR to start from scratch; corpora
 Writes  --output_dir: the checkpoint with its LM head (AutoModel, AutoModelForMaskedLM), the decoder beside it
         (decoder.safetensors, decoder.json); log.jsonl, args.json, state/ for --resume; `done` last
 
@@ -22,6 +34,7 @@ CPU toy   python pretrain_mae.py --objective retromae --model ckpt --corpus corp
 N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 pretrain_mae.py ...
 """
 
+import inspect
 import math
 import os
 import sys
@@ -36,8 +49,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from lib.data import BlockCollator, Blocks, StepSampler
-from lib.files import UserError, open_texts, write_lines
+from lib.attention import economize
+from lib.data import BlockCollator, StepSampler, open_corpora
+from lib.files import UserError, write_lines
+from lib.gradcache import span_backward
 from lib.launch import (
     RunLog,
     claim_output,
@@ -50,53 +65,61 @@ from lib.launch import (
     save_state,
     versions,
 )
-from lib.mae import (
-    MLM,
-    RetroMAE,
-    load_decoder,
-    load_lm,
-    max_positions,
-    preview,
-    read_architecture,
-    save_checkpoint,
-    stated_title,
-)
+from lib.lm import load_decoder, load_lm, max_positions, read_architecture, save_checkpoint, stated_title
+from lib.mae import MLM, SEED, CoCondenser, Condenser, DupMAE, LexMAE, RetroMAE
 from lib.optim import parameter_groups
+from lib.probe import Probe
 from lib.text import step_seed
 
 
 @dataclass
 class Args:
     # data
-    corpus: str = HfArg(help="texts to learn from")
+    corpus: list[str] = HfArg(help="texts to learn from: one or several of FILE or NAME=FILE")
     output_dir: str = HfArg(help="where the checkpoint goes")
     model: str = HfArg(default=None, help="checkpoint to start from; its decoder too, if of the same objective")
     model_config: str = HfArg(
         default=None, help="instead: JSON of a model to start from scratch (model_type and sizes)"
     )
     tokenizer: str = HfArg(default=None, help="tokenizer of --model_config")
-    titles: str = HfArg(default=None, help="`pid TAB title` file to join to the corpus")
+    balance: float = HfArg(default=1.0, help="temperature between corpora: 1 = by their size, large = equal shares")
+    titles: str = HfArg(default=None, help="`pid TAB title` file to join to the only corpus")
     title: Literal["none", "space", "sep"] | None = HfArg(
         default=None, help="how to join; else as the checkpoint does, else by a space"
     )
-    max_length: int = HfArg(default=512, help="tokens of a block (RetroMAE 512, on MS MARCO 150)")
+    max_length: int = HfArg(default=512, help="tokens of a block (RetroMAE 512, on MS MARCO 150; LexMAE 144)")
     # objective
-    objective: Literal["mlm", "retromae"] = HfArg(default="retromae", help="see above")
-    mask: Literal["whole_word", "token"] = HfArg(default="whole_word", help="what the encoder's mask hides at a time")
-    encoder_mask_ratio: float = HfArg(
-        default=0.3, help="share of tokens hidden from the encoder (RetroMAE 0.3, BERT 0.15)"
+    objective: Literal["mlm", "retromae", "dupmae", "lexmae", "seed", "condenser", "cocondenser"] = HfArg(
+        default="retromae", help="see above. Options that only some of them have, their defaults in brackets:"
     )
-    decoder_mask_ratio: float = HfArg(default=0.5, help="share hidden from each row of the decoder (RetroMAE 0.5)")
-    decoder_masks: int = HfArg(
-        default=256, help="masks per text that the rows choose from (RetroMAE 256, FlagEmbedding 128)"
+    encoder_mask_ratio: float | None = HfArg(
+        default=None, help="share of tokens hidden from the encoder (0.3; seed, condenser, cocondenser 0.15)"
     )
-    query_stream: Literal["raw", "normed"] = HfArg(
-        default="raw", help="RetroMAE's queries or those of FlagEmbedding, DupMAE"
+    mask: Literal["whole_word", "token"] | None = HfArg(
+        default=None, help="what the encoder's mask hides at a time (whole_word; lexmae, seed token)"
     )
+    decoder_mask_ratio: float | None = HfArg(default=None, help="retromae, dupmae, lexmae: share hidden there (0.5)")
+    decoder_masks: int | None = HfArg(default=None, help="retromae, dupmae: masks per text (256; FlagEmbedding 128)")
+    query_stream: Literal["raw", "normed"] | None = HfArg(
+        default=None, help="retromae (raw), dupmae (normed): decoder queries as RetroMAE's code or FlagEmbedding's"
+    )
+    bow: Literal["official", "paper"] | None = HfArg(default=None, help="dupmae: loss of the code (official) or paper")
+    bow_weight: float | None = HfArg(default=None, help="dupmae: weight of that loss (0.1; paper 1)")
+    decoder_layers: int | None = HfArg(default=None, help="lexmae, [co]condenser (2), seed (3; 1 with a window of 8)")
+    attention_window: int | None = HfArg(default=None, help="seed: tokens the decoder reads, its input counted (2)")
+    skip_from: int | None = HfArg(default=None, help="[co]condenser: layer whose states the head reads (half way)")
+    late_mlm: bool | None = HfArg(default=None, help="[co]condenser: MLM loss of the last layer too (true)")
+    spans: Literal["coco", "cocondenser"] | None = HfArg(
+        default=None, help="cocondenser: whose rule cuts documents that do not come in spans (coco)"
+    )
+    span_tokens: int | None = HfArg(default=None, help="cocondenser: tokens of a span by COCO-DR's rule (30)")
+    chunk_size: int | None = HfArg(default=None, help="cocondenser: GradCache, documents at a time; 0 = all (0)")
+    encoder_dropout: bool = HfArg(default=True, help="dropout in the encoder; COCO-DR's code has it off")
     # optimisation
     per_device_batch_size: int = HfArg(
-        default=32, help="blocks per process and micro-step (RetroMAE 32, on MS MARCO 128)"
+        default=32, help="blocks, or documents of two spans, per process and micro-step (RetroMAE 32, on MS MARCO 128)"
     )
+    gradient_checkpointing: bool = HfArg(default=False, help="encode twice to keep less: a fifth more time")
     gradient_accumulation_steps: int = HfArg(default=1, help="micro-steps per optimizer step")
     optimizer: Literal["adamw"] = HfArg(default="adamw", help="betas 0.9 and 0.999, eps 1e-8")
     learning_rate: float = HfArg(default=1e-4, help="peak (RetroMAE 1e-4)")
@@ -108,6 +131,9 @@ class Args:
     warmup_steps: int = HfArg(default=None, help="wins over --warmup_ratio")
     # runtime
     seed: int = HfArg(default=42, help="data order, masks, dropout, new weights")
+    probe_every: int = HfArg(default=0, help="steps between probes of the bottleneck (lib/probe.py); 0 = none")
+    probe_queries: str = HfArg(default=None, help="queries for its zero-shot recall@100")
+    probe_qrels: str = HfArg(default=None, help="their judgments in the corpus")
     save_every: int = HfArg(default=1000, help="steps between states to --resume from")
     log_every: int = HfArg(default=20, help="steps between log lines")
     resume: bool = HfArg(default=False, help="go on from the last state")
@@ -115,6 +141,13 @@ class Args:
     report_to: Literal["none", "tensorboard", "wandb"] = HfArg(default="none", help="tracker beside log.jsonl")
     deterministic: bool = HfArg(default=False, help="bit-identical reruns on CUDA")
     dry_run: bool = HfArg(default=False, help="show the first inputs, blocks, batch, steps and disk, and stop")
+
+
+OBJECTIVES = {cls.objective: cls for cls in (MLM, RetroMAE, DupMAE, LexMAE, SEED, Condenser, CoCondenser)}
+OPTIONS = (  # of an objective; None is its default
+    *("encoder_mask_ratio", "mask", "decoder_mask_ratio", "decoder_masks", "query_stream", "bow", "bow_weight"),
+    *("decoder_layers", "attention_window", "skip_from", "late_mlm", "spans", "span_tokens", "chunk_size"),
+)
 
 
 def lr_at(step: int, peak: float, warmup_steps: int, max_steps: int) -> float:
@@ -133,7 +166,8 @@ def mean_loss(accelerator, terms):
     )
     sums = accelerator.reduce(sums, "sum")  # (terms, 3)
     labels = sums[:, 1].clamp(min=1)  # a batch of texts without ordinary tokens has no label
-    loss = sum(accelerator.num_processes * t.loss / n for t, n in zip(terms.values(), labels, strict=True))
+    W = accelerator.num_processes
+    loss = sum(t.weight * W * t.loss / n for t, n in zip(terms.values(), labels, strict=True))
     return loss, sums
 
 
@@ -149,18 +183,28 @@ def main():
         raise UserError(
             f"--max_length {args.max_length}: the model has {max_positions(config)} positions — choose 4 to that"
         )
+    if bool(args.probe_queries) != bool(args.probe_qrels) or (args.probe_queries and not args.probe_every):
+        raise UserError("the probe is incomplete — give --probe_queries and --probe_qrels together, and --probe_every")
     for name in ("encoder_mask_ratio", "decoder_mask_ratio"):
-        if not 0 < getattr(args, name) < 1:
+        if not 0 < (getattr(args, name) or 0.5) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: a share of the tokens — choose it between 0 and 1")
-    for name in ("per_device_batch_size", "gradient_accumulation_steps", "decoder_masks", "log_every", "save_every"):
-        if getattr(args, name) < 1:
+    counts = "per_device_batch_size", "gradient_accumulation_steps", "log_every", "save_every", "decoder_masks"
+    for name in (*counts, "decoder_layers", "attention_window", "span_tokens"):
+        if (1 if getattr(args, name) is None else getattr(args, name)) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: counts from 1 — give a larger number")
+    objective, pairs = OBJECTIVES[args.objective], args.objective == "cocondenser"
+    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    takes = {*inspect.signature(objective).parameters, *(("spans", "span_tokens", "chunk_size") if pairs else ())}
+    for name in sorted(options.keys() - takes):
+        raise UserError(f"--{name}: {args.objective} has no such option — leave it out")
 
     # ---- data
     title = args.title or stated_title(args.model) or "space"
+    rule = options.pop("spans", "coco") if pairs else None
+    cut = tokenizer, args.max_length, title, rule, options.pop("span_tokens", 30)
+    chunk_size = options.pop("chunk_size", 0)
     with accelerator.main_process_first():
-        texts = open_texts(args.corpus, args.titles)
-        blocks = Blocks(texts, tokenizer, args.max_length, title, progress=accelerator.is_main_process)
+        blocks = open_corpora(args.corpus, args.titles, cut, args.seed, args.balance, accelerator.is_main_process)
     max_steps = args.max_steps or math.ceil(args.num_epochs * len(blocks) / (W * B * accumulation))
     warmup_steps = round(args.warmup_ratio * max_steps) if args.warmup_steps is None else args.warmup_steps
     collate = BlockCollator(tokenizer, args.max_length)
@@ -168,31 +212,33 @@ def main():
     # ---- model, optimizer, prepare
     torch.manual_seed(args.seed)  # of new weights
     lm, origin = load_lm(config, args.model)
-    encoder_masks = lm, tokenizer, args.encoder_mask_ratio, args.mask == "whole_word"
-    if args.objective == "mlm":
-        model = MLM(*encoder_masks)
-    else:
-        model = RetroMAE(*encoder_masks, args.decoder_mask_ratio, args.decoder_masks, args.query_stream)
+    economize(lm, args.gradient_checkpointing)
+    model = objective(lm, tokenizer, **options)
     decoder = load_decoder(model, args.model)
-    weights = sum(p.numel() for p in model.parameters())
+    weights, unit = sum(p.numel() for p in model.parameters()), "documents" if pairs else "blocks"
     facts = {
         "model": f"{origin}, {config.model_type}, {weights / 1e6:.1f} M weights; decoder: {decoder}",
         "objective": ", ".join(f"{name} {value}" for name, value in model.settings.items()),
         "running on": describe(accelerator),
-        "batch": f"{B} blocks x {W} process(es) x {accumulation} accumulated = {W * B * accumulation} per step",
-        "blocks": f"{len(blocks)} of at most {args.max_length} tokens, from {len(texts)} texts, title: {title}",
+        "batch": f"{B} {unit} x {W} process(es) x {accumulation} accumulated = {W * B * accumulation} per step",
+        unit: f"{len(blocks)} of at most {args.max_length} tokens, title: {title}",
+        **blocks.shares(),
         "steps": f"{max_steps}, {len(blocks) / (W * B * accumulation):.2f} per epoch, {warmup_steps} of warm-up",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
     if args.dry_run:
         first = collate([blocks[index, 0, index] for index in range(min(B, len(blocks)))])
-        disk = f"{weights * 4 * 4 / 1e9:.2f} GB"  # checkpoint, and state with two moments
-        shown = preview(model, tokenizer, first, args.seed)
-        return echo(accelerator, "dry run: pre-training", {**facts, **shown, "disk": disk})
+        lengths = first["attention_mask"].sum(1)
+        shown = model.preview(first, args.seed, tokenizer) | {
+            "tokens": f"median {int(lengths.median())} of the first {len(lengths)}",
+            "disk": f"{weights * 4 * 4 / 1e9:.2f} GB",  # checkpoint, and state with two moments
+        }
+        return echo(accelerator, "dry run: pre-training", {**facts, **shown})
     ignore = "log_every", "save_every", "num_workers", "report_to"
     if claim_output(args, accelerator, resume=args.resume, ignore=ignore):
         return accelerator.print(f"{args.output_dir} is complete")
     echo(accelerator, "pre-training", facts)
+    probe = Probe(blocks, collate, args.probe_queries, args.probe_qrels) if args.probe_every else None
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
 
@@ -203,30 +249,40 @@ def main():
         raise UserError(f"{args.output_dir}: the run had {extra['launched']}, now {launched} — resume it as it was")
     micro_step = step * accumulation
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns at every fork of a worker
-    sampler = StepSampler(len(blocks), B, rank, W, args.seed, start=micro_step)
+    sampler = StepSampler(len(blocks), B, rank, W, args.seed, start=micro_step, epoch_order=blocks.order)
     how = {"num_workers": args.num_workers, "pin_memory": device.type == "cuda"}
     batches = iter(DataLoader(blocks, batch_sampler=sampler, collate_fn=collate, **how))
 
     # ---- train
-    log, totals, tokens = RunLog(accelerator, args.output_dir, step), 0, 0
+    log, totals, tokens, waited = RunLog(accelerator, args.output_dir, step), 0, 0, 0.0
     bar = tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process)
     model.train()
+    accelerator.unwrap_model(model).lm.train(args.encoder_dropout)
+    if probe and not step and accelerator.is_main_process:
+        log.write(0, probe(accelerator.unwrap_model(model), device), bar)
     clock = time.perf_counter()
     while step < max_steps:
         # ---------------------------------------------------------------------------------------- one training step
+        asked = time.perf_counter()
         batch = send_to_device(next(batches), device, non_blocking=True)
+        waited += time.perf_counter() - asked
         with accelerator.accumulate(model):
-            torch.manual_seed(step_seed(args.seed, 2, micro_step, rank))  # of dropout; 0 is the data order
-            terms = model(batch, args.seed)
-            loss, sums = mean_loss(accelerator, terms)
-            accelerator.backward(loss)
+            dropout = step_seed(args.seed, 2, micro_step, rank)  # 0 is the data order
+            if 0 < chunk_size < B:
+                terms = span_backward(accelerator, model, batch, args.seed, 2 * chunk_size, dropout)
+                loss, sums = mean_loss(accelerator, terms)
+            else:
+                torch.manual_seed(dropout)
+                terms = model(batch, args.seed)
+                loss, sums = mean_loss(accelerator, terms)
+                accelerator.backward(loss)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
                 for group in optimizer.param_groups:
                     group["lr"] = lr_at(step, args.learning_rate, warmup_steps, max_steps)
             checked = loss + norm if accelerator.sync_gradients and not accelerator.scaler else loss
             if not torch.isfinite(checked):  # fp16: the scaler itself passes over a step whose gradient overflows
-                pids = ", ".join(texts.ids(batch["texts"].tolist()))
+                pids = ", ".join(blocks.ids(batch["examples"].tolist()))
                 raise UserError(
                     f"step {step + 1}: loss or gradient not finite for texts {pids} — lower --learning_rate"
                 )
@@ -244,10 +300,15 @@ def main():
             values = {}
             for name, (loss_sum, labels, correct) in zip(terms, totals.tolist(), strict=True):
                 values |= {f"{name}_loss": loss_sum / max(labels, 1), f"{name}_accuracy": correct / max(labels, 1)}
-            values = {"loss": sum(values[f"{name}_loss"] for name in terms), **values}
-            speed = W * tokens / (time.perf_counter() - clock)  # of this process, times W
-            log.write(step, {**values, "lr": group["lr"], "grad_norm": norm.item(), "tokens/s": speed}, bar)
-            totals, tokens, clock = 0, 0, time.perf_counter()
+            values = {"loss": sum(t.weight * values[f"{name}_loss"] for name, t in terms.items()), **values}
+            values |= {"lr": group["lr"], "grad_norm": norm.item()}
+            spent = time.perf_counter() - clock  # of this process, as are its tokens and how long it waited for data
+            log.write(step, {**values, "tokens/s": W * tokens / spent, "waited": waited / spent}, bar)
+            totals, tokens, waited, clock = 0, 0, 0.0, time.perf_counter()
+        if probe and accelerator.is_main_process and (step % args.probe_every == 0 or last_step):
+            pause = time.perf_counter()
+            log.write(step, probe(accelerator.unwrap_model(model), device), bar)
+            clock += time.perf_counter() - pause
         if step % args.save_every == 0 and not last_step:
             save_state(args.output_dir, step, accelerator, model, optimizer, {"launched": launched})
     bar.close()
@@ -255,7 +316,7 @@ def main():
     # ---- save
     if accelerator.is_main_process:
         metrics = {"steps": step, **values}
-        card = {"base": origin, "data": args.corpus, "command": " ".join(sys.argv), "metrics": metrics}
+        card = {"base": origin, "data": ", ".join(args.corpus), "command": " ".join(sys.argv), "metrics": metrics}
         save_checkpoint(accelerator.unwrap_model(model), tokenizer, args.output_dir, title, card)
         write_lines(Path(args.output_dir) / "done", [])
     accelerator.wait_for_everyone()

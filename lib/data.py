@@ -2,6 +2,7 @@
 of (seed, step, row)."""
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lib.dist import world
-from lib.files import Texts, UserError, atomic, line_of, read_candidates, read_negatives, read_qrels
+from lib.files import SPAN, Texts, UserError, atomic, line_of, open_texts, read_candidates, read_negatives, read_qrels
 from lib.text import TextFormat, format_texts, join_title, pad, step_seed, to_ids
 
 
@@ -25,21 +26,23 @@ class StepSampler:
     resume starts at any micro-step.
 
     Yields [(example, micro_step, global_row), ...] of length B; global_row counts within the batch of the whole world.
-    Each epoch is a permutation by (seed, epoch); a batch that runs over the end of an epoch is filled from the next.
+    Each epoch is a permutation by (seed, epoch), or epoch_order(epoch); a batch that runs over the end of an epoch is
+    filled from the next.
     """
 
     def __init__(
-        self, num_examples: int, per_device_batch_size: int, rank: int, world: int, seed: int, start: int = 0
+        self,
+        num_examples: int,
+        per_device_batch_size: int,
+        rank: int,
+        world: int,
+        seed: int,
+        start: int = 0,
+        epoch_order: Callable[[int], np.ndarray] | None = None,
     ):
         assert num_examples > 0 and 0 <= rank < world
-        self.num_examples, self.batch, self.rank, self.world, self.seed, self.start = (
-            num_examples,
-            per_device_batch_size,
-            rank,
-            world,
-            seed,
-            start,
-        )
+        self.num_examples, self.batch, self.rank, self.world = num_examples, per_device_batch_size, rank, world
+        self.start, self.epoch_order = start, epoch_order or (lambda epoch: _permutation(num_examples, seed, epoch))
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         epoch, order, micro_step = -1, None, self.start
@@ -48,17 +51,21 @@ class StepSampler:
             for row in range(self.rank * self.batch, (self.rank + 1) * self.batch):
                 now, offset = divmod(micro_step * self.world * self.batch + row, self.num_examples)
                 if now != epoch:
-                    epoch = now
-                    order = np.random.default_rng(step_seed(self.seed, epoch)).permutation(self.num_examples)
+                    epoch, order = now, self.epoch_order(now)
                 batch.append((int(order[offset]), micro_step, row))
             yield batch
             micro_step += 1
 
 
+def _permutation(size: int, seed: int, *place: int) -> np.ndarray:
+    return np.random.default_rng(step_seed(seed, *place)).permutation(size)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# pre-training: blocks of whole sentences
+# pre-training: blocks of whole sentences, or two spans of a document
 
 BLOCKS_VERSION = 1  # part of the cache key: raise it when split_blocks changes
+SHORT = 0.1  # of coCondenser's spans have a random target, and COCO's end early before a sentence as often
 SENTENCE_END = re.compile(
     r"""(?: (?<!\b[A-Z])                              # no initial: J. Smith, the U.S. Army
             (?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)(?<!\bcf)(?<!\bal)(?<!\b[Ff]ig)(?<!\bNo)
@@ -71,20 +78,28 @@ SENTENCE_END = re.compile(
 )
 
 
-def split_blocks(text: str, offsets: list[tuple[int, int]], room: int) -> list[tuple[int, int]]:
+def split_blocks(
+    text: str, offsets: list[tuple[int, int]], room: int, rule: str | None = None, size: int = 0, draw=None
+) -> list[tuple[int, int]]:
     """Character spans of the blocks of a text: as many whole sentences as have at most `room` tokens together.
 
-    offsets: (start, end) of each token in the text, more than `room`. Sentences end where SENTENCE_END says; a long
-    one is cut before the last word that begins in the room, and its rest is packed with what follows. A span begins
-    where the one before it ended, white space included, so that a block has the tokens that it has in its text."""
+    offsets: (start, end) of each token in the text. Sentences end where SENTENCE_END says; a long one is cut before
+    the last word that begins in the room, and its rest is packed with what follows. A span begins where the one before
+    it ended, white space included, so that a block has the tokens that it has in its text.
+    rule: smaller spans that still hold whole sentences, one at least; `draw`, a random Generator, makes them uneven.
+    "coco", COCO-DR: up to `size` tokens, and a span ends early before one sentence in ten. "cocondenser": up to the
+    room, but one span in ten up to a random length."""
     starts, ends = np.array(offsets).T
     word = np.append(True, starts[1:] > ends[:-1])  # token i follows white space, so a word begins
     sentence_ends = [match.end() for match in SENTENCE_END.finditer(text)]
-    spans, first, last = [], 0, 0  # token spans; the open block is [first, last)
+    spans, first, last, target = [], 0, 0, None  # token spans; the open block is [first, last)
     for stop in [*np.searchsorted(starts, sentence_ends), len(starts)]:  # tokens up to the end of each sentence
-        if stop - first > room and last > first:
+        if target is None:
+            short = rule == "cocondenser" and draw.random() < SHORT
+            target = int(draw.integers(1, room + 1)) if short else min(size, room) if rule == "coco" else room
+        if last > first and (stop - first > target or (rule == "coco" and draw.random() < SHORT)):
             spans.append((first, last))
-            first = last
+            first, target = last, None if rule else target
         while stop - first > room:
             cut = first + room
             inside = np.flatnonzero(word[first + 1 : cut + 1])
@@ -96,17 +111,32 @@ def split_blocks(text: str, offsets: list[tuple[int, int]], room: int) -> list[t
     return [(int(ends[a - 1]) if a else 0, int(ends[b - 1])) for a, b in spans if b > a]
 
 
-class Blocks(Dataset):
+class Blocks:
     """The texts of a corpus cut into blocks of at most `max_length` tokens; a block never crosses texts, a text that
     fits stays whole. Counting tokens takes one pass over the corpus, in bounded memory, whose result, a table of (row,
     first character, end), is kept beside the corpus' Arrow copy and mapped by all processes and workers; ids are made
-    in the workers. Call under accelerator.main_process_first(). The title stands before the first block of a text."""
+    in the workers. Call under accelerator.main_process_first(). The title stands before the first block of a text.
 
-    def __init__(self, texts: Texts, tokenizer, max_length: int, title: str = "space", progress: bool = False):
+    rule ("coco", "cocondenser" with `size`): an example is two spans of a document, drawn anew at every visit without
+    replacement. Spans that the corpus states are taken as they are; else split_blocks cuts, by its own random numbers
+    for each text. Documents with less than two spans are left out (COCO-DR pairs a span with itself), and by "coco"
+    those of one sentence or whose first span has at most two tokens."""
+
+    def __init__(
+        self,
+        texts: Texts,
+        tokenizer,
+        max_length: int,
+        title: str = "space",
+        rule: str | None = None,
+        size: int = 0,
+        progress: bool = False,
+    ):
         self.texts, self.tokenizer, self.max_length, self.title = texts, tokenizer, max_length, title
+        self.rule, self.size = rule, size
         state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-        key = xxhash.xxh3_64_hexdigest(json.dumps([BLOCKS_VERSION, state, max_length, title]).encode())
-        path = texts.folder / f"blocks-{key}.npy"
+        key = [BLOCKS_VERSION, state, max_length, title, *([rule, size] if rule else [])]
+        path = texts.folder / f"blocks-{xxhash.xxh3_64_hexdigest(json.dumps(key).encode())}.npy"
         if not path.is_file():
             with atomic(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as rows:
                 with tqdm(desc="blocks", total=len(texts), unit="text", disable=not progress) as bar:
@@ -118,61 +148,162 @@ class Blocks(Dataset):
                 with open(temporary, "wb") as stream:
                     np.save(stream, table.reshape(-1, 3))
         self.table = np.load(path, mmap_mode="r")  # (N, 3) int32: row, first character, end
-        if not len(self.table):
-            raise UserError(f"{texts.source}: no text has a token — is the tokenizer the right one?")
+        if rule:
+            first = np.flatnonzero(np.append(True, np.diff(self.table[:, 0]) != 0)) if len(self.table) else []
+            self.spans = np.diff([*first, len(self.table)])
+            self.documents = np.asarray(first)[self.spans > 1]  # (M,) first line of each document in the table
+            self.spans = self.spans[self.spans > 1]  # (M,) how many it has
+        if not len(self):
+            what = "document has two spans" if rule else "text has a token"
+            raise UserError(f"{texts.source}: no {what} — is it the right corpus, the right tokenizer?")
 
     def __reduce__(self):  # workers started by spawn map the table again
-        return Blocks, (self.texts, self.tokenizer, self.max_length, self.title)
+        return Blocks, (self.texts, self.tokenizer, self.max_length, self.title, self.rule, self.size)
 
     def _cut(self) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
         """(number of texts, their rows of the table)."""
         backend = self.tokenizer.backend_tokenizer
-        room = self.max_length - self.tokenizer.num_special_tokens_to_add()
         backend.no_truncation()
         backend.no_padding()
         waiting, size = [], 0
         for row, (_, title, text) in enumerate(self.texts.stream()):
-            waiting.append(join_title(title, text, self.title, self.tokenizer))
+            waiting.append(self._join(title, text))
             size += len(waiting[-1])
             if size < 2**20 and row + 1 < len(self.texts):  # characters tokenised at a time
                 continue
             blocks = []
             encoded = backend.encode_batch(waiting, add_special_tokens=False)
             for number, (string, tokens) in enumerate(zip(waiting, encoded, strict=True), row + 1 - len(waiting)):
-                if len(tokens) > room:
-                    blocks += [(number, *span) for span in split_blocks(string, tokens.offsets, room)]
-                elif len(tokens):
-                    blocks.append((number, 0, len(string)))
+                blocks += [(number, *span) for span in self._spans(string, tokens.offsets, number)]
             yield len(waiting), blocks
             waiting, size = [], 0
 
-    def string(self, index: int) -> str:
-        row, start, end = self.table[index].tolist()
-        return join_title(*self.texts[row], self.title, self.tokenizer)[start:end]
+    def _spans(self, string: str, offsets: list[tuple[int, int]], row: int) -> list[tuple[int, int]]:
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add()
+        if not self.rule:
+            return split_blocks(string, offsets, room) if len(offsets) > room else [(0, len(string))] * bool(offsets)
+        if SPAN in string:
+            ends = [match.start() for match in re.finditer(SPAN, string)] + [len(string)]
+            starts = [0, *(end + len(SPAN) for end in ends[:-1])]
+            return [(a, b) for a, b in zip(starts, ends, strict=True) if string[a:b].strip()]
+        sentences = any(match.end() < len(string.rstrip()) for match in SENTENCE_END.finditer(string))
+        if not offsets or (self.rule == "coco" and not sentences):
+            return []
+        spans = split_blocks(string, offsets, room, self.rule, self.size, np.random.default_rng(step_seed(0, row)))
+        few = self.rule == "coco" and sum(end <= spans[0][1] for _, end in offsets[:3]) <= 2
+        return [] if few else spans
+
+    def _join(self, title: str, text: str) -> str:
+        string = join_title(title, text, self.title, self.tokenizer)
+        return string if self.rule else string.replace(SPAN, "\n\n")
+
+    def whole(self, row: int) -> str:
+        """A text of the corpus, uncut."""
+        return self._join(*self.texts[row]).replace(SPAN, "\n\n")
+
+    def string(self, line: int) -> str:
+        row, start, end = self.table[line].tolist()
+        return self._join(*self.texts[row])[start:end]
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.documents if self.rule else self.table)
 
-    def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, str, int, int]:
-        """(block, micro-step, global row) of StepSampler -> (corpus row, string, micro-step, global row)."""
-        block, micro_step, global_row = place
-        return int(self.table[block, 0]), self.string(block), micro_step, global_row
+    def row(self, index: int) -> int:
+        """Of the text that an example is taken from."""
+        return int(self.table[self.documents[index] if self.rule else index, 0])
+
+    def strings(self, index: int, seed: int) -> list[str]:
+        """The block, or two spans of the document drawn by the seed."""
+        if not self.rule:
+            return [self.string(index)]
+        pair = np.random.default_rng(seed).choice(self.spans[index], 2, replace=False)
+        return [self.string(int(self.documents[index] + line)) for line in pair]
+
+
+class Corpora(Dataset):
+    """The examples of one or several corpora, {name: Blocks}, one after the other. Batches mix them by their number of
+    examples, or flattened by a temperature: corpus c of n_c has a share ~ n_c ** (1 / temperature) of an epoch, 1 =
+    proportional, large = equal. A small corpus then repeats, a large one goes on next epoch where it stopped."""
+
+    def __init__(self, parts: dict[str, Blocks], seed: int, temperature: float = 1.0):
+        self.parts, self.seed = parts, seed
+        self.sizes = np.array([len(part) for part in parts.values()])
+        self.starts = _starts(self.sizes)
+        shares = (self.sizes / self.sizes.max()) ** (1 / temperature)
+        exact = shares / shares.sum() * len(self)
+        self.quotas = np.maximum(np.floor(exact).astype(np.int64), 1)
+        for corpus in np.argsort(self.quotas - exact, kind="stable")[: max(len(self) - self.quotas.sum(), 0)]:
+            self.quotas[corpus] += 1
+        self.quotas[self.quotas.argmax()] -= self.quotas.sum() - len(self)  # if rounding up to 1 was too much
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def order(self, epoch: int) -> np.ndarray:
+        """(N,) the examples of an epoch."""
+        if (self.quotas == self.sizes).all():
+            return _permutation(len(self), self.seed, epoch)
+        chosen = []
+        for corpus, (size, quota) in enumerate(zip(self.sizes, self.quotas, strict=True)):
+            rounds, offsets = np.divmod(np.arange(epoch * quota, (epoch + 1) * quota), size)
+            for number in np.unique(rounds):
+                order = _permutation(size, self.seed, corpus, int(number), 1)
+                chosen.append(self.starts[corpus] + order[offsets[rounds == number]])
+        return np.concatenate(chosen)[_permutation(len(self), self.seed, epoch)]
+
+    def shares(self) -> dict[str, str]:
+        """What the echo says of each corpus."""
+        facts = {}
+        for (name, part), size, quota in zip(self.parts.items(), self.sizes, self.quotas, strict=True):
+            unit = "documents of two spans or more" if part.rule else "blocks"
+            facts[f"corpus {name}"] = f"{len(part.texts)} texts, {size} {unit}, {quota / len(self):.1%} of a batch"
+        return facts
+
+    def place(self, example: int) -> tuple[Blocks, int]:
+        corpus = int(np.searchsorted(self.starts, example, side="right")) - 1
+        return [*self.parts.values()][corpus], int(example - self.starts[corpus])
+
+    def ids(self, examples) -> list[str]:
+        """Of the texts that the examples are taken from."""
+        return [part.texts.id(part.row(index)) for part, index in map(self.place, examples)]
+
+    def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, list[str], int, int]:
+        """(example, micro-step, global row) of StepSampler -> (example, its strings, micro-step, global row)."""
+        example, micro_step, global_row = place
+        part, index = self.place(example)
+        return example, part.strings(index, step_seed(self.seed, 6, micro_step, global_row)), micro_step, global_row
+
+
+def open_corpora(
+    given: list[str], titles: str | None, cut: tuple, seed: int, balance: float = 1.0, progress: bool = False
+) -> Corpora:
+    """Corpora of `FILE` or `NAME=FILE` each; cut: what Blocks takes after the texts."""
+    parts = {}
+    if titles and len(given) > 1:
+        raise UserError("--titles joins to one corpus — give one, or corpora that hold their titles")
+    for item in given:
+        name, _, path = item.partition("=") if "=" in item and not os.path.exists(item) else (item, "", item)
+        if name in parts:
+            raise UserError(f"--corpus {item}: {name} is there already — give each corpus a name of its own")
+        parts[name] = Blocks(open_texts(path, titles), *cut, progress=progress)
+    return Corpora(parts, seed, balance)
 
 
 @dataclass
 class BlockCollator:
-    """Items of Blocks -> input_ids, attention_mask (B, L); rows (B,), counted in the batch of all processes;
-    texts (B,), corpus rows; micro_step and tokens, ints."""
+    """Items of Corpora -> input_ids, attention_mask (B, L); rows (B,), counted in the batch of all processes; examples
+    (B,), or (B / 2,) if each has two strings, which then are rows 2i and 2i + 1; micro_step and tokens, ints."""
 
     tokenizer: object
     max_length: int
 
-    def __call__(self, items: list[tuple[int, str, int, int]]) -> dict:
-        texts, strings, micro_steps, rows = zip(*items, strict=True)
-        ids = to_ids(strings, self.tokenizer, self.max_length)
+    def __call__(self, items: list[tuple[int, list[str], int, int]]) -> dict:
+        examples, strings, micro_steps, rows = zip(*items, strict=True)
+        each = len(strings[0])
+        ids = to_ids([string for some in strings for string in some], self.tokenizer, self.max_length)
         return pad(ids, self.tokenizer) | {
-            "rows": torch.tensor(rows),
-            "texts": torch.tensor(texts),
+            "rows": torch.tensor([each * row + number for row in rows for number in range(each)]),
+            "examples": torch.tensor(examples),
             "micro_step": micro_steps[0],
             "tokens": sum(map(len, ids)),
         }

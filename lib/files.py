@@ -2,6 +2,7 @@
 
     corpus       {"_id": "7", "title": "Ants", "text": "Ants are ..."}   JSONL (BEIR; tevatron has "docid");
                  Parquet, a save_to_disk folder, a hub name (NAME or NAME:CONFIG)
+                 {"spans": ["Ants are ...", "A queen ..."]}   JSONL of cut documents (coCondenser), _id optional
                  7 \\t Ants are ...      7 \\t Ants \\t Ants are ...   TSV of 2 or 3 columns (MS MARCO, LexMAE)
                  D7 \\t http://... \\t Ants \\t Ants are ...      MS MARCO documents (the url is dropped)
     queries      {"_id": "q1", "text": "do ants sleep"}      q1 \\t do ants sleep
@@ -35,6 +36,7 @@ import xxhash
 
 ID_KEYS, TEXT_KEYS = ("_id", "docid", "id", "pid", "qid"), ("text", "contents", "body", "passage", "query")
 ROWS_PER_BATCH = 1024  # rows of one Arrow record batch: the unit of a sequential read
+SPAN = "\n\x1e\n"  # between the spans of a document that comes cut into spans: a record separator, in no ordinary text
 TEXTS_VERSION = 1  # part of the cache key: raise it when what build_texts writes changes
 
 
@@ -143,6 +145,11 @@ def text_key(title: str, text: str) -> int:
 def _row(record: dict, place: str) -> tuple[str, str, str]:
     key = next((k for k in ID_KEYS if k in record), None)
     body = next((k for k in TEXT_KEYS if k in record and k != key), None)
+    if body is None and isinstance(record.get("spans"), list):
+        if not all(isinstance(span, str) for span in record["spans"]):
+            raise UserError(f"{place}: spans must be strings, not ids of some tokenizer — write the texts")
+        number = place.rstrip("]").replace("[", ":").rpartition(":")[2]
+        return str(record[key] if key else number), record.get("title") or "", SPAN.join(record["spans"])
     if key is None or body is None:
         missing = f"an id ({', '.join(ID_KEYS)})" if key is None else f"a text ({', '.join(TEXT_KEYS)})"
         raise UserError(

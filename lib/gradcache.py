@@ -3,6 +3,11 @@
 A contrastive loss needs all representations at once, but not all activations. So: encode everything in chunks without
 gradient; take the gradient of the loss at the representations; encode each chunk again, with gradient, and push its
 share of that gradient through. The price is one more forward pass.
+
+Dropout is a function of (seed, chunk), so the second pass of a chunk drops what its first pass dropped; otherwise the
+cached gradient would belong to other representations (COCO-DR: dropout in the first pass only). accelerator.backward
+divides by the accumulation and scales for fp16, once per chunk; the gradient at the representations is neither.
+Processes exchange gradients in the last chunk.
 """
 
 import contextlib
@@ -12,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from lib.mae import Term, span_contrast
 from lib.text import step_seed
 
 
@@ -31,32 +37,78 @@ def contrastive_backward(
     in order, and either may be None   chunked=False: the plain path, one forward and one backward
     loss_fn may gather over processes, and must depend on the model through the representations alone.
 
-    Dropout is a function of (seed, chunk), so the second pass of a chunk drops what its first pass dropped; otherwise
-    the cached gradient would belong to other representations (COCO-DR: dropout in the first pass only).
-    Call it under `accelerator.accumulate(model)`. accelerator.backward divides by the accumulation and scales for
-    fp16, once per chunk; the gradient at the representations is neither. Processes exchange gradients in the last."""
+    Call it under `accelerator.accumulate(model)`."""
     if not chunked:
         torch.manual_seed(step_seed(seed))
         loss, stats = loss_fn(*model(queries, passages))
         accelerator.backward(loss)
         return loss.detach(), stats
 
-    chunks = [("query", chunk) for chunk in queries] + [("passage", chunk) for chunk in passages]
+    sides = ["query"] * len(queries) + ["passage"] * len(passages)
 
-    def encode(index: int) -> Tensor:
-        side, chunk = chunks[index]
+    def encode(index: int) -> tuple[Tensor, float]:
+        chunk = [[*queries, *passages][index]]
+        return (model(chunk, None)[0] if sides[index] == "query" else model(None, chunk)[1]), 0.0
+
+    return cached_backward(
+        accelerator,
+        model,
+        encode,
+        len(sides),
+        lambda reps: loss_fn(torch.cat(reps[: len(queries)]), torch.cat(reps[len(queries) :])),
+        seed,
+    )
+
+
+def cached_backward(
+    accelerator: Accelerator, model: nn.Module, encode: Callable, num_chunks: int, loss_fn: Callable, seed: int
+) -> tuple[Tensor, object]:
+    """encode(index) -> (reps of a chunk (n, D), a loss that belongs to the chunk alone, or 0), called twice;
+    loss_fn(list of the reps) -> (scalar, stats). Backpropagates the sum of all losses; returns loss_fn's, detached."""
+
+    def replay(index: int) -> tuple[Tensor, Tensor | float]:
         torch.manual_seed(step_seed(seed, index))
-        return model([chunk], None)[0] if side == "query" else model(None, [chunk])[1]
+        return encode(index)
 
     with torch.no_grad():
-        reps = [encode(index) for index in range(len(chunks))]
-    q_reps = torch.cat(reps[: len(queries)]).requires_grad_()  # (B, D)
-    p_reps = torch.cat(reps[len(queries) :]).requires_grad_()  # (B·P, D)
-    loss, stats = loss_fn(q_reps, p_reps)
-    rep_grads = torch.cat(torch.autograd.grad(loss, (q_reps, p_reps))).split([len(r) for r in reps])
-
-    for index, grad in enumerate(rep_grads):
-        last = index == len(chunks) - 1
+        reps = [replay(index)[0] for index in range(num_chunks)]
+    reps = [chunk.requires_grad_() for chunk in reps]  # (n, D) each
+    loss, stats = loss_fn(reps)
+    for index, grad in enumerate(torch.autograd.grad(loss, reps)):
+        last = index == num_chunks - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            accelerator.backward((encode(index) * grad).sum())  # the gradient of this at the representations is `grad`
+            again, own = replay(index)
+            accelerator.backward((again * grad).sum() + own)  # the gradient of the product at the reps is `grad`
     return loss.detach(), stats
+
+
+def span_backward(
+    accelerator: Accelerator, model: nn.Module, batch: dict, seed: int, rows: int, dropout_seed: int
+) -> dict[str, Term]:
+    """coCondenser's step by `rows` spans at a time: the MLM losses belong to a chunk, the contrast to all of them.
+    model: the prepared CoCondenser. Backpropagates what the plain step would; returns its loss terms, detached.
+    The labels are counted first: a chunk's share of the mean needs those of all chunks and processes."""
+    W, B = accelerator.num_processes, len(batch["rows"])
+    parts = [slice(start, start + rows) for start in range(0, B, rows)]
+    widths = [int(batch["attention_mask"][part].sum(1).max()) for part in parts]
+    tensors = {name: x for name, x in batch.items() if torch.is_tensor(x) and len(x) == B}
+    chunks = [
+        {name: x[part, :width] if x.ndim == 2 else x[part] for name, x in tensors.items()}
+        for part, width in zip(parts, widths, strict=True)
+    ]
+    labels = accelerator.unwrap_model(model).corrupt(batch, seed)[1].sum()
+    labels, found = accelerator.reduce(labels, "sum").clamp(min=1), {}
+
+    def encode(index: int) -> tuple[Tensor, Tensor | float]:
+        terms, h = model({**chunks[index], "micro_step": batch["micro_step"]}, seed, chunk=True)
+        for name, term in terms.items():
+            found.setdefault(name, []).append(term)
+        return h, sum(W * term.loss / labels for term in terms.values())
+
+    def contrast(reps: list[Tensor]) -> tuple[Tensor, Term]:
+        term = span_contrast(torch.cat(reps))
+        return term.loss / term.labels, term
+
+    _, term = cached_backward(accelerator, model, encode, len(chunks), contrast, dropout_seed)
+    terms = {name: Term(*map(sum, list(zip(*some, strict=True))[:3])) for name, some in found.items()}
+    return {name: t._replace(loss=t.loss.detach()) for name, t in {**terms, "contrast": term}.items()}

@@ -135,9 +135,9 @@ def word_index(input_ids: Tensor, attention_mask: Tensor, starts: Tensor, specia
     return ((ordinary & (starts[input_ids] | after_special)).cumsum(1) - 1).masked_fill(~ordinary, -1)
 
 
-def mask_budget(attention_mask: Tensor, ratio: float) -> Tensor:
-    """(B,) int64: max(1, round(n * ratio)) tokens to hide of a text of n, [CLS] and [SEP] counted as in RetroMAE."""
-    return (attention_mask.sum(1).double() * ratio).round().long().clamp(min=1)
+def mask_budget(lengths: Tensor, ratio: float) -> Tensor:
+    """(B,) int64: how many tokens of a text to hide, max(1, round(n * ratio)) of n."""
+    return (lengths.double() * ratio).round().long().clamp(min=1)
 
 
 def whole_word_mask(words: Tensor, budget: Tensor, noise: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
-from lib import losses
 from lib.files import UserError
-from lib.losses import linear_cross_entropy
-from lib.mae import MLM, RetroMAE, read_architecture
+from lib.gradcache import span_backward
+from lib.lm import read_architecture
+from lib.mae import MLM, SEED, CoCondenser, Condenser, DupMAE, LexMAE, RetroMAE, span_contrast
 from lib.text import pad
 from pretrain_mae import mean_loss
 
@@ -23,7 +23,19 @@ SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "m
 BERT = {**SIZES, "intermediate_size": 48, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 DISTIL = {"dim": 32, "n_heads": 4, "n_layers": 2, "hidden_dim": 48, "dropout": 0.0, "attention_dropout": 0.0}
 CONFIGS = {"bert": BERT, "roberta": BERT, "distilbert": {**DISTIL, "max_position_embeddings": 64}}
-OBJECTIVES = [("mlm", None), ("retromae", "raw"), ("retromae", "normed")]
+OBJECTIVES = {
+    "mlm": (MLM, {}),
+    "retromae": (RetroMAE, {}),
+    "retromae normed": (RetroMAE, {"query_stream": "normed"}),
+    "dupmae": (DupMAE, {}),
+    "dupmae paper": (DupMAE, {"bow": "paper"}),
+    "lexmae": (LexMAE, {}),
+    "seed": (SEED, {}),
+    "seed 8": (SEED, {"attention_window": 8}),
+    "condenser": (Condenser, {}),
+    "condenser head": (Condenser, {"late_mlm": False, "skip_from": 0}),
+    "cocondenser": (CoCondenser, {}),
+}
 TEXTS = [
     "queen worker nest and the volcanoes, lava and ash of mount unpronounceablewordofmanypieces",
     "ice",
@@ -32,15 +44,16 @@ TEXTS = [
 ]
 
 
-def build(tokenizer, architecture="bert", objective="retromae", query_stream="raw"):
+def build(tokenizer, architecture="bert", objective="retromae"):
     torch.manual_seed(0)
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "initializer_range": 0.3}
     config = AutoConfig.for_model(architecture, **CONFIGS[architecture], **sizes)
-    lm = AutoModelForMaskedLM.from_config(config)
-    for name, parameter in lm.named_parameters():  # biases and norms are constant at first: hide no mistake
+    cls, options = OBJECTIVES[objective]
+    model = cls(AutoModelForMaskedLM.from_config(config), tokenizer, **options)
+    for name, parameter in model.named_parameters():  # biases and norms are constant at first: hide no mistake
         if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, mean=float("orm.weight" in name), std=0.1)
-    return MLM(lm, tokenizer) if objective == "mlm" else RetroMAE(lm, tokenizer, query_stream=query_stream)
+            torch.nn.init.normal_(parameter, mean=float("norm.weight" in name.lower()), std=0.1)
+    return model
 
 
 def make_batch(tokenizer, texts=TEXTS, micro_step=3):
@@ -61,37 +74,114 @@ def logits_of(lm, hidden):
     return lm.vocab_projector(lm.vocab_layer_norm(lm.activation(lm.vocab_transform(hidden))))
 
 
+def attend(layer, query, keys):
+    """(D,) what a query state hears of (n, D) key states: four heads of 8, one by one."""
+    k, v, heads = layer.key(keys), layer.value(keys), []
+    for q, k1, v1 in zip(layer.query(query).split(8), k.split(8, 1), v.split(8, 1), strict=True):
+        heads.append(torch.softmax(k1 @ q / math.sqrt(8), 0) @ v1)
+    return layer.attention_output(torch.cat(heads))
+
+
+def feed_forward(layer, x):
+    return layer.down(F.gelu(layer.up(x)))
+
+
+def slot_layers(layers, x):
+    """(L, D) -> (L, D) of an unpadded text."""
+    for layer in layers:
+        x = torch.stack([layer.attention_norm(attend(layer, row, x) + row) for row in x])
+        x = layer.output_norm(feed_forward(layer, x) + x)
+    return x
+
+
+def nll(logits, label):
+    return -torch.log_softmax(logits, -1)[label]
+
+
+def naive_retromae(model, b, ids, h, view):
+    """[loss of each ordinary token] of one unpadded text."""
+    layer, lm = model.decoder, model.lm
+    embed = lm.base_model.embeddings
+    first = 1 + lm.config.pad_token_id if lm.config.model_type == "roberta" else 0
+    clean, length = embed(input_ids=ids[None])[0], len(ids)
+    stream = torch.cat([h[None], clean[1:]])
+    normed = embed(input_ids=None, inputs_embeds=h.expand(1, length, -1))[0]
+    losses = []
+    for i in range(1, length - 1):
+        raw = h + embed.position_embeddings.weight[first + i]
+        query = normed[i] if model.query_stream == "normed" else raw
+        seen = [j for j in range(length) if view[b, i, j]]
+        assert i not in seen and 0 in seen and length - 1 in seen
+        x = layer.attention_norm(attend(layer, query, stream[seen]) + query)
+        losses.append(nll(logits_of(lm, layer.output_norm(feed_forward(layer, x) + x)), ids[i]))
+    return losses
+
+
+def naive_lexmae(model, ids, logits, decoder_ids, decoder_mask):
+    lm, length = model.lm, len(ids)
+    inner = logits[1 : length - 1]
+    u = inner.max(0).values if len(inner) else torch.zeros(logits.shape[-1])
+    embedding = lm.get_input_embeddings().weight
+    slot = torch.softmax(u, 0) @ embedding.detach()
+    x = torch.cat([slot[None], lm.base_model.embeddings(input_ids=decoder_ids[None])[0][1:]])
+    x = slot_layers(model.decoder["layers"].layers, x)
+    head = model.decoder["head"]
+    scores = head.norm(F.gelu(head.dense(x))) @ lm.get_output_embeddings().weight.T + model.decoder.bias
+    return [nll(scores[i], ids[i]) for i in range(length) if decoder_mask[i]]
+
+
+def naive_seed(model, ids, h):
+    decoder, embedding = model.decoder, model.lm.get_input_embeddings().weight
+    T = len(ids) - 1
+    x = decoder.embedding_norm(embedding[ids[:-1]] + decoder.positions.weight[:T])
+    for layer in decoder.layers:
+        normed, rows = layer.attention_norm(x), []
+        for i in range(T):
+            seen = sorted({0, *range(max(i - decoder.window + 1, 0), i + 1)})
+            rows.append(attend(layer, normed[i], normed[seen]))
+        x = x + torch.stack(rows)
+        x = x + layer.bottleneck_output(layer.bottleneck_value(h))
+        x = x + feed_forward(layer, layer.feed_forward_norm(x))
+    return [nll(row @ embedding.T, ids[i + 1]) for i, row in enumerate(decoder.final_norm(x))]
+
+
+def naive_bag(model, ids, logits, masked):
+    tokens = ids[1:-1].tolist()
+    rows = [logits[i] for i in range(1, len(ids)) if model.bow == "official" or not masked[i]]
+    mu = torch.stack(rows).max(0).values
+    total = sum(nll(mu, token) for token in set(tokens))
+    return [total / len(tokens) if model.bow == "official" else total] if tokens else []
+
+
 def naive_terms(model, batch, seed):
     """{name: (sum, labels)} with dense logits and a loop over texts, rows, heads and visible columns."""
     lm, ids, keep = model.lm, batch["input_ids"], batch["attention_mask"]
     corrupted, mask = model.corrupt(batch, seed)
-    labels = ids.masked_fill(~mask, -100)
-    logits = lm(input_ids=corrupted, attention_mask=keep).logits
-    terms = {"encoder": (F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"), mask.sum())}
-    if isinstance(model, RetroMAE):
-        view, layer, embed = model.view(batch, seed)[0], model.decoder, lm.base_model.embeddings
-        hidden = lm.base_model(input_ids=corrupted, attention_mask=keep).last_hidden_state
-        first, total, count = 1 + model.lm.config.pad_token_id if lm.config.model_type == "roberta" else 0, 0.0, 0
-        for b, length in enumerate(keep.sum(1).tolist()):
-            h, clean = hidden[b, 0], embed(input_ids=ids[b : b + 1, :length])[0]
-            stream = torch.cat([h[None], clean[1:]])
-            normed = embed(input_ids=None, inputs_embeds=h.expand(1, length, -1))[0]
-            for i in range(1, length - 1):
-                query = (
-                    normed[i] if model.query_stream == "normed" else h + embed.position_embeddings.weight[first + i]
-                )
-                seen = [j for j in range(length) if view[b, i, j]]
-                assert i not in seen and 0 in seen and length - 1 in seen
-                k, v = layer.key(stream[seen]), layer.value(stream[seen])
-                heads = []
-                for q, k1, v1 in zip(layer.query(query).split(8), k.split(8, 1), v.split(8, 1), strict=True):
-                    heads.append(torch.softmax(k1 @ q / math.sqrt(8), 0) @ v1)
-                x = layer.attention_norm(layer.attention_output(torch.cat(heads)) + query)
-                x = layer.output_norm(layer.down(F.gelu(layer.up(x))) + x)
-                total = total - torch.log_softmax(logits_of(lm, x), -1)[ids[b, i]]
-                count += 1
-        terms["decoder"] = (total, count)
-    return terms
+    found = lm.base_model(input_ids=corrupted, attention_mask=keep, output_hidden_states=True)
+    hidden, logits = found.last_hidden_state, lm(input_ids=corrupted, attention_mask=keep).logits
+    terms = {"encoder": [], "decoder": [], "bow": [], "contrast": []}
+    for b, length in enumerate(keep.sum(1).tolist()):
+        text, h = ids[b, :length], hidden[b, 0]
+        terms["encoder"] += [nll(logits[b, i], text[i]) for i in range(length) if mask[b, i]]
+        if isinstance(model, RetroMAE):
+            terms["decoder"] += naive_retromae(model, b, text, h, model.view(batch, seed)[0])
+        if isinstance(model, DupMAE):
+            terms["bow"] += naive_bag(model, text, logits[b], mask[b])
+        if isinstance(model, LexMAE):
+            again, more = model.corrupt_again(batch, mask, seed)
+            terms["decoder"] += naive_lexmae(model, text, logits[b, :length], again[b, :length], more[b])
+        if isinstance(model, SEED):
+            terms["decoder"] += naive_seed(model, text, h)
+        if isinstance(model, Condenser):
+            x = torch.cat([h[None], found.hidden_states[model.skip_from][b, 1:length]])
+            x = logits_of(lm, slot_layers(model.decoder.layers, x))
+            terms["decoder"] += [nll(x[i], text[i]) for i in range(length) if mask[b, i]]
+        if isinstance(model, CoCondenser):
+            others = [c for c in range(len(ids)) if c != b]
+            scores = torch.stack([h @ hidden[c, 0] for c in others])
+            terms["contrast"].append(nll(scores, others.index(b + 1 if b % 2 == 0 else b - 1)))
+    late = getattr(model, "late_mlm", True)
+    return {name: (sum(x), len(x)) for name, x in terms.items() if x and (name != "encoder" or late)}
 
 
 def gradients(loss, model):
@@ -101,30 +191,49 @@ def gradients(loss, model):
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-@pytest.mark.parametrize(("objective", "query_stream"), OBJECTIVES)
-def test_losses_are_those_of_the_formulas(tokenizer, architecture, objective, query_stream):
-    model, batch = build(tokenizer, architecture, objective, query_stream), make_batch(tokenizer)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_losses_are_those_of_the_formulas(tokenizer, architecture, objective):
+    model, batch = build(tokenizer, architecture, objective), make_batch(tokenizer)
     terms, naive = model(batch, 7), naive_terms(model, batch, 7)
     assert terms.keys() == naive.keys()
     for name, (loss, labels) in naive.items():
         assert terms[name].labels == labels > 0
-        torch.testing.assert_close(terms[name].loss / labels, loss / labels, atol=1e-5, rtol=0)
-    ours = gradients(sum(t.loss / t.labels for t in terms.values()), model)
-    theirs = gradients(sum(loss / labels for loss, labels in naive.values()), model)
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(terms[name].loss / labels, loss / labels, atol=1e-5, rtol=1e-6)
+    weights = {"seed": {"encoder": 0.5, "decoder": 0.5}, "dupmae": {"bow": 0.1}}.get(objective.split()[0], {})
+    if model.settings.get("bow") == "paper":
+        weights = {}
+    theirs = sum(weights.get(name, 1.0) * loss / labels for name, (loss, labels) in naive.items())
+    loss, _ = mean_loss(Accelerator(cpu=True), terms)
+    torch.testing.assert_close(loss, theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradients(loss, model), gradients(theirs, model), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("objective", "query_stream"), OBJECTIVES)
-def test_texts_without_tokens_have_a_finite_loss_and_no_gradient(tokenizer, objective, query_stream):
-    model = build(tokenizer, "bert", objective, query_stream)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_texts_without_tokens_have_a_finite_loss_and_no_mlm(tokenizer, objective):
+    model = build(tokenizer, "bert", objective)
     terms = model(make_batch(tokenizer, ["", ""]), 0)
-    loss, sums = mean_loss(Accelerator(cpu=True), terms)
-    assert loss == 0 and not sums.any() and not gradients(loss, model).any()
+    loss, _ = mean_loss(Accelerator(cpu=True), terms)
+    own = {name for name, term in terms.items() if term.labels}
+    assert own == ({"decoder"} if objective.startswith("seed") else {"contrast"} & terms.keys())  # SEED's [SEP]
+    grad = gradients(loss, model)
+    assert torch.isfinite(grad).all() and (own or not (loss or grad.any()))
 
 
-@pytest.mark.parametrize("query_stream", ["raw", "normed"])
-def test_no_token_reaches_its_own_prediction(tokenizer, query_stream):
-    model, batch = build(tokenizer, query_stream=query_stream), make_batch(tokenizer)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_labels_stand_at_ordinary_tokens_only(tokenizer, objective):
+    model, batch = build(tokenizer, "bert", objective), make_batch(tokenizer)
+    ordinary = model.words(batch) >= 0
+    corrupted, mask = model.corrupt(batch, 1)
+    assert mask.any() and not (mask & ~ordinary).any() and torch.equal(corrupted[~mask], batch["input_ids"][~mask])
+    special = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id}
+    assert not special & set(batch["input_ids"][ordinary].tolist())
+    rebuilt = model.rebuild(batch)
+    assert rebuilt is None if objective == "mlm" else rebuilt.labels == ordinary.sum()
+
+
+@pytest.mark.parametrize("objective", ["retromae", "retromae normed"])
+def test_retromae_no_token_reaches_its_own_prediction(tokenizer, objective):
+    model, batch = build(tokenizer, "bert", objective), make_batch(tokenizer)
     ids, (view, _) = batch["input_ids"], model.view(batch, 0)
     places, h = torch.arange(ids.numel()), torch.randn(len(ids), 32)
     length = int(batch["attention_mask"][0].sum())
@@ -146,41 +255,121 @@ def test_no_token_reaches_its_own_prediction(tokenizer, query_stream):
     assert torch.equal(rows(h, swapped), before), "slot 0 is h, not an embedding"
 
 
+def test_dupmae_counts_each_token_once(tokenizer):
+    model = build(tokenizer, "bert", "dupmae")
+    batch = make_batch(tokenizer, ["ash ice", "ash ash ash ash ice ice"])
+    hidden = torch.randn(32).expand(2, batch["input_ids"].shape[1], 32)  # equal maxima: the targets alone can differ
+    counts = batch["attention_mask"].bool()
+    texts = [{name: batch[name][[b]] for name in ("input_ids", "attention_mask")} for b in (0, 1)]
+    one = [model.bag_of_words(hidden[[b]], counts[[b]], text) for b, text in enumerate(texts)]
+    lengths = batch["attention_mask"].sum(1) - 2
+    assert lengths[1] > lengths[0]
+    torch.testing.assert_close(one[0].loss * lengths[0], one[1].loss * lengths[1])
+    parts = model.lm.cls.predictions.transform.dense.weight, model.lm.get_output_embeddings().weight
+    assert all(grad.abs().sum() > 0 for grad in torch.autograd.grad(one[0].loss, parts))
+
+
+def test_lexmae_bottleneck_and_masks(tokenizer):
+    model = build(tokenizer, "bert", "lexmae")
+    E = model.lm.get_input_embeddings().weight
+    u = torch.randn(2, len(E), requires_grad=True)
+    b = model.bottleneck(u)
+    torch.testing.assert_close(b, torch.softmax(u, 1) @ E.detach())
+    grad_u, grad_e = torch.autograd.grad(b.pow(2).sum(), (u, E), allow_unused=True)
+    assert grad_e is None and grad_u.abs().sum() > 0, "all gradient goes through the weights, none into E"
+    texts = ["ash ice lava queen worker nest soldier larvae trail sugar " * 5] * 400
+    batch = make_batch(tokenizer, texts)
+    batch = {k: v[:, :64] if torch.is_tensor(v) and v.ndim == 2 else v for k, v in batch.items()}
+    _, mask = model.corrupt(batch, 3)
+    again, more = model.corrupt_again(batch, mask, 3)
+    tokens = (model.words(batch) >= 0).sum(1)
+    assert torch.equal(mask.sum(1), (0.3 * tokens.double()).ceil().long()) and not (mask & ~more).any()
+    assert (more.sum() / tokens.sum()).item() == pytest.approx(0.5, abs=0.01)
+    fate = again[mask]
+    assert (fate == tokenizer.mask_token_id).float().mean() == pytest.approx(0.8, abs=0.02), "drawn anew"
+    corrupted, _ = model.corrupt(batch, 3)
+    assert (corrupted[mask] == again[mask]).float().mean() == pytest.approx(0.8**2 + 0.1**2, abs=0.02)
+    with pytest.raises(UserError, match="at least --encoder_mask_ratio 0.3"):
+        LexMAE(model.lm, tokenizer, decoder_mask_ratio=0.2)
+
+
+def test_lexmae_decoder_reads_its_own_mask(tokenizer):
+    model, batch = build(tokenizer, "bert", "lexmae"), make_batch(tokenizer)
+    mask = model.corrupt(batch, 0)[1]
+    decoder_ids, more = model.corrupt_again(batch, mask, 0)
+    hidden = more & (decoder_ids == tokenizer.mask_token_id)
+    places, b = hidden.flatten().nonzero()[:, 0], torch.randn(len(mask), 32)
+    before = model.decode(b, decoder_ids, places, batch)
+    other = {**batch, "input_ids": torch.where(hidden, 9, batch["input_ids"])}
+    rest = model.lm.base_model.embeddings(input_ids=decoder_ids)
+    assert before.labels and model.decode(b, decoder_ids, places, other).loss != before.loss, "another label"
+    swapped = decoder_ids.clone()
+    swapped[:, 0] = 9
+    states = [model.decoder["layers"](b, x, batch["attention_mask"], places) for x in (rest, rest.clone())]
+    assert torch.equal(*states) and model.decode(b, swapped, places, batch).loss == before.loss, "slot 0 is b"
+
+
+@pytest.mark.parametrize(("window", "row", "seen"), [(2, 4, [0, 3, 4]), (8, 9, [0, 2, 3, 4, 5, 6, 7, 8, 9])])
+def test_seed_window(tokenizer, window, row, seen):
+    model = SEED(build(tokenizer, "bert", "mlm").lm, tokenizer, attention_window=window, decoder_layers=1)
+    assert len(SEED(model.lm, tokenizer, attention_window=window).decoder.layers) == {2: 3, 8: 1}[window]
+    view = model.decoder.view(12)
+    assert view[row].nonzero()[:, 0].tolist() == seen
+    for i in range(12):
+        assert view[i].nonzero()[:, 0].tolist() == sorted({0, *range(max(i - window + 1, 0), i + 1)})
+    E, h, places = torch.randn(1, 12, 32), torch.randn(1, 32), torch.arange(12)
+    before = model.decoder(E, h, places)
+    for j in range(12):
+        other = E.clone()
+        other[0, j] = torch.randn(32)
+        change = (model.decoder(other, h, places) - before).abs().amax(-1) > 1e-6
+        assert torch.equal(change, view[:, j]), "a token is read where the window says, never before it"
+    assert ((model.decoder(E, torch.randn(1, 32), places) - before).abs().amax(-1) > 1e-6).all()
+
+
+def test_seed_predicts_what_follows_from_h_alone(tokenizer):
+    model, batch = build(tokenizer, "bert", "seed"), make_batch(tokenizer)
+    terms = model(batch, 0)
+    assert terms["decoder"].labels == (batch["attention_mask"].sum(1) - 1).sum(), "x1 ... xn [SEP]"
+    hidden = torch.randn(*batch["input_ids"].shape, 32)
+    other = torch.cat([hidden[:, :1], torch.randn_like(hidden[:, 1:])], 1)
+    of = [model.decode(x[:, 0], batch["input_ids"], model.targets(batch), batch).loss for x in (hidden, other)]
+    assert of[0] == of[1]
+
+
+def test_condenser_head_reads_late_cls_and_middle_states(tokenizer):
+    model, batch = build(tokenizer, "bert", "condenser"), make_batch(tokenizer)
+    keep, places = batch["attention_mask"], torch.arange(batch["input_ids"].numel())
+    late, middle = model.states(batch["input_ids"], keep)
+    lm = model.lm.base_model
+    assert torch.equal(middle, lm.encoder.layer[0](lm.embeddings(batch["input_ids"]), keep[:, None, None].bool()))
+    before = model.decoder(late[:, 0], middle, keep, places)
+    assert torch.equal(before, model.decoder(late[:, 0], torch.cat([late[:, :1], middle[:, 1:]], 1), keep, places))
+    assert not torch.allclose(before, model.decoder(late[:, 0] + 0.1, middle, keep, places))
+    assert not torch.allclose(before, model.decoder(late[:, 0], middle + 0.1, keep, places))
+
+
+def test_span_partners_are_their_own_inverse():
+    h = torch.eye(6).repeat_interleave(2, 0) * 9 + torch.arange(12)[:, None] * 0.01
+    term = span_contrast(h)
+    assert term.labels == 12 and term.correct == 12 and term.loss < 1e-3
+    rows = torch.arange(12)
+    assert torch.equal((rows ^ 1) ^ 1, rows)
+    swapped = h.view(6, 2, 6).flip(1).reshape(12, 6)
+    torch.testing.assert_close(span_contrast(swapped).loss, term.loss)
+
+
 @pytest.mark.parametrize("architecture", CONFIGS)
-def test_padding_changes_nothing(tokenizer, architecture):
-    model, batch = build(tokenizer, architecture).eval(), make_batch(tokenizer)
-    wide = {name: F.pad(batch[name], (0, 9), value=value) for name, value in (("input_ids", 0), ("attention_mask", 0))}
-    for name, term in model(batch | wide, 5).items():
-        torch.testing.assert_close(term.loss, model(batch, 5)[name].loss, atol=1e-4, rtol=1e-6)
-
-
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("n", [0, 1, 7, 23])
-def test_linear_cross_entropy_is_the_plain_formula(monkeypatch, n, with_bias):
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", {"cpu": 5 * 50})
-    torch.manual_seed(n)
-    leaves = [torch.randn(n, 6), torch.randn(50, 6), torch.randn(50)][: 2 + with_bias]
-    leaves = [x.requires_grad_() for x in leaves]
-    hidden, weight, bias = [*leaves, None][:3]
-    labels = torch.randint(0, 50, (n,))
-    tied = hidden + weight[:n]  # the weight has a second use, as tied embeddings do
-    logits = F.linear(tied, weight, bias)
-    plain = F.cross_entropy(logits, labels, reduction="sum")
-    loss, correct = linear_cross_entropy(tied, weight, bias, labels)
-    torch.testing.assert_close(loss, plain, atol=1e-5, rtol=1e-6)
-    assert correct == (logits.argmax(1) == labels).sum() and not correct.requires_grad
-    ours, theirs = (
-        torch.autograd.grad(1024 * x / 3, leaves, retain_graph=True) for x in (loss, plain)
-    )  # a loss scale
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        low, _ = linear_cross_entropy(tied, weight, bias, labels)
-    assert low.dtype == torch.float32 and torch.allclose(low, plain, rtol=0.05)
-    for a, b in zip(
-        torch.autograd.grad(low, leaves, retain_graph=True), torch.autograd.grad(plain, leaves), strict=True
-    ):
-        assert a.dtype == torch.float32 and torch.allclose(a, b, atol=0.05 * (1 + b.abs().max()) if n else 0)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_padding_changes_nothing(tokenizer, architecture, objective):
+    model, batch = build(tokenizer, architecture, objective).eval(), make_batch(tokenizer)
+    pads = ("input_ids", tokenizer.pad_token_id), ("attention_mask", 0)
+    wide = batch | {name: F.pad(batch[name], (0, 9), value=value) for name, value in pads}
+    for name, term in model(wide, 5).items():
+        torch.testing.assert_close(term.loss, model(batch, 5)[name].loss, atol=1e-4, rtol=1e-5)
+    if model.rebuild(batch):
+        torch.testing.assert_close(model.rebuild(wide).loss, model.rebuild(batch).loss, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(model.represent(wide), model.represent(batch), atol=1e-5, rtol=1e-5)
 
 
 def test_other_architectures_are_refused(tmp_path, tokenizer):
@@ -197,7 +386,7 @@ def test_other_architectures_are_refused(tmp_path, tokenizer):
 # two processes
 
 
-def world_step(folder, objective):
+def world_step(folder, objective, rows=0):
     """(loss over the world, gradient) of a batch of eight ragged texts on however many processes there are."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -207,15 +396,21 @@ def world_step(folder, objective):
     mine = range(accelerator.process_index * 8 // W, (accelerator.process_index + 1) * 8 // W)
     texts = [*TEXTS, "lava", "", "ash and ice and lava, lava", "the queen of bees and ants"]
     batch = make_batch(tokenizer, [texts[i] for i in mine]) | {"rows": torch.tensor(mine)}
-    loss, sums = mean_loss(accelerator, model(batch, 11))
-    accelerator.backward(loss)
+    if rows:
+        loss, sums = mean_loss(accelerator, span_backward(accelerator, model, batch, 11, rows, 0))
+    else:
+        loss, sums = mean_loss(accelerator, model(batch, 11))
+        accelerator.backward(loss)
     return (sums[:, 0] / sums[:, 1]).sum(), torch.cat([p.grad.flatten() for p in model.parameters()]), W
+
+
+CASES = [(objective, 0) for objective in OBJECTIVES] + [("cocondenser", 2)]  # the last with GradCache
 
 
 def one_of_two(rank, port, folder, out):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.set_num_threads(1)
-    torch.save([world_step(folder, objective) for objective in ("mlm", "retromae")], f"{out}/{rank}.pt")
+    torch.save([world_step(folder, *case) for case in CASES], f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -224,10 +419,10 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_model_dir, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     mp.spawn(one_of_two, (port, str(tiny_model_dir), str(tmp_path)), nprocs=2)
-    single = [world_step(tiny_model_dir, objective) for objective in ("mlm", "retromae")]
+    single = [world_step(tiny_model_dir, objective) for objective, _ in CASES]
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for (loss, grad, W), (loss_1, grad_1, W_1) in zip(found, single, strict=True):
+        for case, (loss, grad, W), (loss_1, grad_1, W_1) in zip(CASES, found, single, strict=True):
             assert (W, W_1) == (2, 1) and grad_1.abs().max() > 1e-2
-            torch.testing.assert_close(loss, loss_1, atol=1e-5, rtol=0)
-            torch.testing.assert_close(grad, grad_1, atol=1e-5, rtol=0)
+            torch.testing.assert_close(loss, loss_1, atol=1e-5, rtol=1e-6, msg=f"{case}")
+            torch.testing.assert_close(grad, grad_1, atol=1e-5, rtol=1e-4, msg=f"{case}")

@@ -75,7 +75,7 @@ def one_by_one(words, budget, noise):
 @pytest.mark.parametrize("ratio", [0.15, 0.5])
 def test_whole_words_in_random_order_within_the_budget(ratio):
     words, keep = random_words(40, 30)
-    budget = mask_budget(keep, ratio)
+    budget = mask_budget(keep.sum(1), ratio)
     assert budget.tolist() == [max(1, round(int(n) * ratio)) for n in keep.sum(1)]
     noise = counter_uniform(0, 0, torch.arange(40), (3, 30))
     hidden = whole_word_mask(words, budget, noise)
@@ -144,7 +144,7 @@ def test_rows_of_the_decoder():
     """Row i never sees i; column 0 and special tokens are open; at most the budget and i are hidden; none is blind."""
     words, keep = random_words(20, 24)
     words[0], keep[0] = -1, torch.tensor([1, *[0] * 23])  # not even a [SEP]
-    budget = mask_budget(keep, 0.5)
+    budget = mask_budget(keep.sum(1), 0.5)
     hidden = whole_word_mask(words, budget, counter_uniform(0, 0, torch.arange(20), (10, 24)))
     noise = counter_uniform(1, 0, torch.arange(20), (24,))
     view = position_specific_view(words, keep, hidden, noise)

@@ -37,7 +37,13 @@ def command(out, **flags):
     return [
         str(part)
         for name, value in flags.items()
-        for part in ([f"--{name}"] if value is True else [f"--{name}", value])
+        for part in (
+            [f"--{name}"]
+            if value is True
+            else [f"--no_{name}"]
+            if value is False
+            else [f"--{name}", *(value if isinstance(value, list) else [value])]
+        )
     ]
 
 
@@ -118,6 +124,84 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, tiny_model_dir, tiny_co
     assert steps == list(range(1, 81))
 
 
+@pytest.fixture(scope="module")
+def sentences(tmp_path_factory, tiny_collection):
+    """The passages of the collection, each sentence of a few words, so that every text has several spans."""
+    path = tmp_path_factory.mktemp("sentences") / "corpus.jsonl"
+    rows = [json.loads(line) for line in tiny_collection.corpus.read_text().splitlines()]
+    for row in rows:
+        words = row["text"].split()
+        row["text"] = " ".join(f"A {' '.join(words[i : i + 4])}." for i in range(0, len(words), 4))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+OBJECTIVES = {
+    "dupmae": {"terms": ["encoder", "decoder", "bow"]},
+    "lexmae": {"terms": ["encoder", "decoder"]},
+    "seed": {"terms": ["encoder", "decoder"], "attention_window": 8},
+    "condenser": {"terms": ["encoder", "decoder"]},
+    "cocondenser": {"terms": ["encoder", "decoder", "contrast"], "chunk_size": 2, "span_tokens": 12},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_stops_resumes_and_goes_on(
+    objective, tmp_path, tiny_model_dir, tiny_collection, sentences, here, monkeypatch, capsys
+):
+    options = {**OBJECTIVES[objective]}
+    terms = options.pop("terms")
+    flags = {"corpus": sentences, "objective": objective, **options, "learning_rate": 1e-3, "save_every": 2}
+    probes = {"probe_every": 3, "probe_queries": tiny_collection.queries, "probe_qrels": tiny_collection.qrels}
+    log = here(tmp_path / "whole", model=tiny_model_dir, max_steps=5, **probes, **flags)
+    steps = [line for line in log if "loss" in line]
+    assert [line["step"] for line in log] == [0, 1, 2, 3, 3, 4, 5, 5] and len(steps) == 5
+    for line in steps:
+        weights = {"bow": 0.1} if objective == "dupmae" else dict.fromkeys(terms, 0.5) if objective == "seed" else {}
+        total = sum(weights.get(term, 1.0) * line[f"{term}_loss"] for term in terms)
+        assert line["loss"] == pytest.approx(total) and 0 <= line["waited"] <= 1 < line["tokens/s"]
+    for line in log:
+        assert ("probe_cosine" in line) == ("loss" not in line)
+    assert {"probe_rebuild", "probe_cosine", "probe_recall@100"} < log[-1].keys() and log[-1]["probe_recall@100"] == 1
+
+    def stop(*args):
+        save_state(*args)
+        raise KeyboardInterrupt
+
+    save_state = pretrain_mae.save_state
+    monkeypatch.setattr(pretrain_mae, "save_state", stop)
+    with pytest.raises(KeyboardInterrupt):
+        here(tmp_path / "stopped", model=tiny_model_dir, max_steps=5, **flags)
+    monkeypatch.setattr(pretrain_mae, "save_state", save_state)
+    here(tmp_path / "stopped", model=tiny_model_dir, max_steps=5, resume=True, **flags)
+    for name in ("model.safetensors", "decoder.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+    _, info = AutoModelForMaskedLM.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not any(info.values()), info
+
+    capsys.readouterr()
+    here(tmp_path / "next", model=tmp_path / "whole", max_steps=1, **flags)
+    assert f"decoder: that of {tmp_path / 'whole'}" in capsys.readouterr().out
+    here(tmp_path / "other", corpus=sentences, model=tmp_path / "whole", max_steps=1, objective="retromae")
+    assert f"decoder: new, that of {tmp_path / 'whole'} is of the objective {objective}" in capsys.readouterr().out
+
+
+def test_cocondenser_goes_on_with_the_head_of_condenser(tmp_path, tiny_model_dir, sentences, here, capsys):
+    flags = {"corpus": sentences, "max_steps": 1}
+    here(tmp_path / "one", objective="condenser", model=tiny_model_dir, **flags)
+    here(tmp_path / "two", objective="cocondenser", model=tmp_path / "one", encoder_dropout=False, **flags)
+    assert f"decoder: that of {tmp_path / 'one'}" in capsys.readouterr().out
+    here(tmp_path / "three", objective="condenser", model=tmp_path / "two", **flags)
+    assert f"decoder: that of {tmp_path / 'two'}" in capsys.readouterr().out
+
+
+def test_several_corpora(tmp_path, tiny_model_dir, tiny_collection, sentences, here, capsys):
+    corpora = [f"plain={tiny_collection.corpus}", f"cut={sentences}"]
+    here(tmp_path / "out", corpus=corpora, model=tiny_model_dir, max_steps=2, balance=100.0, objective="mlm")
+    shown = capsys.readouterr().out
+    assert "corpus plain" in shown and "corpus cut" in shown and "40 texts" in shown
+
+
 def test_two_processes_log_the_losses_of_one(tmp_path, tiny_model_dir, tiny_collection, here):
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     flags = {"corpus": tiny_collection.corpus, "max_steps": 3, **scratch(tmp_path, tiny_model_dir, **still)}
@@ -146,6 +230,11 @@ def test_mistakes_end_in_a_line(tmp_path, tiny_model_dir, tiny_collection, here)
         ({"max_length": 129}, "the model has 128 positions"),
         ({"encoder_mask_ratio": 1.5}, "--encoder_mask_ratio 1.5: a share"),
         ({"per_device_batch_size": 0}, "--per_device_batch_size 0: counts from 1"),
+        ({"bow": "paper"}, "--bow: retromae has no such option"),
+        ({"objective": "mlm", "chunk_size": 2}, "--chunk_size: mlm has no such option"),
+        ({"objective": "condenser", "skip_from": 2}, "--skip_from 2: the encoder has 2 layers"),
+        ({"objective": "lexmae", "decoder_mask_ratio": 0.1}, "the decoder's mask holds the encoder's"),
+        ({"probe_every": 1, "probe_queries": tiny_collection.queries}, "give --probe_queries and --probe_qrels"),
         ({"model": tmp_path}, "not a model and tokenizer"),
         ({"model_config": "x.json"}, "which model"),
         ({"corpus": tmp_path / "none.jsonl"}, "no such file"),

@@ -1,0 +1,100 @@
+"""Attention with dropout on a CPU, in the memory that a GPU's kernels need.
+
+Where PyTorch has a fused kernel, attention keeps no (B, heads, L, L) tensor. On a CPU it has none with dropout: the
+probabilities before and after it and its mask stay until the backward pass, half of what a training step of a small
+BERT holds. Here they exist for PIECE of them at a time and are made again in the backward pass, dropout included,
+which costs no time: a piece stays in the cache.
+
+Legend: B texts, H heads, L queries, S keys, d size of a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+PIECE = 2**21  # probabilities at a time
+NAME = "sdpa_in_pieces"
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float | None = None
+) -> Tensor:
+    """scaled_dot_product_attention of (B, H, L, d), (B, H, S, d), (B, H, S, d) -> (B, H, L, d).
+
+    mask: bool, True = visible, or floats to add; broadcast over (B, H, L, S). dropout: the probability of zeroing, 0
+    when not training; drawn in steps of 1/65536, by a seed that torch's generator gives. PyTorch's own function on
+    other devices and without dropout."""
+    if q.device.type != "cpu" or not dropout:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    seed = int(torch.randint(2**62, ()))
+    return _Attention.apply(q, k, v, mask, dropout, scale, seed)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, mask, dropout, scale, seed):
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.how = dropout, scale, seed
+        out = torch.empty_like(q)
+        for part, probs, dropped, rest in _pieces(q, k, mask, *ctx.how):
+            torch.matmul(probs.masked_fill_(dropped, 0.0).to(v.dtype), v[part], out=out[part])
+            out[part] /= rest
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, mask = ctx.saved_tensors
+        dropout, scale, seed = ctx.how
+        to_q, to_k, to_v = (torch.empty_like(x) for x in (q, k, v))
+        for part, probs, dropped, rest in _pieces(q, k, mask, dropout, scale, seed):
+            g = grad[part] / rest
+            to_probs = (g @ v[part].transpose(-1, -2)).float().masked_fill_(dropped, 0.0)
+            torch.matmul(probs.masked_fill(dropped, 0.0).to(v.dtype).transpose(-1, -2), g, out=to_v[part])
+            to_probs -= (to_probs * probs).sum(-1, keepdim=True)
+            to_scores = to_probs.mul_(probs).mul_(scale).to(q.dtype)
+            torch.matmul(to_scores, k[part], out=to_q[part])
+            torch.matmul(to_scores.transpose(-1, -2), q[part], out=to_k[part])
+        return to_q, to_k, to_v, None, None, None, None
+
+
+def _pieces(q, k, mask, dropout, scale, seed):
+    """(texts, probabilities (n, H, L, S) in fp32, which of them are dropped, share that is not) of each piece."""
+    B, H, L, _ = q.shape
+    n, cut = max(PIECE // (H * L * k.shape[2]), 1), round(dropout * 2**16)
+    generator = torch.Generator().manual_seed(seed)
+    for start in range(0, B, n):
+        part = slice(start, start + n)
+        scores = ((q[part] * scale) @ k[part].transpose(-1, -2)).float()
+        here = mask if mask is None or mask.shape[0] == 1 or mask.ndim < 4 else mask[part]
+        if here is not None:
+            scores = (
+                scores.masked_fill_(~here, torch.finfo(scores.dtype).min)
+                if here.dtype == torch.bool
+                else scores + here
+            )
+        words = torch.empty(-(-scores.numel() // 4), dtype=torch.int64)  # four draws of 16 bits in each
+        draws = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: scores.numel()]
+        yield part, torch.softmax(scores, -1, out=scores), draws.view(scores.shape) < cut - 2**15, 1 - cut / 2**16
+
+
+def _forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """As transformers calls an attention: (B, H, L, d) -> ((B, L, H, d), None)."""
+    if not dropout or query.device.type != "cpu":
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    return attention(query, key, value, attention_mask, dropout, scaling).transpose(1, 2).contiguous(), None
+
+
+def economize(model: nn.Module, checkpointing: bool = False) -> None:
+    """Let a transformers encoder that attends by PyTorch's function do so by this one; another is left as it is.
+    checkpointing: also keep only the inputs of its layers, each of which then runs once more in the backward pass."""
+    if checkpointing:
+        newer = getattr(model, "activation_checkpointing_enable", None)  # the name since transformers 5.22
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if getattr(model.config, "_attn_implementation", None) == "sdpa":
+        AttentionInterface.register(NAME, _forward)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)

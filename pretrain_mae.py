@@ -198,6 +198,9 @@ def main():
     for name in sorted(options.keys() - takes):
         raise UserError(f"--{name}: {args.objective} has no such option — leave it out")
 
+    if pairs and W * B < 2:
+        raise UserError("--per_device_batch_size 1: the other spans of a contrast are of other documents — raise it")
+
     # ---- data
     title = args.title or stated_title(args.model) or "space"
     rule = options.pop("spans", "coco") if pairs else None
@@ -205,9 +208,10 @@ def main():
     chunk_size = options.pop("chunk_size", 0)
     with accelerator.main_process_first():
         blocks = open_corpora(args.corpus, args.titles, cut, args.seed, args.balance, accelerator.is_main_process)
+        collate = BlockCollator(tokenizer, args.max_length)
+        probe = Probe(blocks, collate, args.probe_queries, args.probe_qrels) if args.probe_every else None
     max_steps = args.max_steps or math.ceil(args.num_epochs * len(blocks) / (W * B * accumulation))
     warmup_steps = round(args.warmup_ratio * max_steps) if args.warmup_steps is None else args.warmup_steps
-    collate = BlockCollator(tokenizer, args.max_length)
 
     # ---- model, optimizer, prepare
     torch.manual_seed(args.seed)  # of new weights
@@ -234,11 +238,10 @@ def main():
             "disk": f"{weights * 4 * 4 / 1e9:.2f} GB",  # checkpoint, and state with two moments
         }
         return echo(accelerator, "dry run: pre-training", {**facts, **shown})
-    ignore = "log_every", "save_every", "num_workers", "report_to"
+    ignore = "log_every", "save_every", "num_workers", "report_to", "probe_every", "probe_queries", "probe_qrels"
     if claim_output(args, accelerator, resume=args.resume, ignore=ignore):
         return accelerator.print(f"{args.output_dir} is complete")
     echo(accelerator, "pre-training", facts)
-    probe = Probe(blocks, collate, args.probe_queries, args.probe_qrels) if args.probe_every else None
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
 

@@ -227,7 +227,8 @@ class DupMAE(RetroMAE):
         bow_weight: float | None = None,
     ):
         super().__init__(lm, tokenizer, encoder_mask_ratio, mask, decoder_mask_ratio, decoder_masks, query_stream)
-        self.bow, self.bow_weight = bow, bow_weight or {"official": 0.1, "paper": 1.0}[bow]
+        self.bow = bow
+        self.bow_weight = {"official": 0.1, "paper": 1.0}[bow] if bow_weight is None else bow_weight
         self.settings |= {"bow": bow, "bow_weight": self.bow_weight}
 
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:

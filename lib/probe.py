@@ -15,7 +15,8 @@ from lib.data import BlockCollator, Corpora
 from lib.files import UserError, open_texts, read_qrels
 from lib.losses import spread
 
-TEXTS, QUERIES, PASSAGES, BATCH = 256, 200, 5_000, 32  # drawn once, by the seed of the run
+TEXTS, QUERIES, PASSAGES = 256, 200, 5_000  # drawn once, by the seed of the run
+DEPTH, BATCH = 100, 32
 
 
 class Probe:
@@ -48,7 +49,8 @@ class Probe:
             passages |= {part.texts.id(row): part.whole(row) for row in some}
         if not found:
             raise UserError(f"{path}: no positive of its queries is in the corpus — give the judgments of this corpus")
-        passages = {**found, **dict(list(passages.items())[: max(PASSAGES - len(found), 0)])}
+        others = [pid for pid in passages if pid not in found][: max(PASSAGES - len(found), 0)]
+        passages = {**found, **{pid: passages[pid] for pid in others}}
         place = {pid: column for column, pid in enumerate(passages)}
         self.queries, self.passages = [queries[row][1] for row in rows], [*passages.values()]
         self.positives = [[place[pid] for pid in judged[qid] if pid in place] for qid in chosen]
@@ -83,7 +85,7 @@ class Probe:
             scores = q_reps.new_empty(len(self.queries), len(self.passages))
             for rows, batch in self._batches(self.passages, device):
                 scores[:, rows] = q_reps @ model.represent(batch).float().T
-            best = scores.topk(min(100, scores.shape[1])).indices.tolist()
+            best = scores.topk(min(DEPTH, scores.shape[1])).indices.tolist()
             recalls = [
                 len({*top} & {*pids}) / len(pids) for top, pids in zip(best, self.positives, strict=True) if pids
             ]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**26}  # fp32 logits held at a time: 32 MB in reach of a cache, 256 MB on a GPU
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}  # fp32 logits held at a time: 64 MB, on a GPU 256 MB
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

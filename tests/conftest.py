@@ -153,3 +153,56 @@ def two_processes(tmp_path):
         return done.stdout
 
     return call
+
+
+@pytest.fixture
+def recipe():
+    """recipe("beir.sh", *arguments, SCALE="tiny", ...) -> the finished process of a recipe, with this Python first in
+    the PATH and the scripts started by `python`."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    def call(name, *arguments, **environment):
+        here = {"LAUNCH": "python", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        command = ["bash", Path(__file__).parents[1] / "recipes" / name, *map(str, arguments)]
+        return subprocess.run(command, env={**os.environ, **here, **environment}, capture_output=True, text=True)
+
+    return call
+
+
+@pytest.fixture
+def tiny_msmarco(tiny_collection, tmp_path):
+    """A folder of the collection with the names and formats that recipes/get_msmarco.sh leaves."""
+    import shutil
+
+    folder = tmp_path / "msmarco"
+    folder.mkdir()
+    passages = [json.loads(line) for line in tiny_collection.corpus.read_text().splitlines()]
+    (folder / "corpus.tsv").write_text("".join(f"{p['_id']}\t{p['title']}\t{p['text']}\n" for p in passages))
+    judged = [line.split("\t") for line in tiny_collection.qrels.read_text().splitlines()[1:]]
+    for name in ("train", "dev", "dl19", "dl20"):
+        shutil.copy(tiny_collection.queries, folder / f"queries.{name}.tsv")
+        qrels = folder / f"qrels.{name}.{'txt' if name.startswith('dl') else 'tsv'}"
+        qrels.write_text("".join(f"{qid}\t0\t{pid}\t2\n" for qid, pid, _ in judged))
+    return folder
+
+
+@pytest.fixture
+def tiny_beir(tiny_collection, tmp_path):
+    """A folder of two collections in BEIR layout, `one` and `two`, both the tiny one, with sentences."""
+    import shutil
+
+    for name in ("one", "two"):
+        (tmp_path / "beir" / name / "qrels").mkdir(parents=True)
+        passages = [json.loads(line) for line in tiny_collection.corpus.read_text().splitlines()]
+        for passage in passages:
+            words = passage["text"].split()
+            passage["text"] = " ".join(f"A {' '.join(words[i : i + 4])}." for i in range(0, len(words), 4))
+        rows = "".join(json.dumps(passage) + "\n" for passage in passages)
+        (tmp_path / "beir" / name / "corpus.jsonl").write_text(rows)
+        lines = [line.split("\t") for line in tiny_collection.queries.read_text().splitlines()]
+        rows = "".join(json.dumps({"_id": qid, "text": text}) + "\n" for qid, text in lines)
+        (tmp_path / "beir" / name / "queries.jsonl").write_text(rows)
+        shutil.copy(tiny_collection.qrels, tmp_path / "beir" / name / "qrels" / "test.tsv")
+    return tmp_path / "beir"

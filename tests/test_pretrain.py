@@ -137,6 +137,7 @@ def sentences(tmp_path_factory, tiny_collection):
 
 
 OBJECTIVES = {
+    "mlm": {"terms": ["encoder"], "gradient_checkpointing": True},
     "dupmae": {"terms": ["encoder", "decoder", "bow"]},
     "lexmae": {"terms": ["encoder", "decoder"]},
     "seed": {"terms": ["encoder", "decoder"], "attention_window": 8},
@@ -162,7 +163,8 @@ def test_every_objective_stops_resumes_and_goes_on(
         assert line["loss"] == pytest.approx(total) and 0 <= line["waited"] <= 1 < line["tokens/s"]
     for line in log:
         assert ("probe_cosine" in line) == ("loss" not in line)
-    assert {"probe_rebuild", "probe_cosine", "probe_recall@100"} < log[-1].keys() and log[-1]["probe_recall@100"] == 1
+    assert {"probe_cosine", "probe_recall@100"} < log[-1].keys() and log[-1]["probe_recall@100"] == 1
+    assert ("probe_rebuild" in log[-1]) == (objective != "mlm")
 
     def stop(*args):
         save_state(*args)
@@ -174,16 +176,21 @@ def test_every_objective_stops_resumes_and_goes_on(
         here(tmp_path / "stopped", model=tiny_model_dir, max_steps=5, **flags)
     monkeypatch.setattr(pretrain_mae, "save_state", save_state)
     here(tmp_path / "stopped", model=tiny_model_dir, max_steps=5, resume=True, **flags)
-    for name in ("model.safetensors", "decoder.safetensors"):
+    names = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
+    assert names == ["model.safetensors"] if objective == "mlm" else ["decoder.safetensors", "model.safetensors"]
+    for name in names:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
     _, info = AutoModelForMaskedLM.from_pretrained(tmp_path / "whole", output_loading_info=True)
     assert not any(info.values()), info
 
     capsys.readouterr()
-    here(tmp_path / "next", model=tmp_path / "whole", max_steps=1, **flags)
-    assert f"decoder: that of {tmp_path / 'whole'}" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError):  # there is no log
+        here(tmp_path / "dry", model=tmp_path / "whole", dry_run=True, **flags)
+    shown = capsys.readouterr().out
+    assert "[MASK]" in shown and f"decoder: {'none' if objective == 'mlm' else 'that of'}" in shown
     here(tmp_path / "other", corpus=sentences, model=tmp_path / "whole", max_steps=1, objective="retromae")
-    assert f"decoder: new, that of {tmp_path / 'whole'} is of the objective {objective}" in capsys.readouterr().out
+    origin = "" if objective == "mlm" else f", that of {tmp_path / 'whole'} is of the objective {objective}"
+    assert f"decoder: new{origin}" in capsys.readouterr().out
 
 
 def test_cocondenser_goes_on_with_the_head_of_condenser(tmp_path, tiny_model_dir, sentences, here, capsys):
@@ -234,6 +241,7 @@ def test_mistakes_end_in_a_line(tmp_path, tiny_model_dir, tiny_collection, here)
         ({"objective": "mlm", "chunk_size": 2}, "--chunk_size: mlm has no such option"),
         ({"objective": "condenser", "skip_from": 2}, "--skip_from 2: the encoder has 2 layers"),
         ({"objective": "lexmae", "decoder_mask_ratio": 0.1}, "the decoder's mask holds the encoder's"),
+        ({"objective": "cocondenser", "per_device_batch_size": 1}, "the other spans of a contrast"),
         ({"probe_every": 1, "probe_queries": tiny_collection.queries}, "give --probe_queries and --probe_qrels"),
         ({"model": tmp_path}, "not a model and tokenizer"),
         ({"model_config": "x.json"}, "which model"),

@@ -4,10 +4,7 @@ Run: python -m pytest tests/test_quickstart.py
 """
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -91,10 +88,8 @@ def test_docstrings_are_taken_apart():
 
 
 @pytest.mark.slow
-def test_all_of_it_on_a_small_collection(tmp_path):
-    environment = {**os.environ, "SCALE": "tiny", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["bash", ROOT / "recipes/quickstart.sh", tmp_path / "out"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+def test_all_of_it_on_a_small_collection(recipe, tmp_path):
+    done = recipe("quickstart.sh", tmp_path / "out", SCALE="tiny")
     assert done.returncode == 0, done.stderr
     table = done.stdout.split("test queries against 400 passages\n")[1].splitlines()
     assert table[0].split() == ["MRR@10", "nDCG@10", "Recall@100"]

@@ -2,16 +2,10 @@
 
 import dataclasses
 import importlib
-import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("pretrain_mae", "finetune_biencoder", "mine_negatives", "encode", "evaluate")
@@ -73,35 +67,3 @@ def test_docstrings_show_three_commands_with_flags_that_exist(script):
 def test_every_flag_says_what_it_is_for(script):
     for field in dataclasses.fields(importlib.import_module(script).Args):
         assert len(field.metadata.get("help", "")) > 3, field.name
-
-
-@pytest.mark.slow
-def test_the_ms_marco_commands_run_from_end_to_end(tiny_collection, tiny_model_dir, tmp_path):
-    """The README's block word for word, but for the download, the launcher, the model and the number of steps."""
-    block = next(b for b in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL) if "get_msmarco" in b)
-    for old, new in {
-        r"bash recipes/get_msmarco.sh .*": "",
-        r"M=data/msmarco R=runs/msmarco": f"M={tmp_path} R={tmp_path}/runs",
-        r"accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16": "python",
-        r"bert-base-uncased": f"{tmp_path}/bert",
-        r"--num_epochs \d+": "--max_steps 2",
-    }.items():
-        block, count = re.subn(old, new, block)
-        assert count, old
-    config = BertConfig.from_pretrained(tiny_model_dir, max_position_embeddings=150)
-    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
-    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "bert")
-    passages = [json.loads(line) for line in tiny_collection.corpus.read_text().splitlines()]
-    (tmp_path / "corpus.tsv").write_text("".join(f"{p['_id']}\t{p['title']}\t{p['text']}\n" for p in passages))
-    judged = [line.split("\t") for line in tiny_collection.qrels.read_text().splitlines()[1:]]
-    for name in ("train", "dev", "dl19", "dl20"):
-        shutil.copy(tiny_collection.queries, tmp_path / f"queries.{name}.tsv")
-        qrels = tmp_path / f"qrels.{name}.{'txt' if name.startswith('dl') else 'tsv'}"
-        qrels.write_text("".join(f"{qid}\t0\t{pid}\t2\n" for qid, pid, _ in judged))
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["bash", "-euo", "pipefail", "-c", block]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for name in ("dev", "dl19", "dl20"):
-        metrics = json.loads((tmp_path / "runs" / f"evaluation-{name}" / "metrics.json").read_text())
-        assert metrics["splits"][f"qrels.{name}"]["queries"] == 20

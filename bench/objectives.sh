@@ -45,7 +45,7 @@ for seed in "${seeds[@]}"; do
     done
 done
 
-python - "$out" "${#seeds[@]}" <<'END'
+python - "$out" <<'END'
 import json, pathlib, sys
 out = pathlib.Path(sys.argv[1])
 print(f"\n{'objective':<14}{'seed':>5}  {'split':<16}{'RR@10':>8}{'nDCG@10':>9}   RR@10 less that of mlm (95 %, p)")

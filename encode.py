@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
+from lib.attention import economize
 from lib.encoder import checkpoint_folder, load_encoder, model_hash
 from lib.files import UserError, finish_embeddings, open_texts, read_json, shard_name, write_json, write_shard
 from lib.launch import claim_output, describe, echo, make_accelerator, parse_args, run
@@ -207,6 +208,7 @@ def main():
     packed = {"no": torch.float32, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
     if device.type == "cpu" and packed:
         pack_linears(model.backbone, packed)
+        economize(model.backbone)
     limited, clock = 0, time.perf_counter()
     with torch.inference_mode(), accelerator.autocast():  # one context for all batches: weights are cast once
         for shard, parts in zip(mine, spans, strict=True):

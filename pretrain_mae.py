@@ -52,7 +52,6 @@ from transformers.hf_argparser import HfArg
 from lib.attention import economize
 from lib.data import BlockCollator, StepSampler, open_corpora
 from lib.files import UserError, write_lines
-from lib.gradcache import span_backward
 from lib.launch import (
     RunLog,
     claim_output,
@@ -66,7 +65,7 @@ from lib.launch import (
     versions,
 )
 from lib.lm import load_decoder, load_lm, max_positions, read_architecture, save_checkpoint, stated_title
-from lib.mae import MLM, SEED, CoCondenser, Condenser, DupMAE, LexMAE, RetroMAE
+from lib.mae import MLM, SEED, CoCondenser, Condenser, DupMAE, LexMAE, RetroMAE, span_backward
 from lib.optim import parameter_groups
 from lib.probe import Probe
 from lib.text import step_seed
@@ -222,7 +221,9 @@ def main():
     weights, unit = sum(p.numel() for p in model.parameters()), "documents" if pairs else "blocks"
     facts = {
         "model": f"{origin}, {config.model_type}, {weights / 1e6:.1f} M weights; decoder: {decoder}",
-        "objective": ", ".join(f"{name} {value}" for name, value in model.settings.items()),
+        "objective": ", ".join(
+            [args.objective, *(f"{name} {value}" for name, value in [*model.settings.items()][2:])]
+        ),
         "running on": describe(accelerator),
         "batch": f"{B} {unit} x {W} process(es) x {accumulation} accumulated = {W * B * accumulation} per step",
         unit: f"{len(blocks)} of at most {args.max_length} tokens, title: {title}",

@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from lib.mae import Term, span_contrast
 from lib.text import step_seed
 
 
@@ -80,35 +79,3 @@ def cached_backward(
             again, own = replay(index)
             accelerator.backward((again * grad).sum() + own)  # the gradient of the product at the reps is `grad`
     return loss.detach(), stats
-
-
-def span_backward(
-    accelerator: Accelerator, model: nn.Module, batch: dict, seed: int, rows: int, dropout_seed: int
-) -> dict[str, Term]:
-    """coCondenser's step by `rows` spans at a time: the MLM losses belong to a chunk, the contrast to all of them.
-    model: the prepared CoCondenser. Backpropagates what the plain step would; returns its loss terms, detached.
-    The labels are counted first: a chunk's share of the mean needs those of all chunks and processes."""
-    W, B = accelerator.num_processes, len(batch["rows"])
-    parts = [slice(start, start + rows) for start in range(0, B, rows)]
-    widths = [int(batch["attention_mask"][part].sum(1).max()) for part in parts]
-    tensors = {name: x for name, x in batch.items() if torch.is_tensor(x) and len(x) == B}
-    chunks = [
-        {name: x[part, :width] if x.ndim == 2 else x[part] for name, x in tensors.items()}
-        for part, width in zip(parts, widths, strict=True)
-    ]
-    labels = accelerator.unwrap_model(model).corrupt(batch, seed)[1].sum()
-    labels, found = accelerator.reduce(labels, "sum").clamp(min=1), {}
-
-    def encode(index: int) -> tuple[Tensor, Tensor | float]:
-        terms, h = model({**chunks[index], "micro_step": batch["micro_step"]}, seed, chunk=True)
-        for name, term in terms.items():
-            found.setdefault(name, []).append(term)
-        return h, sum(W * term.loss / labels for term in terms.values())
-
-    def contrast(reps: list[Tensor]) -> tuple[Tensor, Term]:
-        term = span_contrast(torch.cat(reps))
-        return term.loss / term.labels, term
-
-    _, term = cached_backward(accelerator, model, encode, len(chunks), contrast, dropout_seed)
-    terms = {name: Term(*map(sum, list(zip(*some, strict=True))[:3])) for name, some in found.items()}
-    return {name: t._replace(loss=t.loss.detach()) for name, t in {**terms, "contrast": term}.items()}

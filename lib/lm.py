@@ -95,9 +95,9 @@ def load_decoder(model: nn.Module, folder: str | None) -> str:
         return "none"
     if folder is None or not settings.is_file():
         return "new"
-    found = read_json(settings)["objective"]
-    if {"cocondenser": "condenser"}.get(found, found) != model.decoder_of:
-        return f"new, that of {folder} is of the objective {found}"
+    found = read_json(settings)
+    if found.get("decoder", found["objective"]) != model.settings["decoder"]:
+        return f"new, that of {folder} is of the objective {found['objective']}"
     path = settings.with_suffix(".safetensors")
     try:
         model.decoder.load_state_dict(load_file(path))

@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lib.decoders import CausalDecoder, SlotDecoder, Transform, TwoStreamLayer, sizes_of
 from lib.dist import all_gather_with_grad, world
 from lib.files import UserError
+from lib.gradcache import cached_backward
 from lib.lm import head_transform
 from lib.text import (
     corrupt,
@@ -52,7 +54,7 @@ class MLM(nn.Module):
 
     Batches hold input_ids, attention_mask (B, L); rows (B,), counted in the batch of all processes; micro_step."""
 
-    objective, decoder_of = "mlm", None  # decoder_of: which decoder file this objective goes on with
+    objective = decoder_of = "mlm"  # decoder_of: the objective whose decoder this one goes on with
 
     def __init__(self, lm: nn.Module, tokenizer, encoder_mask_ratio: float = 0.3, mask: str = "whole_word"):
         super().__init__()
@@ -62,7 +64,8 @@ class MLM(nn.Module):
         whole = mask == "whole_word"
         self.register_buffer("starts", starts if whole else torch.ones_like(starts), persistent=False)
         self.register_buffer("ordinary_ids", (~special).nonzero()[:, 0], persistent=False)
-        self.settings = {"objective": self.objective, "encoder_mask_ratio": encoder_mask_ratio, "mask": mask}
+        self.settings = {"objective": self.objective, "decoder": self.decoder_of}
+        self.settings |= {"encoder_mask_ratio": encoder_mask_ratio, "mask": mask}
 
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:
         """-> loss terms by name."""
@@ -129,7 +132,7 @@ class RetroMAE(MLM):
     embedding layer (token type, norm, dropout), FlagEmbedding and DupMAE. Keys and values are the clean embeddings
     with h in slot 0, the decoder's masks are drawn apart from the encoder's, and both share the LM head."""
 
-    objective, decoder_of = "retromae", "retromae"
+    objective = decoder_of = "retromae"
 
     def __init__(
         self,
@@ -485,3 +488,35 @@ def span_contrast(h: Tensor) -> Term:
     scores = scores.scatter(1, rows[:, None], float("-inf"))
     loss = F.cross_entropy(scores, rows ^ 1, reduction="sum")
     return Term(loss, n, (scores.argmax(1) == rows ^ 1).sum())
+
+
+def span_backward(
+    accelerator: Accelerator, model: nn.Module, batch: dict, seed: int, rows: int, dropout_seed: int
+) -> dict[str, Term]:
+    """coCondenser's step by `rows` spans at a time: the MLM losses belong to a chunk, the contrast to all of them.
+    model: the prepared CoCondenser. Backpropagates what the plain step would; returns its loss terms, detached.
+    The labels are counted first: a chunk's share of the mean needs those of all chunks and processes."""
+    W, B = accelerator.num_processes, len(batch["rows"])
+    parts = [slice(start, start + rows) for start in range(0, B, rows)]
+    widths = [int(batch["attention_mask"][part].sum(1).max()) for part in parts]
+    tensors = {name: x for name, x in batch.items() if torch.is_tensor(x) and len(x) == B}
+    chunks = [
+        {name: x[part, :width] if x.ndim == 2 else x[part] for name, x in tensors.items()}
+        for part, width in zip(parts, widths, strict=True)
+    ]
+    labels = accelerator.unwrap_model(model).corrupt(batch, seed)[1].sum()
+    labels, found = accelerator.reduce(labels, "sum").clamp(min=1), {}
+
+    def encode(index: int) -> tuple[Tensor, Tensor | float]:
+        terms, h = model({**chunks[index], "micro_step": batch["micro_step"]}, seed, chunk=True)
+        for name, term in terms.items():
+            found.setdefault(name, []).append(term)
+        return h, sum(W * term.loss / labels for term in terms.values())
+
+    def contrast(reps: list[Tensor]) -> tuple[Tensor, Term]:
+        term = span_contrast(torch.cat(reps))
+        return term.loss / term.labels, term
+
+    _, term = cached_backward(accelerator, model, encode, len(chunks), contrast, dropout_seed)
+    terms = {name: Term(*map(sum, list(zip(*some, strict=True))[:3])) for name, some in found.items()}
+    return {name: t._replace(loss=t.loss.detach()) for name, t in {**terms, "contrast": term}.items()}

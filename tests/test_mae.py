@@ -13,9 +13,8 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from lib.files import UserError
-from lib.gradcache import span_backward
 from lib.lm import read_architecture
-from lib.mae import MLM, SEED, CoCondenser, Condenser, DupMAE, LexMAE, RetroMAE, span_contrast
+from lib.mae import MLM, SEED, CoCondenser, Condenser, DupMAE, LexMAE, RetroMAE, span_backward, span_contrast
 from lib.text import pad
 from pretrain_mae import mean_loss
 
@@ -206,6 +205,19 @@ def test_losses_are_those_of_the_formulas(tokenizer, architecture, objective):
     loss, _ = mean_loss(Accelerator(cpu=True), terms)
     torch.testing.assert_close(loss, theirs, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradients(loss, model), gradients(theirs, model), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_under_autocast_losses_are_fp32_and_near(tokenizer, objective):
+    model, batch = build(tokenizer, "bert", objective), make_batch(tokenizer)
+    full = model(batch, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(batch, 7)
+    for name, term in low.items():
+        assert term.loss.dtype == torch.float32
+        torch.testing.assert_close(term.loss, full[name].loss, rtol=0.1, atol=0.1)
+    grads = [gradients(mean_loss(Accelerator(cpu=True), terms)[0], model) for terms in (full, low)]
+    assert torch.cosine_similarity(*grads, dim=0) > 0.98
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

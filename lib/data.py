@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lib.dist import world
@@ -111,16 +111,65 @@ def split_blocks(
     return [(int(ends[a - 1]) if a else 0, int(ends[b - 1])) for a, b in spans if b > a]
 
 
-class Blocks:
-    """The texts of a corpus cut into blocks of at most `max_length` tokens; a block never crosses texts, a text that
-    fits stays whole. Counting tokens takes one pass over the corpus, in bounded memory, whose result, a table of (row,
-    first character, end), is kept beside the corpus' Arrow copy and mapped by all processes and workers; ids are made
-    in the workers. Call under accelerator.main_process_first(). The title stands before the first block of a text.
+class Cutter(Dataset):
+    """Where the texts of a corpus are cut. Item n: the table, (row, first character, end), of the n-th AT_ONCE texts.
 
-    rule ("coco", "cocondenser" with `size`): an example is two spans of a document, drawn anew at every visit without
-    replacement. Spans that the corpus states are taken as they are; else split_blocks cuts, by its own random numbers
-    for each text. Documents with less than two spans are left out (COCO-DR pairs a span with itself), and by "coco"
-    those of one sentence or whose first span has at most two tokens."""
+    title: how it is joined; it stands before the first block of a text.
+    rule: None for blocks of at most `max_length` tokens, a text that fits stays whole; "coco" (with `size`) or
+    "cocondenser" for spans. Spans that the corpus states are taken as they are; else split_blocks cuts, by random
+    numbers of its own for each text. By "coco" texts of one sentence, or whose first span has at most two tokens,
+    have no span."""
+
+    AT_ONCE = 2000
+
+    def __init__(self, texts: Texts, tokenizer, max_length: int, title: str, rule: str | None, size: int):
+        self.texts, self.tokenizer, self.title, self.rule, self.size = texts, tokenizer, title, rule, size
+        self.room = max_length - tokenizer.num_special_tokens_to_add()
+
+    def join(self, title: str, text: str) -> str:
+        string = join_title(title, text, self.title, self.tokenizer)
+        return string if self.rule else string.replace(SPAN, "\n\n")
+
+    def __len__(self) -> int:
+        return -(-len(self.texts) // self.AT_ONCE)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        first = number * self.AT_ONCE
+        strings = [self.join(title, text) for _, title, text in self.texts.stream(first, first + self.AT_ONCE)]
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        encoded = backend.encode_batch(strings, add_special_tokens=False)
+        spans = [self.spans(*pair, first + row) for row, pair in enumerate(zip(strings, encoded, strict=True))]
+        table = [(first + row, *span) for row, some in enumerate(spans) for span in some]
+        return np.array(table, dtype=np.int32).reshape(-1, 3)
+
+    def spans(self, string: str, encoded, row: int) -> list[tuple[int, int]]:
+        if self.rule and SPAN in string:
+            ends = [match.start() for match in re.finditer(SPAN, string)] + [len(string)]
+            starts = [0, *(end + len(SPAN) for end in ends[:-1])]
+            return [(a, b) for a, b in zip(starts, ends, strict=True) if string[a:b].strip()]
+        if not self.rule and len(encoded) <= self.room:
+            return [(0, len(string))] * bool(encoded)
+        if not self.rule:
+            return split_blocks(string, encoded.offsets, self.room)
+        sentences = any(match.end() < len(string.rstrip()) for match in SENTENCE_END.finditer(string))
+        if not len(encoded) or (self.rule == "coco" and not sentences):
+            return []
+        draw, offsets = np.random.default_rng(step_seed(0, row)), encoded.offsets
+        spans = split_blocks(string, offsets, self.room, self.rule, self.size, draw)
+        few = self.rule == "coco" and sum(end <= spans[0][1] for _, end in offsets[:3]) <= 2
+        return [] if few else spans
+
+
+class Blocks:
+    """The texts of a corpus cut into blocks (rule None), or two spans of each document that has them. Cutting takes
+    one pass over the corpus, in bounded memory, by all cores if it is large; its result, a table of (row, first
+    character, end), is kept beside the corpus' Arrow copy and mapped by all processes and workers; ids are made in
+    the workers. Call under accelerator.main_process_first(). How texts are cut: see Cutter.
+
+    An example is a block, or two spans of a document, drawn anew at every visit without replacement; documents with
+    less than two are left out (COCO-DR pairs a span with itself)."""
 
     def __init__(
         self,
@@ -132,78 +181,50 @@ class Blocks:
         size: int = 0,
         progress: bool = False,
     ):
-        self.texts, self.tokenizer, self.max_length, self.title = texts, tokenizer, max_length, title
-        self.rule, self.size = rule, size
+        self.texts, self.rule = texts, rule
+        self.arguments = texts, tokenizer, max_length, title, rule, size
+        self.cutter = Cutter(*self.arguments)
         state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
         key = [BLOCKS_VERSION, state, max_length, title, *([rule, size] if rule else [])]
         path = texts.folder / f"blocks-{xxhash.xxh3_64_hexdigest(json.dumps(key).encode())}.npy"
         if not path.is_file():
             with atomic(path) as temporary, tempfile.TemporaryFile(dir=path.parent) as rows:
-                with tqdm(desc="blocks", total=len(texts), unit="text", disable=not progress) as bar:
-                    for count, part in self._cut():
-                        np.array(part, dtype=np.int32).tofile(rows)
-                        bar.update(count)
-                rows.flush()
+                self._cut(rows, progress)
                 table = np.memmap(rows, dtype=np.int32, mode="r") if rows.tell() else np.zeros(0, dtype=np.int32)
                 with open(temporary, "wb") as stream:
                     np.save(stream, table.reshape(-1, 3))
         self.table = np.load(path, mmap_mode="r")  # (N, 3) int32: row, first character, end
         if rule:
             first = np.flatnonzero(np.append(True, np.diff(self.table[:, 0]) != 0)) if len(self.table) else []
-            self.spans = np.diff([*first, len(self.table)])
-            self.documents = np.asarray(first)[self.spans > 1]  # (M,) first line of each document in the table
-            self.spans = self.spans[self.spans > 1]  # (M,) how many it has
+            counts = np.diff([*first, len(self.table)])
+            self.documents = np.asarray(first)[counts > 1]  # (M,) first line of each document in the table
+            self.counts = counts[counts > 1]  # (M,) how many spans it has
         if not len(self):
             what = "document has two spans" if rule else "text has a token"
             raise UserError(f"{texts.source}: no {what} — is it the right corpus, the right tokenizer?")
 
     def __reduce__(self):  # workers started by spawn map the table again
-        return Blocks, (self.texts, self.tokenizer, self.max_length, self.title, self.rule, self.size)
+        return Blocks, self.arguments
 
-    def _cut(self) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
-        """(number of texts, their rows of the table)."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        waiting, size = [], 0
-        for row, (_, title, text) in enumerate(self.texts.stream()):
-            waiting.append(self._join(title, text))
-            size += len(waiting[-1])
-            if size < 2**20 and row + 1 < len(self.texts):  # characters tokenised at a time
-                continue
-            blocks = []
-            encoded = backend.encode_batch(waiting, add_special_tokens=False)
-            for number, (string, tokens) in enumerate(zip(waiting, encoded, strict=True), row + 1 - len(waiting)):
-                blocks += [(number, *span) for span in self._spans(string, tokens.offsets, number)]
-            yield len(waiting), blocks
-            waiting, size = [], 0
-
-    def _spans(self, string: str, offsets: list[tuple[int, int]], row: int) -> list[tuple[int, int]]:
-        room = self.max_length - self.tokenizer.num_special_tokens_to_add()
-        if not self.rule:
-            return split_blocks(string, offsets, room) if len(offsets) > room else [(0, len(string))] * bool(offsets)
-        if SPAN in string:
-            ends = [match.start() for match in re.finditer(SPAN, string)] + [len(string)]
-            starts = [0, *(end + len(SPAN) for end in ends[:-1])]
-            return [(a, b) for a, b in zip(starts, ends, strict=True) if string[a:b].strip()]
-        sentences = any(match.end() < len(string.rstrip()) for match in SENTENCE_END.finditer(string))
-        if not offsets or (self.rule == "coco" and not sentences):
-            return []
-        spans = split_blocks(string, offsets, room, self.rule, self.size, np.random.default_rng(step_seed(0, row)))
-        few = self.rule == "coco" and sum(end <= spans[0][1] for _, end in offsets[:3]) <= 2
-        return [] if few else spans
-
-    def _join(self, title: str, text: str) -> str:
-        string = join_title(title, text, self.title, self.tokenizer)
-        return string if self.rule else string.replace(SPAN, "\n\n")
+    def _cut(self, rows, progress: bool) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = min(cores, 16) if len(self.cutter) > 2 * cores else 0  # tokenizers has threads for a small one
+        if workers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns at every fork
+        parts = DataLoader(self.cutter, batch_size=None, num_workers=workers)
+        with tqdm(desc="blocks", total=len(self.texts), unit="text", disable=not progress) as bar:
+            for part in parts:
+                np.asarray(part).tofile(rows)
+                bar.update(min(Cutter.AT_ONCE, bar.total - bar.n))
+        rows.flush()
 
     def whole(self, row: int) -> str:
         """A text of the corpus, uncut."""
-        return self._join(*self.texts[row]).replace(SPAN, "\n\n")
+        return self.cutter.join(*self.texts[row]).replace(SPAN, "\n\n")
 
     def string(self, line: int) -> str:
         row, start, end = self.table[line].tolist()
-        return self._join(*self.texts[row])[start:end]
+        return self.cutter.join(*self.texts[row])[start:end]
 
     def __len__(self) -> int:
         return len(self.documents if self.rule else self.table)
@@ -216,7 +237,7 @@ class Blocks:
         """The block, or two spans of the document drawn by the seed."""
         if not self.rule:
             return [self.string(index)]
-        pair = np.random.default_rng(seed).choice(self.spans[index], 2, replace=False)
+        pair = np.random.default_rng(seed).choice(self.counts[index], 2, replace=False)
         return [self.string(int(self.documents[index] + line)) for line in pair]
 
 

@@ -1,13 +1,15 @@
 """pytest tests/test_blocks.py — sentences, blocks, and what the loader makes of them."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lib.data import SENTENCE_END, BlockCollator, Blocks, Corpora, StepSampler, open_corpora
+from lib.data import SENTENCE_END, BlockCollator, Blocks, Corpora, Cutter, StepSampler, open_corpora
 from lib.files import UserError, open_texts
 from lib.text import to_ids
 
@@ -152,14 +154,14 @@ def documents(tmp_path_factory):
 
 
 @pytest.mark.parametrize("rule", ["coco", "cocondenser"])
-def test_spans_are_whole_sentences_and_given_ones_stay(documents, tiny_model_dir, rule):
+def test_spans_are_whole_sentences_and_given_ones_stay(documents, tiny_model_dir, rule, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     size = len(tokenizer.tokenize("Sentence A is on ice and snow and a bridge.")) * 2 + 1
     blocks = Blocks(open_texts(documents), tokenizer, 4 * size, rule=rule, size=size)
     assert blocks.texts.ids([3]) == ["4"], "a line of spans without an id has its number"
     found = {blocks.texts.id(blocks.row(index)): index for index in range(len(blocks))}
     assert {"many", "4"} <= found.keys() and not {"one", "single"} & found.keys()
-    start, count = blocks.documents[found["many"]], blocks.spans[found["many"]]
+    start, count = blocks.documents[found["many"]], blocks.counts[found["many"]]
     spans = [blocks.string(int(start + line)) for line in range(count)]
     assert "".join(spans) == blocks.whole(0) and all(span.rstrip().endswith("bridge.") for span in spans)
     lengths = [len(tokenizer.tokenize(span)) for span in spans]
@@ -167,6 +169,11 @@ def test_spans_are_whole_sentences_and_given_ones_stay(documents, tiny_model_dir
     assert max(lengths) <= limit and 2 <= count < 12
     again = Blocks(open_texts(documents), tokenizer, 4 * size, rule=rule, size=size)
     assert np.array_equal(again.table, blocks.table)
+    monkeypatch.setattr(Cutter, "AT_ONCE", 1)  # five texts, so five parts, by two workers
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    shutil.rmtree(blocks.texts.folder)
+    again = Blocks(open_texts(documents), tokenizer, 4 * size, rule=rule, size=size)
+    assert np.array_equal(again.table, blocks.table), "whoever cuts it"
     given = [blocks.strings(found["4"], seed) for seed in range(40)]
     pairs = {tuple(pair) for pair in given}
     assert len(pairs) == 6 and all(a != b for a, b in pairs)

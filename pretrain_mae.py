@@ -263,7 +263,8 @@ def main():
     model.train()
     accelerator.unwrap_model(model).lm.train(args.encoder_dropout)
     if probe and not step and accelerator.is_main_process:
-        log.write(0, probe(accelerator.unwrap_model(model), device), bar)
+        with accelerator.autocast():
+            log.write(0, probe(accelerator.unwrap_model(model), device), bar)
     clock = time.perf_counter()
     while step < max_steps:
         # ---------------------------------------------------------------------------------------- one training step
@@ -311,7 +312,8 @@ def main():
             totals, tokens, waited, clock = 0, 0, 0.0, time.perf_counter()
         if probe and accelerator.is_main_process and (step % args.probe_every == 0 or last_step):
             pause = time.perf_counter()
-            log.write(step, probe(accelerator.unwrap_model(model), device), bar)
+            with accelerator.autocast():
+                log.write(step, probe(accelerator.unwrap_model(model), device), bar)
             clock += time.perf_counter() - pause
         if step % args.save_every == 0 and not last_step:
             save_state(args.output_dir, step, accelerator, model, optimizer, {"launched": launched})

@@ -79,19 +79,22 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, la
 
 class _MaxPooledLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, mask, dtype):
+    def forward(ctx, hidden, weight, bias, mask, dtype, with_grad):
         B, L, D = hidden.shape
         h, hide = hidden.to(dtype).flatten(0, 1), ~mask[..., None]
         pooled = torch.empty(B, len(weight), device=hidden.device)
-        where = torch.empty(B, len(weight), dtype=torch.int64, device=hidden.device)
+        where = torch.empty(B, len(weight) if with_grad else 0, dtype=torch.int64, device=hidden.device)
         terms = max(1, CHUNK_LOGITS.get(hidden.device.type, 2**26) // (B * L))
         buffer = torch.empty(B * L * min(terms, len(weight)), dtype=dtype, device=hidden.device)
         for start in range(0, len(weight), terms):
             block = slice(start, start + terms)
             w, b = weight[block].to(dtype), bias[block].to(dtype)
             logits = torch.addmm(b, h, w.T, out=buffer[: B * L * len(w)].view(B * L, -1)).view(B, L, -1)
-            highest, at = logits.masked_fill_(hide, float("-inf")).max(1)
-            pooled[:, block], where[:, block] = highest, at
+            logits = logits.masked_fill_(hide, float("-inf"))
+            if with_grad:
+                pooled[:, block], where[:, block] = logits.max(1)
+            else:
+                pooled[:, block] = logits.amax(1)  # a tenth of the time on a CPU
         where += L * torch.arange(B, device=hidden.device)[:, None]  # into the flat (B·L) positions
         ctx.save_for_backward(hidden, weight, where)
         return pooled
@@ -108,7 +111,7 @@ class _MaxPooledLogits(torch.autograd.Function):
         term = by_place % len(weight)
         share = grad.flatten()[by_place]
         to_hidden = F.embedding_bag(term, weight.float(), first, mode="sum", per_sample_weights=share)  # (B·L, D)
-        return to_hidden.view_as(hidden).to(hidden.dtype), to_weight.to(weight.dtype), grad.sum(0), None, None
+        return to_hidden.view_as(hidden).to(hidden.dtype), to_weight.to(weight.dtype), grad.sum(0), None, None, None
 
 
 def max_pooled_logits(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
@@ -121,5 +124,5 @@ def max_pooled_logits(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor
     assert hidden.shape[:2] == mask.shape and hidden.shape[2:] == weight.shape[1:] and mask.dtype == torch.bool
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    pooled = _MaxPooledLogits.apply(hidden, weight, bias, mask, dtype)
+    pooled = _MaxPooledLogits.apply(hidden, weight, bias, mask, dtype, torch.is_grad_enabled())
     return pooled.masked_fill(~mask.any(1, keepdim=True), 0.0)

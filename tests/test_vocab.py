@@ -59,6 +59,8 @@ def test_max_pooled_logits_are_the_plain_formula(monkeypatch, autocast):
         found.append([pooled, *torch.autograd.grad((pooled * upstream).sum(), leaves)])
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, atol=0.05 if autocast else 1e-5, rtol=0.02 if autocast else 1e-5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(max_pooled_logits(*leaves, mask), found[0][0])
     assert torch.equal(found[0][0], found[1][0]) or not autocast, "rounded alike under autocast"
     assert not found[0][1][2].any() and not found[0][1][~mask].any()
 

@@ -34,7 +34,6 @@ CPU toy   python pretrain_mae.py --objective retromae --model ckpt --corpus corp
 N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 pretrain_mae.py ...
 """
 
-import inspect
 import math
 import os
 import sys
@@ -143,10 +142,8 @@ class Args:
 
 
 OBJECTIVES = {cls.objective: cls for cls in (MLM, RetroMAE, DupMAE, LexMAE, SEED, Condenser, CoCondenser)}
-OPTIONS = (  # of an objective; None is its default
-    *("encoder_mask_ratio", "mask", "decoder_mask_ratio", "decoder_masks", "query_stream", "bow", "bow_weight"),
-    *("decoder_layers", "attention_window", "skip_from", "late_mlm", "spans", "span_tokens", "chunk_size"),
-)
+PAIR_OPTIONS = {"spans", "span_tokens", "chunk_size"}  # of cocondenser's data and step
+OPTIONS = PAIR_OPTIONS.union(*(cls.options() for cls in OBJECTIVES.values()))  # None is the objective's default
 
 
 def lr_at(step: int, peak: float, warmup_steps: int, max_steps: int) -> float:
@@ -185,7 +182,7 @@ def main():
     if bool(args.probe_queries) != bool(args.probe_qrels) or (args.probe_queries and not args.probe_every):
         raise UserError("the probe is incomplete — give --probe_queries and --probe_qrels together, and --probe_every")
     for name in ("encoder_mask_ratio", "decoder_mask_ratio"):
-        if not 0 < (getattr(args, name) or 0.5) < 1:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: a share of the tokens — choose it between 0 and 1")
     counts = "per_device_batch_size", "gradient_accumulation_steps", "log_every", "save_every", "decoder_masks"
     for name in (*counts, "decoder_layers", "attention_window", "span_tokens"):
@@ -193,8 +190,7 @@ def main():
             raise UserError(f"--{name} {getattr(args, name)}: counts from 1 — give a larger number")
     objective, pairs = OBJECTIVES[args.objective], args.objective == "cocondenser"
     options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    takes = {*inspect.signature(objective).parameters, *(("spans", "span_tokens", "chunk_size") if pairs else ())}
-    for name in sorted(options.keys() - takes):
+    for name in sorted(options.keys() - objective.options() - (PAIR_OPTIONS if pairs else set())):
         raise UserError(f"--{name}: {args.objective} has no such option — leave it out")
 
     if pairs and W * B < 2:

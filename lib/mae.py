@@ -5,6 +5,7 @@ h (B, D) = the bottleneck, for all but LexMAE the encoder's last hidden state at
 flat (B·L) positions that have a label; an LM head runs there and nowhere else. Masks True = hidden from a model.
 """
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -66,6 +67,13 @@ class MLM(nn.Module):
         self.register_buffer("ordinary_ids", (~special).nonzero()[:, 0], persistent=False)
         self.settings = {"objective": self.objective, "decoder": self.decoder_of}
         self.settings |= {"encoder_mask_ratio": encoder_mask_ratio, "mask": mask}
+
+    @classmethod
+    def options(cls) -> set[str]:
+        """Names of what it may be built with, beside `lm` and `tokenizer`."""
+        kinds = [kind.__init__ for kind in cls.__mro__ if issubclass(kind, MLM)]
+        names = {n for kind in kinds for n, p in inspect.signature(kind).parameters.items() if p.kind != p.VAR_KEYWORD}
+        return names - {"self", "lm", "tokenizer"}
 
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:
         """-> loss terms by name."""
@@ -221,15 +229,12 @@ class DupMAE(RetroMAE):
         self,
         lm: nn.Module,
         tokenizer,
-        encoder_mask_ratio: float = 0.3,
-        mask: str = "whole_word",
-        decoder_mask_ratio: float = 0.5,
-        decoder_masks: int = 256,
         query_stream: str = "normed",
         bow: str = "official",
         bow_weight: float | None = None,
+        **retromae,
     ):
-        super().__init__(lm, tokenizer, encoder_mask_ratio, mask, decoder_mask_ratio, decoder_masks, query_stream)
+        super().__init__(lm, tokenizer, query_stream=query_stream, **retromae)
         self.bow = bow
         self.bow_weight = {"official": 0.1, "paper": 1.0}[bow] if bow_weight is None else bow_weight
         self.settings |= {"bow": bow, "bow_weight": self.bow_weight}

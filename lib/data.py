@@ -149,12 +149,13 @@ class Cutter(Dataset):
             ends = [match.start() for match in re.finditer(SPAN, string)] + [len(string)]
             starts = [0, *(end + len(SPAN) for end in ends[:-1])]
             return [(a, b) for a, b in zip(starts, ends, strict=True) if string[a:b].strip()]
-        if not self.rule and len(encoded) <= self.room:
-            return [(0, len(string))] * bool(encoded)
+        if not len(encoded):
+            return []
         if not self.rule:
-            return split_blocks(string, encoded.offsets, self.room)
-        sentences = any(match.end() < len(string.rstrip()) for match in SENTENCE_END.finditer(string))
-        if not len(encoded) or (self.rule == "coco" and not sentences):
+            whole = len(encoded) <= self.room
+            return [(0, len(string))] if whole else split_blocks(string, encoded.offsets, self.room)
+        end = len(string.rstrip())
+        if self.rule == "coco" and not any(match.end() < end for match in SENTENCE_END.finditer(string)):
             return []
         draw, offsets = np.random.default_rng(step_seed(0, row)), encoded.offsets
         spans = split_blocks(string, offsets, self.room, self.rule, self.size, draw)
@@ -300,6 +301,8 @@ def open_corpora(
 ) -> Corpora:
     """Corpora of `FILE` or `NAME=FILE` each; cut: what Blocks takes after the texts."""
     parts = {}
+    if balance <= 0:
+        raise UserError(f"--balance {balance}: a temperature — give 1, or more for more equal shares")
     if titles and len(given) > 1:
         raise UserError("--titles joins to one corpus — give one, or corpora that hold their titles")
     for item in given:

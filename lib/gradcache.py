@@ -43,17 +43,17 @@ def contrastive_backward(
         accelerator.backward(loss)
         return loss.detach(), stats
 
-    sides = ["query"] * len(queries) + ["passage"] * len(passages)
+    chunks = [*queries, *passages]
 
     def encode(index: int) -> tuple[Tensor, float]:
-        chunk = [[*queries, *passages][index]]
-        return (model(chunk, None)[0] if sides[index] == "query" else model(None, chunk)[1]), 0.0
+        chunk = [chunks[index]]
+        return (model(chunk, None)[0] if index < len(queries) else model(None, chunk)[1]), 0.0
 
     return cached_backward(
         accelerator,
         model,
         encode,
-        len(sides),
+        len(chunks),
         lambda reps: loss_fn(torch.cat(reps[: len(queries)]), torch.cat(reps[len(queries) :])),
         seed,
     )

@@ -34,17 +34,13 @@ def command(out, **flags):
         "log_every": 1,
         **flags,
     }
-    return [
-        str(part)
-        for name, value in flags.items()
-        for part in (
-            [f"--{name}"]
-            if value is True
-            else [f"--no_{name}"]
-            if value is False
-            else [f"--{name}", *(value if isinstance(value, list) else [value])]
-        )
-    ]
+    parts = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            parts.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            parts += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    return [str(part) for part in parts]
 
 
 @pytest.fixture
@@ -242,6 +238,7 @@ def test_mistakes_end_in_a_line(tmp_path, tiny_model_dir, tiny_collection, here)
         ({"objective": "condenser", "skip_from": 2}, "--skip_from 2: the encoder has 2 layers"),
         ({"objective": "lexmae", "decoder_mask_ratio": 0.1}, "the decoder's mask holds the encoder's"),
         ({"objective": "cocondenser", "per_device_batch_size": 1}, "the other spans of a contrast"),
+        ({"balance": 0}, "--balance 0.0: a temperature"),
         ({"probe_every": 1, "probe_queries": tiny_collection.queries}, "give --probe_queries and --probe_qrels"),
         ({"model": tmp_path}, "not a model and tokenizer"),
         ({"model_config": "x.json"}, "which model"),

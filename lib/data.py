@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -16,7 +17,18 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lib.dist import world
-from lib.files import SPAN, Texts, UserError, atomic, line_of, open_texts, read_candidates, read_negatives, read_qrels
+from lib.files import (
+    SPAN,
+    Texts,
+    UserError,
+    atomic,
+    line_of,
+    open_texts,
+    read_candidates,
+    read_negatives,
+    read_qrels,
+    read_scores,
+)
 from lib.text import TextFormat, format_texts, join_title, pad, step_seed, to_ids
 
 
@@ -344,11 +356,12 @@ class Groups(Dataset):
     `negatives_path` (`qid TAB pid,pid,...`, best first, or a TREC run) is cut to the first `depth` passages of each
     query, of which passages_per_query - 1 are drawn without replacement as a function of (seed, micro-step, global
     row). A shorter list is filled with row -1: an empty text whose column the loss masks. No judged positive of a
-    query is ever its negative, neither by id nor as an exact copy of its text. `notes`: what a user must know of it.
+    query is ever its negative, neither by id nor as an exact copy of its text. `scores_path`: a teacher's scores, `qid
+    TAB pid TAB score`, of which the first line of a pair counts. `notes`: what a user must know of it.
 
     UserError: an id of the qrels without a text; an unknown passage among the negatives; negatives that overlap the
     positives (unless allow_overlap: they are dropped and counted); negatives present and unused (unless allow_unused);
-    groups without a negatives file."""
+    groups without a negatives file; a pair that may be drawn and has no teacher score."""
 
     def __init__(
         self,
@@ -361,6 +374,7 @@ class Groups(Dataset):
         seed: int = 0,
         allow_overlap: bool = False,
         allow_unused: bool = False,
+        scores_path=None,
     ):
         if passages_per_query < 1 or depth < 1:
             raise UserError("--passages_per_query and --negatives_depth count from 1 — give larger numbers")
@@ -391,6 +405,41 @@ class Groups(Dataset):
         self.negative_starts = np.zeros(len(judged) + 1, dtype=np.int64)  # (J + 1,) into negative_rows
         if negatives_path and self.num_negatives:
             self._read_negatives(judged, negatives_path, depth, allow_overlap, allow_unused)
+        self.positive_scores = self.negative_scores = None
+        if scores_path:
+            self._read_scores(list(judged), scores_path)
+
+    def _read_scores(self, qids: list[str], path) -> None:
+        """positive_scores and negative_scores (float32), beside positive_rows and negative_rows."""
+        place, keys, scores = {qid: index for index, qid in enumerate(qids)}, [], []
+        bar = tqdm(read_scores(path), "teacher scores", leave=False, disable=world()[0] > 0)
+        while block := list(islice(bar, 1 << 16)):
+            block = [(place[qid], pid, score) for qid, pid, score in block if qid in place]
+            rows = self.corpus.rows([pid for _, pid, _ in block])
+            keys.append((np.array([index for index, _, _ in block], dtype=np.int64) << 32) + rows)
+            scores.append(np.array([score for _, _, score in block], dtype=np.float32)[rows >= 0])
+            keys[-1] = keys[-1][rows >= 0]
+        keys, scores = (
+            np.concatenate([*keys, np.zeros(0, np.int64)]),
+            np.concatenate([*scores, np.zeros(0, np.float32)]),
+        )
+        keys, first = np.unique(keys, return_index=True)
+
+        def of(rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
+            wanted = (np.repeat(np.arange(len(qids)), np.diff(starts)) << 32) + rows
+            at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+            missing = keys[at] != wanted if len(keys) else np.ones(len(wanted), dtype=bool)
+            if missing.any():
+                pair = int(wanted[missing.argmax()])
+                raise UserError(
+                    f"{path}: no score for query {qids[pair >> 32]} and passage {self.corpus.id(pair & 0xFFFFFFFF)} "
+                    f"({missing.sum()} of the {len(wanted)} pairs that may be drawn) — score them with "
+                    "recipes/rerank.py, or lower --negatives_depth"
+                )
+            return scores[first[at]]
+
+        self.positive_scores = of(self.positive_rows, self.positive_starts)
+        self.negative_scores = of(self.negative_rows, self.negative_starts)
 
     def _read_negatives(self, judged, path, depth, allow_overlap, allow_unused) -> None:
         place = {qid: index for index, qid in enumerate(judged)}
@@ -447,17 +496,23 @@ class Groups(Dataset):
     def __len__(self) -> int:
         return len(self.example_query)
 
-    def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, np.ndarray]:
-        """(example, micro-step, global row) of StepSampler -> (judged query, (P,) corpus rows, positive first)."""
+    def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, np.ndarray, np.ndarray]:
+        """(example, micro-step, global row) of StepSampler -> (judged query, (P,) corpus rows, positive first, (P,)
+        teacher scores, 0 where there is none)."""
         example, micro_step, global_row = place
         index = int(self.example_query[example])
-        pool = self.negative_rows[self.negative_starts[index] : self.negative_starts[index + 1]]
+        pool = np.arange(self.negative_starts[index], self.negative_starts[index + 1])
         if len(pool) > self.num_negatives:  # the 1: a stream of its own, beside that of the permutations
             draw = np.random.default_rng(step_seed(self.seed, 1, micro_step, global_row))
             pool = draw.choice(pool, self.num_negatives, replace=False)
-        rows = np.full(1 + self.num_negatives, -1, dtype=np.int64)
-        rows[0], rows[1 : 1 + len(pool)] = self.positive_rows[example], pool
-        return index, rows
+        rows, scores = (
+            np.full(1 + self.num_negatives, -1, dtype=np.int64),
+            np.zeros(1 + self.num_negatives, np.float32),
+        )
+        rows[0], rows[1 : 1 + len(pool)] = self.positive_rows[example], self.negative_rows[pool]
+        if self.positive_scores is not None:
+            scores[0], scores[1 : 1 + len(pool)] = self.positive_scores[example], self.negative_scores[pool]
+        return index, rows, scores
 
 
 def _starts(lengths) -> np.ndarray:
@@ -483,18 +538,19 @@ class GroupCollator:
     query_order, passage_order   (B,), (n,) place among the encoded rows: p_reps[passage_order] is query-major
     passage_rows, passage_keys   (n,) corpus row (-1 = filler), text key
     query_rows, positive_rows    (B,) row of the query; corpus row of its positive, by the qrels
-    positive_keys                (B, M) text keys of all judged positives of each query, padded by repetition"""
+    positive_keys                (B, M) text keys of all judged positives of each query, padded by repetition
+    teacher_scores               (B, P) 0 where there is none"""
 
     groups: Groups
     tokenizer: object
     form: TextFormat
     chunk_rows: int
 
-    def __call__(self, items: list[tuple[int, np.ndarray]]) -> dict:
+    def __call__(self, items: list[tuple[int, np.ndarray, np.ndarray]]) -> dict:
         groups, corpus = self.groups, self.groups.corpus
-        query_rows = groups.query_rows[[index for index, _ in items]]
-        passage_rows = np.concatenate([rows for _, rows in items])
-        keys = [groups.positive_keys(index) for index, _ in items]
+        query_rows = groups.query_rows[[index for index, *_ in items]]
+        passage_rows = np.concatenate([rows for _, rows, _ in items])
+        keys = [groups.positive_keys(index) for index, *_ in items]
         width = max(map(len, keys))
         how = self.form, self.tokenizer, self.chunk_rows
         query, query_order = length_chunks("query", [groups.queries[row] for row in query_rows], *how)
@@ -508,8 +564,9 @@ class GroupCollator:
             "query_rows": torch.from_numpy(query_rows),
             "passage_rows": torch.from_numpy(passage_rows),
             "passage_keys": torch.from_numpy(np.where(passage_rows >= 0, corpus.text_keys[passage_rows], 0)),
-            "positive_rows": torch.from_numpy(np.stack([rows[0] for _, rows in items])),
+            "positive_rows": torch.from_numpy(np.stack([rows[0] for _, rows, _ in items])),
             "positive_keys": torch.from_numpy(np.stack([np.pad(k, (0, width - len(k)), mode="edge") for k in keys])),
+            "teacher_scores": torch.from_numpy(np.stack([scores for *_, scores in items])),
         }
 
 
@@ -528,10 +585,12 @@ def preview(collate: GroupCollator, examples: int = 256) -> dict[str, str]:
     """What a dry run shows: the first group as the encoder will read it, and how many texts are cut."""
     groups, form, tokenizer = collate.groups, collate.form, collate.tokenizer
     items = [groups[example, 0, example] for example in range(min(examples, len(groups)))]
-    index, rows = items[0]
+    index, rows, _ = items[0]
     texts = {
-        "query": [groups.queries[groups.query_rows[i]] for i, _ in items],
-        "passage": [groups.corpus[row] for row in np.unique(np.concatenate([rows for _, rows in items])) if row >= 0],
+        "query": [groups.queries[groups.query_rows[i]] for i, *_ in items],
+        "passage": [
+            groups.corpus[row] for row in np.unique(np.concatenate([rows for _, rows, _ in items])) if row >= 0
+        ],
     }
     first = {
         "query": [groups.queries[groups.query_rows[index]]],

@@ -13,7 +13,10 @@
     candidates   q1 \\t 7 \\t do ants sleep \\t Ants are ... (top1000.dev); or a run
     triples      do ants sleep \\t Ants are ... \\t Bees are ... (texts)      q1 \\t 7 \\t 9 (ids)
     scores       q1 \\t 7 \\t 8.31      clusters   q1 \\t 12      titles   7 \\t Ants
-    embeddings   shard-00000.npy (n, D) float16/32, shard-00000.ids.txt, ..., meta.json (written last)
+    embeddings   shard-00000.npy (n, D) float16/32, shard-00000.ids.txt, ..., meta.json (written last); sparse ones
+                 shard-00000.npz, a CSR matrix (n, V) as scipy.sparse.load_npz reads it
+    impacts      {"id": "7", "vector": {"ant": 113, "##s": 20}} (Anserini's JsonVectorCollection)
+                 q1 \\t ant ant ant ##s (its queries, each token as often as it weighs)
 
 Every text file may be gzipped. Ids are strings. Readers stream, and stop at a bad line with `file:line: what is wrong
 — what to do`.
@@ -24,6 +27,7 @@ import gzip
 import json
 import os
 import shutil
+import zipfile
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
@@ -33,6 +37,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import xxhash
+from scipy.sparse import csr_matrix, save_npz, vstack
 
 ID_KEYS, TEXT_KEYS = ("_id", "docid", "id", "pid", "qid"), ("text", "contents", "body", "passage", "query")
 ROWS_PER_BATCH = 1024  # rows of one Arrow record batch: the unit of a sequential read
@@ -581,6 +586,10 @@ def read_scores(path) -> Iterator[tuple[str, str, float]]:
         yield qid, pid, _number(score, path, number, "score")
 
 
+def write_scores(path, rows: Iterable[tuple[str, str, float]]) -> None:
+    write_lines(path, (f"{qid}\t{pid}\t{score:.9g}" for qid, pid, score in rows))
+
+
 def read_clusters(path) -> Iterator[tuple[str, int]]:
     for number, line in lines(path):
         qid, cluster = _columns(path, number, line, None, (2,), "a file of clusters")
@@ -609,12 +618,15 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}"
 
 
-def write_shard(folder, index: int, array: np.ndarray, ids: list[str]) -> None:
-    """One shard of embeddings (n, D); the ids come first, so that a shard whose .npy exists is whole."""
-    assert array.ndim == 2 and len(array) == len(ids)
+def write_shard(folder, index: int, array: np.ndarray | csr_matrix, ids: list[str]) -> None:
+    """One shard of embeddings (n, D), dense as .npy or CSR as .npz; the ids come first, so that a shard whose array
+    exists is whole."""
+    assert array.ndim == 2 and array.shape[0] == len(ids)
+    sparse = isinstance(array, csr_matrix)
     write_lines(Path(folder) / f"{shard_name(index)}.ids.txt", ids)
-    with atomic(Path(folder) / f"{shard_name(index)}.npy") as temporary, open(temporary, "wb") as stream:
-        np.save(stream, array)
+    with atomic(Path(folder) / f"{shard_name(index)}.{'npz' if sparse else 'npy'}") as temporary:
+        with open(temporary, "wb") as stream:
+            save_npz(stream, array, compressed=False) if sparse else np.save(stream, array)
 
 
 def finish_embeddings(folder, meta: dict) -> None:
@@ -622,8 +634,16 @@ def finish_embeddings(folder, meta: dict) -> None:
     write_json(Path(folder) / "meta.json", meta)
 
 
+def _read_sparse(path) -> csr_matrix:
+    """float32 whatever is stored: scipy computes with no float16."""
+    with np.load(path) as parts:
+        arrays = parts["data"].astype(np.float32), parts["indices"], parts["indptr"]
+        return csr_matrix(arrays, shape=tuple(parts["shape"]))
+
+
 class Embeddings:
-    """A finished folder of embedding shards, memory-mapped; rows count through all shards."""
+    """A finished folder of embedding shards; rows count through all shards. Dense shards are memory-mapped, sparse
+    ones read when their rows are asked for, and given as CSR matrices in place of arrays."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -634,18 +654,27 @@ class Embeddings:
                 f"{folder}: no meta.json, the encoding has not ended — run the same encode.py command again"
             )
         self.meta = read_json(self.folder / "meta.json")
-        self.paths = sorted(self.folder.glob("shard-*.npy"))
+        self.sparse, self.dim = self.meta.get("head") == "sparse", self.meta["dim"]
+        self.paths = sorted(self.folder.glob("shard-*.npz" if self.sparse else "shard-*.npy"))
         try:
-            heads = [np.load(path, mmap_mode="r") for path in self.paths]
-        except ValueError as error:
+            shapes = [self._shape(path) for path in self.paths]
+        except (ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(f"{folder}: a damaged shard ({error}) — remove the folder and encode again") from error
-        self.starts = np.cumsum([0, *(len(h) for h in heads)])  # first row of each shard, and the end
-        if not heads or self.starts[-1] != self.meta["count"] or {h.shape[1] for h in heads} != {self.meta["dim"]}:
+        self.starts = np.cumsum([0, *(n for n, _ in shapes)])  # first row of each shard, and the end
+        if not shapes or self.starts[-1] != self.meta["count"] or {dim for _, dim in shapes} != {self.dim}:
             raise UserError(
                 f"{folder}: the shards do not hold what meta.json states — remove the folder and encode again"
             )
-        self.dim = self.meta["dim"]
         self._ids, self._index = {}, None
+
+    def _shape(self, path) -> tuple[int, int]:
+        if not self.sparse:
+            return np.load(path, mmap_mode="r").shape
+        with np.load(path) as parts:
+            return tuple(parts["shape"].tolist())
+
+    def _read(self, shard: int) -> np.ndarray | csr_matrix:
+        return _read_sparse(self.paths[shard]) if self.sparse else np.load(self.paths[shard], mmap_mode="r")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -668,22 +697,26 @@ class Embeddings:
             self._index = hashes[order], order
         return find_rows(ids, *self._index)
 
-    def blocks(self, start: int, stop: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, (n, D) view of at most `size` rows) over rows [start, stop); a shard is mapped only while its
+    def blocks(self, start: int, stop: int, size: int) -> Iterator[tuple[int, np.ndarray | csr_matrix]]:
+        """(first row, (n, D) view of at most `size` rows) over rows [start, stop); a shard is held only while its
         blocks are read."""
-        for shard, path in enumerate(self.paths):
+        for shard in range(len(self.paths)):
             low, high = max(start, self.starts[shard]), min(stop, self.starts[shard + 1])
             if low < high:
-                array = np.load(path, mmap_mode="r")
+                array = self._read(shard)
                 for row in range(low, high, size):
                     yield int(row), array[row - self.starts[shard] : min(row + size, high) - self.starts[shard]]
 
-    def take(self, rows) -> np.ndarray:
+    def take(self, rows) -> np.ndarray | csr_matrix:
         """(len(rows), D) float32 of the given rows, in their order."""
         rows = np.asarray(rows, dtype=np.int64)
         shards = np.searchsorted(self.starts, rows, side="right") - 1
+        if self.sparse:
+            order = np.argsort(rows, kind="stable")
+            parts = [self._read(s)[rows[order[shards[order] == s]] - self.starts[s]] for s in np.unique(shards)]
+            return vstack([*parts, csr_matrix((0, self.dim), dtype=np.float32)], "csr")[np.argsort(order)]
         out = np.empty((len(rows), self.dim), dtype=np.float32)
         for shard in np.unique(shards):
             here = shards == shard
-            out[here] = np.load(self.paths[shard], mmap_mode="r")[rows[here] - self.starts[shard]]
+            out[here] = self._read(shard)[rows[here] - self.starts[shard]]
         return out

@@ -8,6 +8,7 @@ import pickle
 import datasets
 import numpy as np
 import pytest
+from scipy.sparse import csr_matrix, load_npz, vstack
 
 from lib import files
 from lib.files import UserError
@@ -206,4 +207,23 @@ def test_embeddings(tmp_path):
     assert (np.concatenate([block for _, block in stored.blocks(0, 8, 2)]) == whole).all()
     files.finish_embeddings(tmp_path, {"count": 9, "dim": 4})
     with pytest.raises(UserError, match="do not hold what meta.json states"):
+        files.Embeddings(tmp_path)
+
+
+def test_sparse_embeddings(tmp_path):
+    draw = np.random.default_rng(0)
+    whole = csr_matrix(np.where(draw.random((8, 30)) < 0.2, draw.random((8, 30)), 0).astype(np.float32))
+    for index, (low, high) in enumerate(((0, 3), (3, 6), (6, 8))):
+        files.write_shard(tmp_path, index, whole[low:high], [f"d{i}" for i in range(low, high)])
+    files.finish_embeddings(tmp_path, {"count": 8, "dim": 30, "head": "sparse"})
+    stored = files.Embeddings(tmp_path)
+    assert len(stored) == 8 and stored.rows(["d4", "?"]).tolist() == [4, -1]
+    assert (load_npz(tmp_path / "shard-00001.npz") != whole[3:6]).nnz == 0
+    for rows in ([7, 0, 3, 0], [], [5]):
+        taken = stored.take(rows)
+        assert taken.shape == (len(rows), 30) and taken.dtype == np.float32 and (taken != whole[rows]).nnz == 0
+    assert [(row, block.shape[0]) for row, block in stored.blocks(1, 8, 2)] == [(1, 2), (3, 2), (5, 1), (6, 2)]
+    assert (vstack([block for _, block in stored.blocks(0, 8, 2)]) != whole).nnz == 0
+    (tmp_path / "shard-00001.npz").write_bytes(b"PK")
+    with pytest.raises(UserError, match="damaged shard"):
         files.Embeddings(tmp_path)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lib.data import GroupCollator, Groups, StepSampler, preview, read_dev, rerank
-from lib.files import UserError, open_texts, read_negatives, read_qrels
+from lib.files import UserError, open_texts, read_negatives, read_qrels, write_scores
 from lib.optim import parameter_groups
 from lib.text import TextFormat
 
@@ -41,7 +41,7 @@ def tiny(tiny_collection, tiny_model_dir):
 
 def draws(groups, steps, start=0, seed=3):
     sampler = iter(StepSampler(len(groups), 6, 0, 1, seed, start))
-    return [[(q, rows.tolist()) for q, rows in map(groups.__getitem__, next(sampler))] for _ in range(steps)]
+    return [[(q, rows.tolist()) for q, rows, _ in map(groups.__getitem__, next(sampler))] for _ in range(steps)]
 
 
 def test_every_judged_positive_is_an_example_and_never_a_negative(tiny, tiny_collection):
@@ -72,7 +72,7 @@ def test_draws_differ_between_epochs_and_are_the_same_after_a_resume(tiny):
 def test_short_lists_are_filled_cut_and_counted(texts, qrels, tmp_path):
     path = write(tmp_path / "negatives.tsv", "q0\tp4,p5\nq1\tp4,p5,p6,p7\nother\tp4\nq1\tp8\n")
     groups = Groups(*texts, qrels, path, passages_per_query=4, depth=3)
-    query, rows = groups[0, 0, 0]
+    query, rows, _ = groups[0, 0, 0]
     assert (query, rows.tolist()) == (0, [0, 4, 5, -1])
     assert groups[3, 0, 0][1].tolist() == [3, -1, -1, -1]
     assert {row for step in range(30) for row in groups[2, step, 0][1][1:]} == {4, 5, 6}  # not p7 and p8: depth 3
@@ -126,6 +126,23 @@ def test_bad_qrels_stop_with_place_and_remedy(texts, tmp_path, content, what):
         Groups(*texts, write(tmp_path / "bad.tsv", content), passages_per_query=1)
 
 
+def test_teacher_scores_follow_their_pairs(texts, qrels, tmp_path):
+    negatives = write(tmp_path / "negatives.tsv", "q0\tp4,p5,p6\nq1\tp4,p7\n")
+    pairs = [(f"q{q}", f"p{p}", float(10 * q + p)) for q in range(3) for p in range(10)]
+    path = tmp_path / "scores.tsv"
+    write_scores(path, [*reversed(pairs), ("q0", "p0", 99.0), ("q9", "p1", 0.0), ("q0", "unknown", 1.0)])
+    groups = Groups(*texts, qrels, negatives, passages_per_query=3, scores_path=path)
+    for step in range(10):
+        for example in range(len(groups)):
+            query, rows, scores = groups[example, step, example]
+            expected = [10 * query + row if row >= 0 else 0 for row in rows]
+            assert scores.tolist() == expected and scores.dtype == np.float32
+    write_scores(path, [pair for pair in pairs if pair[:2] != ("q1", "p7")])
+    with pytest.raises(UserError, match=r"scores.tsv: no score for query q1 and passage p7 \(1 of the 5 pairs"):
+        Groups(*texts, qrels, negatives, passages_per_query=3, scores_path=path)
+    Groups(*texts, qrels, negatives, passages_per_query=3, depth=1, scores_path=path)  # p7 is never drawn
+
+
 def test_batch_agrees_with_the_groups(tiny):
     groups, collate = tiny
     items = [groups[place] for place in next(iter(StepSampler(len(groups), 6, 0, 1, 0)))]
@@ -140,8 +157,9 @@ def test_batch_agrees_with_the_groups(tiny):
         expected = collate.tokenizer(f"{title} {text}".strip(), truncation=True, max_length=32)["input_ids"]
         assert ids[place].tolist() == expected
     assert torch.equal(batch["positive_rows"], batch["passage_rows"][::4])
+    assert batch["teacher_scores"].shape == (6, 4) and not batch["teacher_scores"].any()
     assert batch["passage_keys"][11] == 0 and batch["passage_rows"][11] == -1
-    for (query, _), keys in zip(items, batch["positive_keys"], strict=True):
+    for (query, *_), keys in zip(items, batch["positive_keys"], strict=True):
         assert set(keys.tolist()) == set(groups.positive_keys(query).tolist())
     widths = [c["attention_mask"].sum(1) for c in batch["passage"]]
     assert all(w.max() == c["input_ids"].shape[1] for w, c in zip(widths, batch["passage"], strict=True))

@@ -2,6 +2,9 @@
 
     info_nce   softmax over the passages of the batch on all processes: DPR (arXiv 2004.04906), RetroMAE (2205.12035)
     triplet    -log softmax over (positive, negative) pairs, no in-batch negatives: ANCE (2007.00808)
+    distilled  --teacher_scores with --kl_weight (RetroMAE, LexMAE) or --margin_mse_weight (SPLADE) on the own group
+    sparse     --head sparse: a weight per term of the vocabulary, and the FLOPS regulariser: SPLADE-max (2109.10086),
+               LexMAE (2208.14754)
 
 A group is 1 positive + n negatives, drawn anew each epoch from the first --negatives_depth of each query's list in a
 file that mine_negatives.py writes. Deliberate deviations from the official code of these papers:
@@ -10,6 +13,8 @@ file that mine_negatives.py writes. Deliberate deviations from the official code
      in the batch for another query, in the softmax; --no_mask_positives restores the papers' softmax.
   3. A list shorter than the group is filled with masked columns (RetroMAE: random passages, LexMAE: repeats).
   4. Each judged positive is an example, shuffled over the epoch (ANCE: one per query, its triplets in a row).
+  5. FLOPS is of the batch of all processes (LexMAE, SPLADE: of each GPU's own); of one micro-step if accumulated.
+  6. A pair without a teacher score stops the run (RetroMAE trains on without a teacher).
 
 Reads   --model (ours, sentence-transformers, or Hugging Face with --pooling) and the files of lib/files.py
 Writes  --output_dir: the checkpoint, and best/ by MRR@10 on the development set, each also a sentence-transformers
@@ -35,6 +40,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
+from lib import losses
 from lib.attention import economize
 from lib.data import GroupCollator, Groups, StepSampler, preview, read_dev, rerank
 from lib.dist import all_gather, all_gather_with_grad
@@ -53,9 +59,8 @@ from lib.launch import (
     save_state,
     versions,
 )
-from lib.losses import candidate_mask, in_batch_accuracy, info_nce, own_group, spread, triplet_nll
 from lib.metrics import mrr_at_k
-from lib.optim import parameter_groups
+from lib.optim import lr_at, parameter_groups
 from lib.text import step_seed
 
 
@@ -71,6 +76,9 @@ class Args:
     negatives: str = HfArg(default=None, help="`qid TAB pid,pid,...`, best first, or a TREC run")
     passages_per_query: int = HfArg(default=8, help="1 positive + n negatives (RetroMAE 16); 1 = in-batch only")
     negatives_depth: int = HfArg(default=200, help="draw from the first so many per query (RetroMAE, ANCE 200)")
+    teacher_scores: str = HfArg(
+        default=None, help="`qid TAB pid TAB score` of all that may be drawn (recipes/rerank.py)"
+    )
     allow_overlap: bool = HfArg(default=False, help="drop negatives that are judged positives instead of stopping")
     allow_unused_negatives: bool = HfArg(default=False, help="go on although the negatives serve no example")
     title: Literal["none", "space", "sep"] | None = HfArg(default=None, help="how to join; else the checkpoint's")
@@ -86,12 +94,22 @@ class Args:
         default=0, help="steps between re-rankings, the best goes to best/; 0 = first and last only"
     )
     # model and objective
-    head: Literal["dense"] = HfArg(default="dense", help="one vector per text")
+    head: Literal["dense", "sparse"] = HfArg(default="dense", help="sparse: LM logits, so the LM head is needed")
+    allow_new_head: bool = HfArg(default=False, help="sparse: make an LM head where the checkpoint has none")
+    exclude_special_tokens: bool = HfArg(default=False, help="sparse: no maximum over [CLS] and [SEP] (LexMAE)")
+    flops_passages: float = HfArg(default=0.002, help="sparse: weight (LexMAE 0.002, with mined negatives 0.008)")
+    flops_queries: float = HfArg(default=None, help="sparse: weight; default 0.75 x --flops_passages (LexMAE)")
+    flops_warmup_steps: int = HfArg(default=0, help="sparse: steps of quadratic growth (LexMAE 0, SPLADE 50000)")
     pooling: Literal["cls", "mean"] | None = HfArg(default=None, help="needed where the checkpoint states none")
     normalize: bool = HfArg(default=False, help="unit vectors; a checkpoint that has them keeps them")
     projection: int = HfArg(default=0, help="new Linear + LayerNorm of this size on top (ANCE 768); 0 = none")
     loss: Literal["info_nce", "triplet"] = HfArg(default="info_nce", help="see above")
     temperature: float = HfArg(default=1.0, help="scores are q·p / it (RetroMAE 1; unit vectors 0.01 to 0.05)")
+    contrastive_weight: float = HfArg(default=1.0, help="of --loss (LexMAE's stage 3 0.2, RetroMAE's KL 1e-4)")
+    kl_weight: float = HfArg(default=0.0, help="of the teacher's KL per query (LexMAE 1, RetroMAE 1 / passages)")
+    margin_mse_weight: float = HfArg(default=0.0, help="of the teacher's margin-MSE (SPLADE 1)")
+    student_temperature: float = HfArg(default=None, help="of q·p in these two; default --temperature")
+    teacher_temperature: float = HfArg(default=1.0, help="of the teacher's scores in these two")
     mask_positives: bool = HfArg(default=True, help="judged positives are no in-batch negatives of their query")
     # optimisation
     per_device_batch_size: int = HfArg(default=16, help="queries per process and micro-step (RetroMAE 16)")
@@ -117,13 +135,6 @@ class Args:
     dry_run: bool = HfArg(default=False, help="show the first inputs, truncation, batch, steps and disk, and stop")
 
 
-def lr_at(step: int, peak: float, warmup_steps: int, max_steps: int) -> float:
-    """Linear warm-up to the peak, linear decay to zero; step counts from 0."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return peak * (max_steps - step) / max(max_steps - warmup_steps, 1)
-
-
 def main():
     # ---- setup
     args = parse_args(Args)
@@ -137,6 +148,11 @@ def main():
     dev_files = (args.dev_queries, args.dev_qrels, args.dev_candidates)
     if any(dev_files) != all(dev_files) or (args.eval_every and not all(dev_files)):
         raise UserError("the development set is incomplete — give --dev_queries, --dev_qrels and --dev_candidates")
+    distilled, sparse = bool(args.kl_weight or args.margin_mse_weight), args.head == "sparse"
+    if bool(args.teacher_scores) != distilled or (distilled and P < 2):
+        raise UserError(
+            "to distil, give --teacher_scores, --negatives and --kl_weight or --margin_mse_weight — or none"
+        )
     if (W * B * P if args.loss == "info_nce" else P) < 2:
         raise UserError(f"--loss {args.loss}: no negatives — raise --passages_per_query or --per_device_batch_size")
 
@@ -144,25 +160,30 @@ def main():
     with accelerator.main_process_first():
         corpus, queries = open_texts(args.corpus, args.titles), open_texts(args.queries)
         dev_queries = open_texts(args.dev_queries) if args.dev_queries else None
-    allow = args.allow_overlap, args.allow_unused_negatives
-    groups = Groups(queries, corpus, args.qrels, args.negatives, P, args.negatives_depth, args.seed, *allow)
+    how = args.negatives_depth, args.seed, args.allow_overlap, args.allow_unused_negatives, args.teacher_scores
+    groups = Groups(queries, corpus, args.qrels, args.negatives, P, *how)
     if dev_queries:
         dev_qrels, dev_candidates = read_dev(dev_queries, corpus, args.dev_qrels, args.dev_candidates)
     max_steps = args.max_steps or math.ceil(args.num_epochs * len(groups) / (W * B * accumulation))
+    lambda_p, flops_steps = args.flops_passages, args.flops_warmup_steps
+    lambda_q = 0.75 * lambda_p if args.flops_queries is None else args.flops_queries
     warmup_steps = round(args.warmup_ratio * max_steps) if args.warmup_steps is None else args.warmup_steps
 
     # ---- model, optimizer, prepare
     torch.manual_seed(args.seed)  # of a new projection
     texts = "title", "query_prompt", "passage_prompt", "max_query_length", "max_passage_length"
     overrides = {name: getattr(args, name) for name in texts}
-    model = load_encoder(args.model, args.pooling, overrides, projection=args.projection, normalize=args.normalize)
+    head = {name: getattr(args, name) for name in ("head", "exclude_special_tokens", "allow_new_head")}
+    head = {"projection": args.projection, "normalize": args.normalize, **head}
+    model = load_encoder(args.model, args.pooling, overrides, **head)
+    dim = model.dim
     economize(model.backbone, args.gradient_checkpointing)
     chunked = 0 < args.chunk_size < B * P
     chunk_rows = args.chunk_size if chunked else 16 if device.type == "cpu" else 64  # short chunks pad less
     collate = GroupCollator(groups, model.tokenizer, model.format, chunk_rows)
     weights = sum(p.numel() for p in model.parameters())
     facts = {
-        "model": f"{args.model}, {weights / 1e6:.1f} M weights, {model.pooling} pooling, {model.dim} dimensions",
+        "model": f"{args.model}, {weights / 1e6:.1f} M weights, {model.pooling} pooling, {dim} dimensions",
         "texts": ", ".join(f"{name} {getattr(model.format, name)!r}" for name in texts),
         "running on": describe(accelerator),
         "batch": f"{B} queries x {W} process(es) x {accumulation} accumulated = {W * B * accumulation} per step",
@@ -170,6 +191,7 @@ def main():
         "scores": f"{'cosine (usually / 0.01 to 0.05)' if model.normalized else 'dot product'} / {args.temperature}",
         "candidates per query": W * B * P if args.loss == "info_nce" else P,
         **groups.notes,
+        **({"FLOPS": f"{lambda_p} of passages, {lambda_q} of queries, after {flops_steps} steps"} if sparse else {}),
         "steps": f"{max_steps}, {len(groups) / (W * B * accumulation):.2f} per epoch, {warmup_steps} of warm-up",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
@@ -203,17 +225,34 @@ def main():
         if not totals:  # the first batch of the run and of each log line
             assert torch.equal(rows[positives], batch["positive_rows"]), "a label does not point at its positive"
         scores = q_reps @ all_gather_with_grad(p_reps).T / args.temperature  # (B, N)
-        mask = candidate_mask(positives, rows < 0, keys, batch["positive_keys"] if args.mask_positives else None)
+        judged = batch["positive_keys"] if args.mask_positives else None
+        mask = losses.candidate_mask(positives, rows < 0, keys, judged)
         stats = {"masked": ((rows >= 0) & ~mask).sum() / B}
         if args.loss == "info_nce":
-            loss = info_nce(scores, positives, mask).mean()
+            loss = losses.info_nce(scores, positives, mask).mean()
         else:
-            mask = mask & own_group(positives, len(rows), P)
-            loss = triplet_nll(scores, positives, mask).mean()
-        stats["accuracy"] = in_batch_accuracy(scores.detach(), positives, mask)
-        stats["q_std"], stats["q_cosine"] = spread(q_reps)
-        stats["p_std"], stats["p_cosine"] = spread(p_reps[batch["passage_rows"] >= 0])
-        return loss, stats
+            mask = mask & losses.own_group(positives, len(rows), P)
+            loss = losses.triplet_nll(scores, positives, mask).mean()
+        stats["accuracy"] = losses.in_batch_accuracy(scores.detach(), positives, mask)
+        if distilled or sparse:
+            stats["contrastive"] = loss
+        loss = args.contrastive_weight * loss
+        if distilled:
+            own = losses.group_columns(positives, P)
+            student = scores.gather(1, own) * (args.temperature / (args.student_temperature or args.temperature))
+            pair = student, batch["teacher_scores"] / args.teacher_temperature, mask.gather(1, own)
+            stats["kl"], stats["margin_mse"] = losses.kl_divergence(*pair).mean(), losses.margin_mse(*pair).mean()
+            loss = loss + args.kl_weight * stats["kl"] + args.margin_mse_weight * stats["margin_mse"]
+        real = batch["passage_rows"] >= 0
+        if sparse:
+            growth = min((step + 1) / flops_steps, 1) ** 2 if flops_steps else 1
+            stats["q_flops"] = losses.flops(q_reps, torch.ones_like(real[:B]))
+            stats["p_flops"] = losses.flops(p_reps, real)
+            loss = loss + growth * (lambda_q * stats["q_flops"] + lambda_p * stats["p_flops"])
+            stats |= losses.count_terms(q_reps, p_reps[::P], p_reps[real])
+        stats["q_std"], stats["q_cosine"] = losses.spread(q_reps)
+        stats["p_std"], stats["p_cosine"] = losses.spread(p_reps[real])
+        return loss, {name: value.detach() for name, value in stats.items()}
 
     def save(folder):
         if accelerator.is_main_process:
@@ -225,7 +264,8 @@ def main():
     def develop():
         """Re-rank the candidates with the model as it stands; judged queries without candidates count 0."""
         mine = {qid: dev_candidates[qid] for qid in sorted(dev_candidates)[rank::W]}
-        parts = gather_object([rerank(accelerator.unwrap_model(model).eval(), device, collate, dev_queries, mine, 10)])
+        encoder, at_once = accelerator.unwrap_model(model).eval(), 2**25 // dim  # 128 MB of vectors
+        parts = gather_object([rerank(encoder, device, collate, dev_queries, mine, 10, at_once)])
         model.train()
         dev_scores[step] = mrr_at_k({qid: pids for part in parts for qid, pids in part.items()}, dev_qrels, 10)
         log.write(step, {"dev_mrr@10": dev_scores[step]}, bar)
@@ -273,6 +313,9 @@ def main():
             values = dict(zip(totals, means.tolist(), strict=True))
             speed = summed * W * B / (time.perf_counter() - clock)
             log.write(step, {**values, "lr": group["lr"], "grad_norm": norm.item(), "queries/s": speed}, bar)
+            settled = step > max(warmup_steps, flops_steps) + max_steps // 4
+            if sparse and (wrong := losses.collapse(values["q_terms"], values["p_terms"], dim, settled)):
+                raise UserError(f"step {step}: {wrong}")
             if max(values["q_cosine"], values["p_cosine"]) > 0.95 and step > warmup_steps:
                 bar.write("warning: different texts have nearly the same vector (cosine > 0.95): a collapsing encoder")
             totals, summed, clock = {}, 0, time.perf_counter()

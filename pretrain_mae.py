@@ -65,7 +65,7 @@ from lib.launch import (
 )
 from lib.lm import load_decoder, load_lm, max_positions, read_architecture, save_checkpoint, stated_title
 from lib.mae import MLM, SEED, CoCondenser, Condenser, DupMAE, LexMAE, RetroMAE, span_backward
-from lib.optim import parameter_groups
+from lib.optim import lr_at, parameter_groups
 from lib.probe import Probe
 from lib.text import step_seed
 
@@ -144,13 +144,6 @@ class Args:
 OBJECTIVES = {cls.objective: cls for cls in (MLM, RetroMAE, DupMAE, LexMAE, SEED, Condenser, CoCondenser)}
 PAIR_OPTIONS = {"spans", "span_tokens", "chunk_size"}  # of cocondenser's data and step
 OPTIONS = PAIR_OPTIONS.union(*(cls.options() for cls in OBJECTIVES.values()))  # None is the objective's default
-
-
-def lr_at(step: int, peak: float, warmup_steps: int, max_steps: int) -> float:
-    """Linear warm-up to the peak, linear decay to zero; step counts from 0."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return peak * (max_steps - step) / max(max_steps - warmup_steps, 1)
 
 
 def mean_loss(accelerator, terms):

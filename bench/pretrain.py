@@ -29,10 +29,11 @@ from torch.utils.data import DataLoader
 from lib.attention import economize
 from lib.data import BlockCollator, StepSampler, open_corpora
 from lib.files import read_json, write_json
-from lib.lm import head_transform, load_lm, read_architecture
+from lib.lm import load_lm, read_architecture
 from lib.mae import span_contrast
 from lib.optim import parameter_groups
 from lib.text import step_seed
+from lib.vocab import head_transform
 from pretrain_mae import OBJECTIVES, mean_loss
 
 ROOT = Path(__file__).resolve().parents[1]

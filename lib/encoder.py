@@ -1,6 +1,6 @@
-"""The dense bi-encoder: one tower for queries and passages, and its checkpoint on disk.
+"""The bi-encoder, dense or sparse: one tower for queries and passages, and its checkpoint on disk.
 
-A checkpoint is a Hugging Face folder that is a sentence-transformers folder as well:
+A checkpoint is a Hugging Face folder that is a sentence-transformers folder as well. A dense one:
 
     config.json, model.safetensors, tokenizer files   backbone, as AutoModel and AutoTokenizer read it
     modules.json                                      Transformer, Pooling, then Dense, LayerNorm, Normalize if used
@@ -9,18 +9,22 @@ A checkpoint is a Hugging Face folder that is a sentence-transformers folder as 
     config_sentence_transformers.json                 prompts
     bottleneck.json                                   how titles are joined, what the tokenizer gave when it was saved
 
-The older spelling of these files is written, which newer sentence-transformers read too; only a query length of its
-own needs sentence-transformers 6 (earlier ones refuse the key). With `sep` titles, which it cannot join, there is no
-modules.json: the list is in bottleneck.json, and the folder does not claim to be loadable there.
+A sparse one has the masked language model as AutoModelForMaskedLM reads it, and MLMTransformer, SpladePooling for
+modules.
 
-B texts, L tokens, H hidden size, D dimensions of a vector. attention_mask 1 = keep.
+The older spelling of these files is written, which newer sentence-transformers read too; only a query length of its
+own needs sentence-transformers 6 (earlier ones refuse the key). With `sep` titles, which it cannot join, or special
+tokens excluded from the pooling, there is no modules.json: the list is in bottleneck.json, and the folder does not
+claim to be loadable there.
+
+B texts, L tokens, H hidden size, V vocabulary, D dimensions of a vector: V of a sparse one. attention_mask 1 = keep.
 """
 
 import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -31,10 +35,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForTextEncoding, AutoTokenizer
 
 from lib.files import UserError, atomic, read_json, write_json, write_lines
 from lib.text import TextFormat, format_texts, pad, to_ids
+from lib.vocab import ARCHITECTURES, head_transform, max_pooled_logits
 
 VERSION = 1  # of bottleneck.json
 FILES = (  # of a checkpoint: what decides its vectors
@@ -114,7 +119,7 @@ class Normalize(nn.Module):
 
 
 class BiEncoder(nn.Module):
-    """backbone -> pooling (the first token, or the mean over the attention mask) -> head modules -> vector.
+    """Dense: backbone -> pooling (the first token, or the mean over the attention mask) -> head modules -> vector.
 
     `format` is how the checkpoint wants its texts; `stated` holds those of its settings that the folder really names
     (a plain Hugging Face folder names none). Pooling and head run in fp32 under autocast."""
@@ -123,7 +128,7 @@ class BiEncoder(nn.Module):
         self,
         backbone: nn.Module,
         tokenizer,
-        pooling: Literal["cls", "mean"],
+        pooling: Literal["cls", "mean", "max"],
         head: list[nn.Module],
         form: TextFormat,
         stated: dict | None = None,
@@ -147,8 +152,11 @@ class BiEncoder(nn.Module):
         own longest text, is encoded chunk by chunk and concatenated in that order."""
         if isinstance(batch, list):
             return torch.cat([self.encode(chunk) for chunk in batch])
-        mask = batch["attention_mask"]
-        hidden = self.backbone(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state  # (B, L, H)
+        return self.vectors(batch["input_ids"], batch["attention_mask"])
+
+    def vectors(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, L), (B, L) -> (B, D) fp32."""
+        hidden = self.backbone(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (B, L, H)
         with torch.autocast(hidden.device.type, enabled=False):
             if self.pooling == "cls":
                 first = mask.argmax(1)  # not 0 where the tokenizer pads on the left
@@ -166,6 +174,35 @@ class BiEncoder(nn.Module):
         return tuple(None if side is None else self.encode(side) for side in (query, passage))
 
 
+class SparseBiEncoder(BiEncoder):
+    """Sparse: a weight for every term of the vocabulary, log(1 + relu(max over positions of the masked LM's logits)):
+    SPLADE-max (arXiv 2109.10086), LexMAE (2208.14754). The backbone is the LM with its head.
+
+    exclude_special_tokens   LexMAE: no maximum over the positions of [CLS] and [SEP], whatever their number; else only
+                             padding is excluded (SPLADE, sentence-transformers). No term is ever excluded.
+    A text without a position that counts is the zero vector."""
+
+    def __init__(
+        self, lm: nn.Module, tokenizer, exclude_special_tokens: bool, form: TextFormat, stated: dict | None = None
+    ):
+        super().__init__(lm, tokenizer, "max", [], form, stated)
+        self.exclude_special_tokens = exclude_special_tokens
+        ids = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+        self.register_buffer("special", torch.tensor(sorted(ids - {None})), persistent=False)
+
+    @property
+    def dim(self) -> int:
+        return self.backbone.get_output_embeddings().weight.shape[0]
+
+    def vectors(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.backbone.base_model(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (B, L, H)
+        hidden, output = head_transform(self.backbone, hidden), self.backbone.get_output_embeddings()
+        counts = mask.bool()
+        if self.exclude_special_tokens:
+            counts = counts & ~torch.isin(input_ids, self.special)
+        return max_pooled_logits(hidden, output.weight, output.bias, counts).relu().log1p()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # load
 
@@ -178,15 +215,21 @@ def load_encoder(
     normalize: bool = False,
     strict: bool = False,
     trust_remote_code: bool = False,
+    head: Literal["dense", "sparse"] | None = None,
+    exclude_special_tokens: bool = False,
+    allow_new_head: bool = False,
 ) -> BiEncoder:
-    """A bi-encoder in fp32 from our folder, any dense sentence-transformers folder, or a Hugging Face folder with
-    `pooling`. `model` may also be a name on the hub.
+    """A bi-encoder in fp32 from our folder, any sentence-transformers folder of these two kinds, or a Hugging Face
+    folder with `pooling`, or with `head` sparse. `model` may also be a name on the hub.
 
     overrides    fields of TextFormat in place of what the checkpoint states; None = as it states. With `strict` one
                  that differs is an error (a stage that only uses the checkpoint), else it is the new checkpoint's
     projection   add ANCE's head, Linear(H -> projection) + LayerNorm, weights from N(0, 0.02), biases zero, drawn from
                  torch's generator; a checkpoint that has one of this size keeps it. 0 or None = as the checkpoint is
     normalize    add L2 normalisation at the end if there is none
+    head         None = as the folder states. sparse: of anything with an LM head, or with `allow_new_head` a new one,
+                 drawn from torch's generator
+    exclude_special_tokens   of a new sparse head; a folder that states its own keeps it
 
     UserError: missing weights (but BERT's pooler, which is never kept), a pooling that contradicts the folder, lengths
     beyond the model's positions, a tokenizer that gives other ids than when the checkpoint was saved, modules or
@@ -196,15 +239,24 @@ def load_encoder(
     if private.get("version", VERSION) > VERSION:
         raise UserError(f"{folder}: written by a newer version of this project — update it")
     modules = private.get("modules") or _read_list(folder / "modules.json")
-    base, stored_pooling, head = folder, None, []
+    base, stored_pooling, layers = folder, None, []
     if modules:
-        base, stored_pooling, head = _read_head(folder, modules)
-    if not modules and not pooling:
+        base, stored_pooling, layers = _read_head(folder, modules)
+    stored = None if not modules else "sparse" if stored_pooling == "max" else "dense"
+    sparse = (head or stored) == "sparse"
+    if stored == "sparse" and not sparse:
+        raise UserError(f"{folder}: a sparse checkpoint — add --head sparse")
+    if stored == "dense" and sparse and strict:
+        raise UserError(f"{folder}: a dense checkpoint, not a sparse one — leave --head out")
+    if sparse and (pooling or projection or normalize):
+        raise UserError("a sparse head is pooled by max — leave out --pooling, --projection and --normalize")
+    if not modules and not pooling and not sparse:
         raise UserError(f"{folder}: states no pooling (a plain Hugging Face folder) — add --pooling cls or mean")
-    if modules and pooling not in (None, stored_pooling):
+    if modules and not sparse and pooling not in (None, stored_pooling):
         raise UserError(f"{folder}: its pooling is {stored_pooling}, not {pooling} — leave --pooling out")
 
-    backbone, tokenizer = _load_backbone(base, trust_remote_code)
+    auto = _masked_lm if sparse else _encoder
+    backbone, tokenizer = _load_backbone(base, auto, allow_new_head, trust_remote_code)
     limit = _positions(backbone)
     stated = {}
     if modules:
@@ -232,10 +284,17 @@ def load_encoder(
         setattr(form, name, value)
     if form.title == "sep" and tokenizer.sep_token is None:
         raise UserError(f"{folder}: the tokenizer has no separator token for --title sep — use --title space")
-    if normalize and strict and modules and not any(isinstance(module, Normalize) for module in head):
+    if sparse:
+        if stored == "sparse":
+            own = private.get("exclude_special_tokens", False)
+            if exclude_special_tokens and not own:
+                raise UserError(f"{folder}: pools over special tokens too — leave --exclude_special_tokens out")
+            exclude_special_tokens = own
+        return SparseBiEncoder(backbone, tokenizer, exclude_special_tokens, form, stated).eval()
+    if normalize and strict and modules and not any(isinstance(module, Normalize) for module in layers):
         raise UserError(f"{folder}: its vectors are not normalised — leave --normalize out, or add --override")
-    head = _extend_head(folder, head, backbone.config.hidden_size, projection, normalize)
-    return BiEncoder(backbone, tokenizer, pooling or stored_pooling, head, form, stated).eval()
+    layers = _extend_head(folder, layers, backbone.config.hidden_size, projection, normalize)
+    return BiEncoder(backbone, tokenizer, pooling or stored_pooling, layers, form, stated).eval()
 
 
 def checkpoint_folder(model) -> Path:
@@ -256,12 +315,24 @@ def checkpoint_folder(model) -> Path:
     return folder
 
 
-def _load_backbone(base: Path, trust_remote_code: bool):
+def _encoder(config):
+    return AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel  # T5: the encoder alone
+
+
+def _masked_lm(config):
+    if config.model_type not in ARCHITECTURES:
+        raise UserError(
+            f"{config.name_or_path}: the LM head of {config.model_type} is built otherwise than those a sparse head "
+            f"knows — use {', '.join(ARCHITECTURES)}"
+        )
+    return AutoModelForMaskedLM
+
+
+def _load_backbone(base: Path, auto: Callable, allow_new_head: bool, trust_remote_code: bool):
     remote = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(base, **remote)
-        auto = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel  # T5: the encoder alone
-        backbone, report = auto.from_pretrained(
+        backbone, report = auto(config).from_pretrained(
             base, config=config, dtype=torch.float32, output_loading_info=True, **remote
         )
         tokenizer = AutoTokenizer.from_pretrained(base, **remote)
@@ -269,6 +340,10 @@ def _load_backbone(base: Path, trust_remote_code: bool):
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{base}: cannot be loaded ({reason}) — give the folder of a checkpoint") from error
     wrong = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
+    if auto is _masked_lm and wrong and not any(key.startswith(backbone.base_model_prefix) for key in wrong):
+        if not allow_new_head:
+            raise UserError(f"{base}: has no LM head for --head sparse — add --allow_new_head to train a new one")
+        wrong = []
     wrong += [str(key) for key in report.get("mismatched_keys", ())]
     if wrong:
         raise UserError(
@@ -327,12 +402,19 @@ def _refuse(place, what: str):
 
 
 def _read_head(folder: Path, modules: list[dict]) -> tuple[Path, str, list[nn.Module]]:
-    """(folder of the backbone, pooling, the modules behind the pooling)."""
+    """(folder of the backbone, pooling, the modules behind the pooling); the pooling of a sparse head is max."""
     path = folder / "modules.json"
     names = [one["type"].rsplit(".", 1)[-1] for one in modules]
     for one in modules:
-        if not one["type"].startswith("sentence_transformers.") or ".sparse_encoder." in one["type"]:
+        if not one["type"].startswith("sentence_transformers."):
             _refuse(path, f"the module {one['type']}")
+    if names in (["MLMTransformer", "SpladePooling"], ["Transformer", "SpladePooling"]):
+        place = folder / modules[1]["path"]
+        config = {"pooling_strategy": "max", "activation_function": "relu", **_settings(place)}
+        for key, value in (("pooling_strategy", "max"), ("activation_function", "relu")):
+            if config[key] != value:
+                _refuse(place, f"{key} {config[key]} (not {value})")
+        return folder / modules[0]["path"], "max", []
     if names[:2] != ["Transformer", "Pooling"]:
         _refuse(path, f"a model of {' + '.join(names[:2])} (not Transformer + Pooling)")
     pooling, head = _read_pooling(folder / modules[1]["path"]), []
@@ -391,8 +473,10 @@ def _stated_format(folder: Path, base: Path, tokenizer, limit: int | None) -> di
     """The fields of TextFormat that the folder names: prompts if there are any, and lengths."""
     general = folder / "config_sentence_transformers.json"
     config = read_json(general) if general.is_file() else {}
-    if config.get("model_type", "SentenceTransformer") != "SentenceTransformer":
+    if config.get("model_type", "SentenceTransformer") not in ("SentenceTransformer", "SparseEncoder"):
         _refuse(general, f"a {config['model_type']}")
+    if config.get("max_active_dims"):
+        _refuse(general, f"vectors cut to {config['max_active_dims']} terms (max_active_dims)")
     if config.get("truncate_dim"):
         _refuse(general, f"vectors cut to {config['truncate_dim']} dimensions (truncate_dim)")
     # sentence-transformers 6 adds an empty "document" prompt, which hides the others there: take the first not empty
@@ -405,9 +489,11 @@ def _stated_format(folder: Path, base: Path, tokenizer, limit: int | None) -> di
     paths = [base / f"sentence_{name}_config.json" for name in names]
     path = next((path for path in paths if path.is_file()), paths[0])
     config = read_json(path) if path.is_file() else {}
-    if config.get("transformer_task", "feature-extraction") != "feature-extraction":
-        _refuse(path, f"the task {config['transformer_task']}")
-    text = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
+    outputs = {"feature-extraction": "last_hidden_state", "fill-mask": "logits"}
+    task = config.get("transformer_task", "feature-extraction")
+    if task not in outputs:
+        _refuse(path, f"the task {task}")
+    text = {"text": {"method": "forward", "method_output_name": outputs[task]}}
     if config.get("modality_config", text) != text:
         _refuse(path, "inputs other than plain text")
     refused = (
@@ -524,15 +610,21 @@ def _write_folder(model: BiEncoder, folder: Path, weights: dict[str, Tensor], ca
         tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
 
-    names = ["Transformer", "Pooling", *(type(module).__name__ for module in model.head)]
+    sparse = isinstance(model, SparseBiEncoder)
+    names = ["MLMTransformer", "SpladePooling"] if sparse else ["Transformer", "Pooling"]
+    names += [type(module).__name__ for module in model.head]
     paths = ["", *(f"{index}_{name}" for index, name in enumerate(names[1:], 1))]
+    home = "sentence_transformers.sparse_encoder.models" if sparse else "sentence_transformers.models"
     modules = [
-        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{name}"}
+        {"idx": index, "name": str(index), "path": path, "type": f"{home}.{name}"}
         for index, (name, path) in enumerate(zip(names, paths, strict=True))
     ]
-    pooling = {"word_embedding_dimension": model.backbone.config.hidden_size}
-    for mode, name in (("cls_token", "cls"), ("mean_tokens", "mean"), ("max_tokens", "max")):
-        pooling[f"pooling_mode_{mode}"] = model.pooling == name
+    if sparse:
+        pooling = {"pooling_strategy": "max", "activation_function": "relu", "word_embedding_dimension": model.dim}
+    else:
+        pooling = {"word_embedding_dimension": model.backbone.config.hidden_size}
+        for mode, name in (("cls_token", "cls"), ("mean_tokens", "mean"), ("max_tokens", "max")):
+            pooling[f"pooling_mode_{mode}"] = model.pooling == name
     write_json(folder / paths[1] / "config.json", pooling)
     for index, (module, path) in enumerate(zip(model.head, paths[2:], strict=True)):
         if isinstance(module, Normalize):
@@ -546,6 +638,7 @@ def _write_folder(model: BiEncoder, folder: Path, weights: dict[str, Tensor], ca
         lengths["query_length"] = form.max_query_length
     write_json(folder / "sentence_bert_config.json", lengths)
     general = {
+        **({"model_type": "SparseEncoder"} if sparse else {}),
         "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
         "prompts": {"query": form.query_prompt, "document": form.passage_prompt},
         "default_prompt_name": None,
@@ -554,21 +647,32 @@ def _write_folder(model: BiEncoder, folder: Path, weights: dict[str, Tensor], ca
     write_json(folder / "config_sentence_transformers.json", general)
     ids = {"ids": fingerprint(tokenizer), "version": tokenizers.__version__}
     private = {"version": VERSION, "title": form.title, "tokenizer": ids}
-    if form.title == "sep":
+    if sparse:
+        private["exclude_special_tokens"] = model.exclude_special_tokens
+    if form.title == "sep" or private.get("exclude_special_tokens"):
         write_json(folder / "bottleneck.json", {**private, "modules": modules})
     else:
         write_json(folder / "bottleneck.json", private)
         write_json(folder / "modules.json", modules)
     write_lines(folder / "README.md", _card(model, names[1:], card))
+    mode = (folder / "README.md").stat().st_mode
+    for path in folder.rglob("*.safetensors"):  # which safetensors lets only the owner read
+        path.chmod(mode)
 
 
 def _card(model: BiEncoder, modules: list[str], card: dict) -> Iterator[str]:
     form = model.format
-    library = "transformers" if form.title == "sep" else "sentence-transformers"
+    sparse = isinstance(model, SparseBiEncoder)
+    plain = form.title == "sep" or (sparse and model.exclude_special_tokens)
+    library = "transformers" if plain else "sentence-transformers"
     yield from ("---", f"library_name: {library}", "pipeline_tag: sentence-similarity", "---", "")
     yield from (f"# {card['name']}", "")
     head = " + ".join([f"{model.pooling} pooling", *modules[1:]])
-    yield f"Dense retriever: {head}, {model.dim} dimensions, compared by dot product."
+    kind = f"Dense retriever: {head}, {model.dim} dimensions"
+    if sparse:
+        over = "special tokens excluded" if model.exclude_special_tokens else "special tokens included"
+        kind = f"Sparse retriever: log(1 + relu(max over positions of the LM's logits)), {over}, {model.dim} terms"
+    yield f"{kind}, compared by dot product."
     yield from ("", "| | |", "| --- | --- |")
     for name, value in {**asdict(form), **{k: v for k, v in card.items() if k != "name"}}.items():
         if isinstance(value, dict):
@@ -588,7 +692,7 @@ def _trial(model: BiEncoder, weights: dict[str, Tensor] | None = None) -> Tensor
         sides.append({name: values.to(device) for name, values in batch.items()})
     if weights is None:
         return torch.cat(model(*sides)).cpu()
-    weights = {name: values.to(device) for name, values in weights.items()}
+    weights = {name: weights[name].to(device) for name, _ in model.named_parameters()}  # tied ones once
     autocast = model.__dict__.pop("forward", None)  # hung on the instance by Accelerate; compare in fp32
     try:
         return torch.cat(torch.func.functional_call(model, weights, tuple(sides))).cpu()

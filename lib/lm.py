@@ -9,16 +9,14 @@ from pathlib import Path
 
 import tokenizers
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from lib.encoder import VERSION, fingerprint
 from lib.files import UserError, read_json, write_json, write_lines
-
-ARCHITECTURES = ("bert", "roberta", "distilbert")  # config.model_type
+from lib.vocab import ARCHITECTURES
 
 
 def read_architecture(model: str | None, model_config: str | None = None, tokenizer: str | None = None):
@@ -73,15 +71,6 @@ def load_lm(config, model: str | None) -> tuple[nn.Module, str]:
         example = (missing or [*info["mismatched_keys"]])[0]
         raise UserError(f"{model}: weights are missing or of another shape ({example}) — is the checkpoint complete?")
     return lm, f"{model}{', new LM head' if missing else ''}"
-
-
-def head_transform(lm: nn.Module, hidden: Tensor) -> Tensor:
-    """The LM head up to its output layer: dense, activation, norm. (n, D) -> (n, D)"""
-    if lm.config.model_type == "bert":
-        return lm.cls.predictions.transform(hidden)
-    if lm.config.model_type == "roberta":
-        return lm.lm_head.layer_norm(F.gelu(lm.lm_head.dense(hidden)))
-    return lm.vocab_layer_norm(lm.activation(lm.vocab_transform(hidden)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

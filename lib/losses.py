@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib.dist import all_gather, all_gather_with_grad
+
 # ---------------------------------------------------------------------------------------------------------------------
 # which columns count
 
@@ -65,6 +67,76 @@ def triplet_nll(scores: Tensor, positives: Tensor, mask: Tensor) -> Tensor:
     scores = scores.float()
     terms = F.softplus(scores - scores.gather(1, positives[:, None])).masked_fill(~negatives, 0.0)
     return terms.sum(1) / negatives.sum(1).clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# distillation: over the own group of each query, (B, P), never over in-batch columns, for which no teacher has scores
+
+
+def group_columns(positives: Tensor, passages_per_query: int) -> Tensor:
+    """(B, P) int64: the columns of each query's own group, its positive first; for scores.gather(1, ...)."""
+    return positives[:, None] + torch.arange(passages_per_query, device=positives.device)
+
+
+def kl_divergence(scores: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """KL(softmax(teacher) || softmax(scores)) of each query: LexMAE stage 3, RetroMAE's distillation.
+
+    loss_i = sum_{j: mask[i, j]} t_j (log t_j - log s_j), both softmaxes over the columns that count
+    scores, teacher: (B, P), each divided by its temperature   mask: (B, P), True = counts   ->   (B,)
+    Its mean over queries is KLDivLoss("batchmean"), LexMAE's; RetroMAE's "mean" is 1/P of it.
+    Example: scores [0, 0], teacher [log 3, 0] -> 0.75 log 1.5 + 0.25 log 0.5 = 0.1308."""
+    assert scores.shape == teacher.shape == mask.shape
+    s, t = (F.log_softmax(x.float().masked_fill(~mask, float("-inf")), 1) for x in (scores, teacher))
+    return (t.exp() * (t - s).masked_fill(~mask, 0.0)).sum(1)
+
+
+def margin_mse(scores: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """Squared difference of the margins between positive and negatives, mean over the negatives: arXiv 2010.02666.
+
+    loss_i = mean_{j > 0: mask[i, j]} ((s_0 - s_j) - (t_0 - t_j))^2;  0 without a negative
+    scores, teacher: (B, P), the positive first   mask: (B, P), True = counts   ->   (B,)
+    Example: scores [5, 3], teacher [9, 6] -> (2 - 3)^2 = 1."""
+    assert scores.shape == teacher.shape == mask.shape
+    gap = scores.float() - teacher.float()
+    terms = (gap[:, :1] - gap).square().masked_fill(~mask, 0.0)[:, 1:]
+    return terms.sum(1) / mask[:, 1:].sum(1).clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sparse vectors
+
+
+def flops(reps: Tensor, counts: Tensor) -> Tensor:
+    """FLOPS regulariser of sparse vectors (arXiv 2004.05665, as SPLADE and LexMAE use it): sum_v (mean_n x[n, v])^2.
+
+    reps: (n, V) >= 0   counts: (n,) bool, False = a filler   ->   scalar, the same on every process
+    The mean runs over the batch of all processes; squaring comes after it."""
+    total = all_gather_with_grad((reps.float() * counts[:, None]).sum(0, keepdim=True)).sum(0)  # (V,)
+    return (total / all_gather(counts.sum()[None]).sum().clamp(min=1)).square().sum()
+
+
+def count_terms(q_reps: Tensor, positives: Tensor, p_reps: Tensor) -> dict[str, Tensor]:
+    """Mean numbers of terms: of queries (B, V), of passages (n, V), and of those that a query shares with its positive
+    (B, V)."""
+    q, p = q_reps > 0, positives > 0
+    counts = {"q_terms": q.sum(1), "p_terms": (p_reps > 0).sum(1), "shared_terms": (q & p).sum(1)}
+    return {name: count.float().mean() for name, count in counts.items()}
+
+
+def collapse(q_terms: float, p_terms: float, vocabulary: int, settled: bool) -> str | None:
+    """What is wrong with sparse vectors of so many terms on average, and what to do; None if nothing is. `settled`:
+    learning rate and regulariser have reached their full size; before that dense vectors are no collapse."""
+    if min(q_terms, p_terms) < 1:
+        return (
+            f"{q_terms:.1f} terms per query, {p_terms:.1f} per passage: the vectors are nearly empty — lower "
+            "--flops_queries and --flops_passages, or raise --flops_warmup_steps"
+        )
+    if settled and max(q_terms, p_terms) > vocabulary / 2:
+        return (
+            f"{q_terms:.0f} terms per query, {p_terms:.0f} per passage, of {vocabulary}: the vectors stay dense — "
+            "raise --flops_queries and --flops_passages, or the learning rate"
+        )
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from lib.decoders import CausalDecoder, SlotDecoder, Transform, TwoStreamLayer, 
 from lib.dist import all_gather_with_grad, world
 from lib.files import UserError
 from lib.gradcache import cached_backward
-from lib.lm import head_transform
 from lib.text import (
     corrupt,
     counter_uniform,
@@ -29,7 +28,7 @@ from lib.text import (
     word_index,
     word_start_table,
 )
-from lib.vocab import linear_cross_entropy, max_pooled_logits
+from lib.vocab import head_transform, linear_cross_entropy, max_pooled_logits
 
 # streams of random numbers, beside data order (0), negatives (1) and dropout (2)
 ENCODER_MASK, DECODER_MASK, DECODER_ROW = 3, 4, 5

@@ -1,6 +1,13 @@
-"""Parameter groups."""
+"""Parameter groups and the learning rate."""
 
 from torch import nn
+
+
+def lr_at(step: int, peak: float, warmup_steps: int, max_steps: int) -> float:
+    """Linear warm-up to the peak, linear decay to zero; step counts from 0."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * (max_steps - step) / max(max_steps - warmup_steps, 1)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import finetune_biencoder
-from lib.files import UserError
+from lib.files import UserError, write_scores
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,6 +48,17 @@ def call(monkeypatch):
     return main
 
 
+@pytest.fixture
+def sparse(tiny_collection, tiny_model_dir, tmp_path):
+    """Changes to `arguments` for a sparse model with a teacher, whose scores cover all that may be drawn."""
+    qids = [line.split("\t")[0] for line in tiny_collection.queries.read_text().splitlines()]
+    pairs = [(q, f"p{n}", (7 * i + 3 * n) % 10 - 5) for i, q in enumerate(qids) for n in range(40)]
+    write_scores(tmp_path / "teacher.tsv", pairs)
+    objective = {"teacher_scores": tmp_path / "teacher.tsv", "kl_weight": 1, "margin_mse_weight": 0.1}
+    flops = {"flops_passages": 0.05, "flops_warmup_steps": 12}
+    return {"head": "sparse", "pooling": None, "contrastive_weight": 0.2, "learning_rate": 2e-3} | objective | flops
+
+
 def dev_files(collection):
     return {"dev_queries": collection.queries, "dev_qrels": collection.qrels, "dev_candidates": collection.candidates}
 
@@ -63,8 +74,10 @@ def same_weights(one, other, atol=0, without="nothing"):
             torch.testing.assert_close(one[name], other[name], atol=atol, rtol=0, msg=name)
 
 
-def test_killed_at_random_moments_it_ends_bit_identical(arguments, call, tiny_collection, tmp_path):
+@pytest.mark.parametrize("head", ["dense", "sparse"])
+def test_killed_at_random_moments_it_ends_bit_identical(arguments, call, tiny_collection, tmp_path, sparse, head):
     how = dev_files(tiny_collection) | {"eval_every": 3, "num_workers": 1, "gradient_accumulation_steps": 2}
+    how |= sparse if head == "sparse" else {}
     call(arguments(**how, output_dir=tmp_path / "whole"))
     script, kills = [sys.executable, str(ROOT / "finetune_biencoder.py")], 0
     moments = [random.SystemRandom().uniform(0, 3) for _ in range(2)]
@@ -91,15 +104,19 @@ def test_killed_at_random_moments_it_ends_bit_identical(arguments, call, tiny_co
     assert (tmp_path / "out" / "done").is_file()
 
 
-def test_two_processes_with_gradcache_train_like_one_with_twice_the_batch(arguments, call, tiny_model_dir, tmp_path):
-    from transformers import AutoModel, AutoTokenizer
+@pytest.mark.parametrize("head, chunk_size", [("dense", 5), ("sparse", 5), ("sparse", 0)])
+def test_two_processes_train_like_one_with_twice_the_batch(
+    arguments, call, tiny_model_dir, tmp_path, sparse, head, chunk_size
+):
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    model = AutoModel.from_pretrained(
-        tiny_model_dir, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, add_pooling_layer=False
+    model = AutoModelForMaskedLM.from_pretrained(
+        tiny_model_dir, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "model")
-    how = {"model": tmp_path / "model", "max_steps": 4, "chunk_size": 5}
+    how = sparse if head == "sparse" else {}
+    how |= {"model": tmp_path / "model", "max_steps": 4, "chunk_size": chunk_size, "learning_rate": 1e-3}
     call(arguments(**how, per_device_batch_size=8, output_dir=tmp_path / "one"))
     launch = [
         sys.executable,
@@ -116,8 +133,9 @@ def test_two_processes_with_gradcache_train_like_one_with_twice_the_batch(argume
     assert found.returncode == 0, found.stderr
     assert "4 queries x 2 process(es) x 1 accumulated = 8 per step" in found.stdout
     for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
-        for name in ("loss", "accuracy", "masked", "grad_norm"):
-            assert two[name] == pytest.approx(one[name], abs=1e-5), (one["step"], name)
+        sparse_names = ("kl", "margin_mse", "q_flops", "p_flops", "q_terms", "p_terms", "shared_terms")
+        for name in ("loss", "accuracy", "masked", "grad_norm", *(sparse_names if head == "sparse" else ())):
+            assert two[name] == pytest.approx(one[name], abs=1e-5, rel=1e-5), (one["step"], name)
     # the gradient of a key's bias is zero but for rounding, which Adam turns into steps of full size
     same_weights(tmp_path / "one", tmp_path / "two", atol=1e-4, without="key.bias")
 
@@ -178,6 +196,11 @@ def test_dry_run_shows_and_leaves_nothing(arguments, call, tmp_path, capsys):
         ({"loss": "triplet", "passages_per_query": 1, "negatives": None}, "no negatives"),
         ({"dev_queries": "x.tsv"}, "development set is incomplete"),
         ({"eval_every": 5}, "development set is incomplete"),
+        ({"kl_weight": 1}, "to distil, give --teacher_scores"),
+        ({"teacher_scores": "x.tsv"}, "to distil, give --teacher_scores"),
+        ({"head": "sparse"}, "leave out --pooling"),
+        ({"head": "sparse", "pooling": None, "flops_passages": 1e6, "learning_rate": 0.5}, "step .* nearly empty"),
+        ({"head": "sparse", "pooling": None, "flops_passages": 0}, "step .* stay dense — raise --flops_queries"),
         ({"learning_rate": 1e38}, r"step \d+: .*(q\d+, ){3}q\d+"),
     ],
 )
@@ -192,6 +215,19 @@ def test_triplets_and_a_projection_train(arguments, call, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "24 dimensions" in shown and "candidates per query     4\n" in shown
     assert all(0 < line["loss"] < 20 for line in log_of(tmp_path / "out"))
+
+
+def test_a_sparse_model_learns_and_gets_sparser(arguments, call, sparse, tiny_collection, tmp_path, capsys):
+    how = sparse | {"teacher_scores": None, "kl_weight": 0, "margin_mse_weight": 0, "contrastive_weight": 1}
+    how |= {"flops_passages": 0.3, "flops_warmup_steps": 0, "learning_rate": 5e-3}
+    call(arguments("--exclude_special_tokens", **how | dev_files(tiny_collection), eval_every=20, max_steps=40))
+    log = [line for line in log_of(tmp_path / "out") if "loss" in line]
+    for name, least in (("contrastive", 0.7), ("p_flops", 0.5), ("p_terms", 0.7)):
+        assert sum(line[name] for line in log[-5:]) < least * sum(line[name] for line in log[:5]), name
+    assert all(0 <= line["shared_terms"] <= line["q_terms"] for line in log)
+    assert [line["step"] for line in log_of(tmp_path / "out") if "dev_mrr@10" in line] == [0, 20, 40]
+    assert "FLOPS                    0.3 of passages, 0.22" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "bottleneck.json").read_text())["exclude_special_tokens"]
 
 
 def test_bf16_saves_what_fp32_reads(arguments, call, tiny_collection, tmp_path, monkeypatch, capsys):

@@ -5,7 +5,20 @@ import math
 import pytest
 import torch
 
-from lib.losses import candidate_mask, in_batch_accuracy, info_nce, own_group, spread, triplet_nll
+from lib.losses import (
+    candidate_mask,
+    collapse,
+    count_terms,
+    flops,
+    group_columns,
+    in_batch_accuracy,
+    info_nce,
+    kl_divergence,
+    margin_mse,
+    own_group,
+    spread,
+    triplet_nll,
+)
 
 
 def softplus(x):
@@ -97,3 +110,56 @@ def test_spread_is_the_naive_loop():
     assert cosine.item() == pytest.approx(torch.stack(cosines).mean().item(), abs=1e-6)
     assert std.item() == pytest.approx(reps.numpy().std(axis=0).mean(), abs=1e-6)
     assert spread(reps[:1].expand(6, 5))[1].item() == pytest.approx(1, abs=1e-6)
+
+
+def test_distillation_is_the_naive_loop():
+    torch.manual_seed(2)
+    scores, teacher = (torch.randn(5, 4, requires_grad=True) * 3 for _ in range(2))
+    mask = torch.tensor(
+        [[True] * 4, [True, False, True, True], [True, True, False, False], [True] + [False] * 3, [True] * 4]
+    )
+    kl, margins = kl_divergence(scores, teacher, mask), margin_mse(scores, teacher, mask)
+    for i in range(5):
+        kept = [j for j in range(4) if mask[i, j]]
+        s, t = (torch.softmax(x[i, kept].double(), 0).tolist() for x in (scores, teacher))
+        expected = sum(b * (math.log(b) - math.log(a)) for a, b in zip(s, t, strict=True))
+        assert kl[i].item() == pytest.approx(expected, abs=1e-5)
+        gap = (scores - teacher)[i].tolist()
+        gaps = [(gap[0] - gap[j]) ** 2 for j in kept[1:]]
+        assert margins[i].item() == pytest.approx(sum(gaps) / max(len(gaps), 1), rel=1e-5)
+    whole = torch.ones_like(mask)
+    torch_kl = torch.nn.KLDivLoss(reduction="batchmean")(scores.log_softmax(1), teacher.softmax(1))
+    assert kl_divergence(scores, teacher, whole).mean().item() == pytest.approx(torch_kl.item(), abs=1e-5)
+    with pytest.warns(UserWarning, match="batchmean"):
+        official = torch.nn.KLDivLoss(reduction="mean")(scores.log_softmax(1), teacher.softmax(1))  # RetroMAE's
+    assert kl_divergence(scores, teacher, whole).mean().item() / 4 == pytest.approx(official.item(), abs=1e-5)
+    (grad,) = torch.autograd.grad((kl + margins).sum(), scores)
+    assert grad.isfinite().all() and not grad[~mask].any() and not grad[3].any()
+
+
+def test_worked_examples_of_distillation():
+    two = torch.ones(1, 2, dtype=torch.bool)
+    assert kl_divergence(torch.zeros(1, 2), torch.tensor([[math.log(3), 0]]), two).item() == pytest.approx(
+        0.1308, abs=1e-4
+    )
+    assert margin_mse(torch.tensor([[5.0, 3.0]]), torch.tensor([[9.0, 6.0]]), two).item() == 1
+    assert group_columns(torch.tensor([8, 12]), 4).tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
+
+
+def test_flops_squares_the_mean_over_what_counts():
+    torch.manual_seed(3)
+    reps, counts = torch.rand(6, 9).requires_grad_(), torch.tensor([True, True, False, True, True, True])
+    means = [sum(reps[n, v].item() for n in range(6) if counts[n]) / 5 for v in range(9)]
+    loss = flops(reps, counts)
+    assert loss.item() == pytest.approx(sum(mean**2 for mean in means), rel=1e-5)
+    (grad,) = torch.autograd.grad(loss, reps)
+    assert grad[0].tolist() == pytest.approx([2 * mean / 5 for mean in means], rel=1e-5) and not grad[2].any()
+
+
+def test_terms_are_counted_and_collapse_is_named():
+    q, p = torch.tensor([[1.0, 0, 0, 2], [0, 1, 0, 0]]), torch.tensor([[1.0, 1, 0, 1], [0, 0, 0, 1]])
+    counts = {name: value.item() for name, value in count_terms(q, p, torch.cat([p, p[:1]])).items()}
+    assert counts == {"q_terms": 1.5, "p_terms": pytest.approx(7 / 3), "shared_terms": 1.0}
+    assert collapse(20, 100, 1000, True) is None and collapse(600, 900, 1000, False) is None
+    assert "nearly empty" in collapse(0.2, 100, 1000, False) and "lower --flops" in collapse(20, 0, 1000, True)
+    assert "stay dense — raise --flops" in collapse(20, 501, 1000, True)

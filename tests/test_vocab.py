@@ -70,3 +70,10 @@ def test_of_equal_maxima_the_first_has_the_gradient():
     mask = torch.tensor([[False, True, True]])
     max_pooled_logits(hidden, torch.ones(5, 2), torch.zeros(5), mask).sum().backward()
     assert hidden.grad[0].tolist() == [[0, 0], [5, 5], [0, 0]]
+
+
+def test_maxima_of_what_is_not_a_number_are_none():
+    hidden, weight = torch.ones(2, 3, 2), torch.ones(5, 2)
+    hidden[1, 1] = torch.nan
+    pooled = max_pooled_logits(hidden, weight, torch.zeros(5), torch.ones(2, 3, dtype=torch.bool))
+    assert pooled[0].tolist() == [2.0] * 5 and pooled[1].isnan().all()

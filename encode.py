@@ -7,13 +7,16 @@ number of processes writes the same bytes as one (on the same machine, with the 
 memory does not grow with the corpus.
 A run that died is finished by the same command: shards that exist are kept, if model, input and settings are the same.
 
-How texts are read (pooling, titles, prompts, lengths) belongs to the checkpoint. A flag that differs from what the
-checkpoint states stops the run; --override does it anyway. A plain Hugging Face folder states nothing but --pooling is
-needed; it gets TextFormat's defaults (lib/text.py).
+A sparse checkpoint gives CSR shards: one column per term of the vocabulary. --max_terms and --min_weight prune them.
 
-Reads   --model (our folder, any dense sentence-transformers folder, a Hugging Face folder with --pooling, a hub name);
+How texts are read (head, pooling, titles, prompts, lengths) belongs to the checkpoint. A flag that differs from what
+the checkpoint states stops the run; --override does it anyway. A plain Hugging Face folder states nothing but
+--pooling is needed, or --head sparse; it gets TextFormat's defaults (lib/text.py).
+
+Reads   --model (our folder, a sentence-transformers folder, dense or sparse, a Hugging Face folder, a hub name);
         --input in any format of lib/files.py
-Writes  --output_dir: shard-00000.npy (n, D), shard-00000.ids.txt, ..., progress.json while it runs, meta.json last
+Writes  --output_dir: shard-00000.npy (n, D) or .npz (n, V), shard-00000.ids.txt, ..., progress.json while it runs,
+        meta.json last
 
 CPU toy   python encode.py --model ckpt --input corpus.jsonl --kind passage --output_dir vectors
 1 GPU     accelerate launch --mixed_precision bf16 encode.py --model ckpt --input corpus.jsonl --kind passage ...
@@ -31,12 +34,13 @@ from typing import Literal
 import numpy as np
 import torch
 from accelerate.utils import gather_object, send_to_device
+from scipy.sparse import csr_matrix, vstack
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from lib.attention import economize
-from lib.encoder import checkpoint_folder, load_encoder, model_hash
+from lib.encoder import SparseBiEncoder, checkpoint_folder, load_encoder, model_hash
 from lib.files import UserError, finish_embeddings, open_texts, read_json, shard_name, write_json, write_shard
 from lib.launch import claim_output, describe, echo, make_accelerator, parse_args, run
 from lib.packed import pack_linears
@@ -51,10 +55,14 @@ class Args:
     kind: Literal["query", "passage"] = HfArg(help="decides prompt and length; queries have no title")
     output_dir: str = HfArg(help="where the vectors go")
     titles: str = HfArg(default=None, help="`pid TAB title` file to join to the corpus")
-    dtype: Literal["float16", "float32"] = HfArg(default="float16", help="of the stored vectors")
+    dtype: Literal["float16", "float32"] | None = HfArg(default=None, help="stored; default dense float16, sparse 32")
+    max_terms: int = HfArg(default=0, help="sparse: keep so many of the highest weights of a text; 0 = all")
+    min_weight: float = HfArg(default=0.0, help="sparse: drop weights up to this (Anserini's factor of 100: 0.005)")
     # model: None = as the checkpoint states
     pooling: Literal["cls", "mean"] | None = HfArg(default=None, help="needed where the checkpoint states none")
     normalize: bool = HfArg(default=False, help="unit vectors from a checkpoint that states none")
+    head: Literal["dense", "sparse"] | None = HfArg(default=None, help="sparse: of a masked LM that states none")
+    exclude_special_tokens: bool = HfArg(default=False, help="sparse: of a masked LM that states none (LexMAE)")
     title: Literal["none", "space", "sep"] | None = HfArg(default=None, help="how titles are joined to texts")
     query_prompt: str = HfArg(default=None, help="put before every query")
     passage_prompt: str = HfArg(default=None, help="put before every passage")
@@ -109,6 +117,23 @@ def token_batches(lengths: np.ndarray, budget: int, limit: int) -> list[tuple[np
     return batches
 
 
+def to_csr(reps: torch.Tensor, min_weight: float) -> csr_matrix:
+    """(n, V) on any device -> CSR of the weights above `min_weight`. A NaN stays one."""
+    row, term = (~(reps <= min_weight)).nonzero(as_tuple=True)
+    starts = np.cumsum([0, *np.bincount(row.cpu().numpy(), minlength=len(reps))])
+    return csr_matrix((reps[row, term].cpu().numpy(), term.int().cpu().numpy(), starts), shape=reps.shape)
+
+
+def prune(vectors: csr_matrix, max_terms: int) -> csr_matrix:
+    """The `max_terms` highest weights of each row; of equal ones those of the lower terms."""
+    row = np.repeat(np.arange(vectors.shape[0]), np.diff(vectors.indptr))
+    order = np.lexsort((-vectors.data, row))  # by row, then weight; stable
+    rank = np.arange(vectors.nnz) - vectors.indptr[row[order]]
+    vectors.data[order[rank >= max_terms]] = 0
+    vectors.eliminate_zeros()
+    return vectors
+
+
 def main():
     # ---- setup
     args = parse_args(Args)
@@ -135,12 +160,18 @@ def main():
         normalize=args.normalize,
         strict=not args.override,
         trust_remote_code=args.trust_remote_code,
+        head=args.head,
+        exclude_special_tokens=args.exclude_special_tokens,
     ).to(device)
-    form, tokenizer = model.format, model.tokenizer
+    form, tokenizer, sparse = model.format, model.tokenizer, isinstance(model, SparseBiEncoder)
+    dtype = args.dtype or ("float32" if sparse else "float16")
+    if not sparse and (args.max_terms or args.min_weight):
+        raise UserError(f"{folder}: a dense checkpoint — leave --max_terms and --min_weight out")
     meta = {
         "model": args.model,
         "model_hash": model_hash(folder),
-        "head": "dense",
+        "head": "sparse" if sparse else "dense",
+        **({"max_terms": args.max_terms, "min_weight": args.min_weight} if sparse else {}),
         "kind": args.kind,
         "pooling": model.pooling,
         "normalized": model.normalized,
@@ -151,7 +182,7 @@ def main():
         "input": args.input,
         "input_fingerprint": texts.fingerprint,
         "count": len(texts),
-        "dtype": args.dtype,
+        "dtype": dtype,
         "precision": accelerator.mixed_precision.replace("no", "fp32"),
         "shard_rows": args.shard_rows,
         "window": args.window,
@@ -169,12 +200,13 @@ def main():
         "first input": first if len(first) < 300 else f"{first[:200]} ... {first[-80:]}",
         "at max_length": f"{(lengths == meta['max_length']).mean():.1%} of the first {len(lengths)} texts",
         "running on": describe(accelerator),
-        "stored as": f"{args.dtype}, {len(shards)} shard(s) of {args.shard_rows} rows",
+        "stored as": f"{dtype}, {len(shards)} shard(s) of {args.shard_rows} rows",
     }
     if args.dry_run:
         batches = len(token_batches(lengths, budget, meta["max_length"])) * len(texts) / len(lengths)
-        disk = len(texts) * model.dim * np.dtype(args.dtype).itemsize / 1e9
-        echo(accelerator, "dry run", {**facts, "batches": f"about {math.ceil(batches)}", "disk": f"{disk:.2f} GB"})
+        disk = f"{len(texts) * model.dim * np.dtype(dtype).itemsize / 1e9:.2f} GB"
+        disk = "8 bytes per weight" if sparse else disk
+        echo(accelerator, "dry run", {**facts, "batches": f"about {math.ceil(batches)}", "disk": disk})
         return
 
     # ---- the folder: new, complete, or left by a run that died with the same model, input and settings
@@ -197,7 +229,9 @@ def main():
     echo(accelerator, "encoding", facts)
 
     # ---- encode
-    missing = [s for s in range(len(shards)) if not (folder / f"{shard_name(s)}.npy").is_file()]
+    missing = [
+        s for s in range(len(shards)) if not (folder / f"{shard_name(s)}.{'npz' if sparse else 'npy'}").is_file()
+    ]
     accelerator.wait_for_everyone()  # all have listed what is missing before the first adds to it
     mine = missing[rank::W]
     spans = [cut(*shards[s], args.window) for s in mine]
@@ -207,45 +241,58 @@ def main():
     bar = tqdm(total=total, unit=" texts", disable=not accelerator.is_main_process)
     packed = {"no": torch.float32, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
     if device.type == "cpu" and packed:
-        pack_linears(model.backbone, packed)
+        pack_linears(model.backbone.base_model, packed)
         economize(model.backbone)
-    limited, clock = 0, time.perf_counter()
+    limited, terms, clock = 0, 0, time.perf_counter()
     with torch.inference_mode(), accelerator.autocast():  # one context for all batches: weights are cast once
         for shard, parts in zip(mine, spans, strict=True):
-            vectors, shard_ids = np.empty((shards[shard][1] - shards[shard][0], model.dim), args.dtype), []
+            vectors, shard_ids = [], []
             for _ in parts:
                 ids, tokens, lengths = next(loader)
                 starts = np.cumsum(lengths) - lengths
-                reps = torch.empty(len(ids), model.dim, device=device)
-                for rows, width in token_batches(lengths, budget, meta["max_length"]):
+                batches, encoded = token_batches(lengths, budget, meta["max_length"]), []
+                for rows, width in batches:
                     batch = pad([tokens[starts[r] : starts[r] + lengths[r]] for r in rows], tokenizer, width)
-                    reps[torch.from_numpy(rows).to(device)] = model.encode(send_to_device(batch, device))
+                    reps = model.encode(send_to_device(batch, device))
+                    # a window of rows of V numbers would be a gigabyte
+                    encoded.append(to_csr(reps, args.min_weight) if sparse else reps)
+                order = np.argsort(np.concatenate([rows for rows, _ in batches]))
+                window = vstack(encoded, "csr")[order] if sparse else torch.cat(encoded).cpu().numpy()[order]
+                values = window.data if sparse else window
                 with np.errstate(over="ignore"):
-                    stored = reps.cpu().numpy().astype(args.dtype)
+                    stored = values.astype(dtype)
                 if not np.isfinite(stored).all():
-                    wrong = ids[int(np.argmin(np.isfinite(stored).all(1)))]
-                    remedy = (
-                        "add --dtype float32" if torch.isfinite(reps).all() else "check the checkpoint, or use fp32"
-                    )
+                    at = int(np.argmin(np.isfinite(stored)))
+                    wrong = ids[np.searchsorted(window.indptr, at, "right") - 1 if sparse else at // model.dim]
+                    finite = np.isfinite(values).all()
+                    remedy = "add --dtype float32" if finite else "check the checkpoint, or use fp32"
                     raise UserError(f"{args.input}: the vector of {wrong} is not finite — {remedy}")
-                vectors[len(shard_ids) : len(shard_ids) + len(ids)] = stored
+                if sparse:
+                    stored = prune(window, args.max_terms) if args.max_terms else window
+                    terms += stored.nnz
+                vectors.append(stored)
                 shard_ids += ids
                 limited += int((lengths == meta["max_length"]).sum())
                 bar.update(len(ids))
+            vectors = vstack(vectors, "csr") if sparse else np.concatenate(vectors)
+            if sparse:
+                vectors.data = vectors.data.astype(dtype)  # the last thing done to it: scipy knows no float16
             write_shard(folder, shard, vectors, shard_ids)
     seconds = time.perf_counter() - clock
     bar.close()
 
     # ---- done
-    done = gather_object([(total, limited, seconds)])
+    done = gather_object([(total, limited, terms, seconds)])
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        texts_done, limited, seconds = sum(d[0] for d in done), sum(d[1] for d in done), max(d[2] for d in done)
+        texts_done, limited, terms = (sum(d[i] for d in done) for i in range(3))
+        seconds = max(d[3] for d in done)
         finish_embeddings(folder, meta)
         (folder / "progress.json").unlink()
         print(
             f"{texts_done} texts in {seconds:.1f} s ({texts_done / max(seconds, 1e-9):.0f} texts/s), "
-            f"{limited / max(texts_done, 1):.1%} of them at max_length -> {folder}"
+            f"{limited / max(texts_done, 1):.1%} of them at max_length"
+            f"{f', {terms / max(texts_done, 1):.1f} terms each' if sparse else ''} -> {folder}"
         )
 
 

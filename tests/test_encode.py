@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from scipy.sparse import load_npz
 
 from encode import cut, main, token_batches
 from lib.encoder import load_encoder, save_encoder
@@ -129,6 +130,62 @@ def test_killed_at_any_moment(encoded, checkpoint, tiny_collection, tmp_path):
     assert kills >= 2 and content(cut) == content(tmp_path / "whole")
 
 
+@pytest.fixture(scope="module")
+def sparse(tiny_model_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sparse") / "model"
+    model = load_encoder(tiny_model_dir, None, {"max_query_length": 8, "max_passage_length": 40}, head="sparse")
+    save_encoder(model, folder, {})
+    return folder
+
+
+def test_sparse_vectors_in_csr_shards(sparse, tiny_collection, tmp_path):
+    printed = encode(sparse, tiny_collection.corpus, tmp_path / "whole")
+    ids, expected = reference(sparse, tiny_collection.corpus, "passage")
+    whole = Embeddings(tmp_path / "whole")
+    assert whole.ids(range(40)) == ids and whole.meta["head"] == "sparse" and whole.dim == expected.shape[1]
+    np.testing.assert_allclose(whole.take(range(40)).toarray(), expected, atol=2e-5)
+    assert len(list((tmp_path / "whole").glob("*.npz"))) == 5 and load_npz(whole.paths[0]).dtype == np.float32
+    assert f"{(expected > 0).sum() / 40:.1f} terms each" in printed
+    encode(sparse, tiny_collection.corpus, tmp_path / "half", "--dtype", "float16")
+    assert load_npz(tmp_path / "half" / "shard-00000.npz").dtype == np.float16
+    np.testing.assert_allclose(Embeddings(tmp_path / "half").take(range(40)).toarray(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_pruned_vectors_keep_their_highest_weights(sparse, tiny_collection, tmp_path):
+    _, expected = reference(sparse, tiny_collection.queries, "query")
+    encode(sparse, tiny_collection.queries, tmp_path / "q", "--max_terms", 7, "--min_weight", 0.5, kind="query")
+    for row, vector in zip(Embeddings(tmp_path / "q").take(range(20)).toarray(), expected, strict=True):
+        kept = [v for v in np.argsort(-vector, kind="stable")[:7] if vector[v] > 0.5]
+        assert np.flatnonzero(row).tolist() == sorted(kept)
+        np.testing.assert_allclose(row[kept], vector[kept], atol=2e-5)
+
+
+def test_sparse_shards_of_two_processes_and_of_a_resumed_run(sparse, tiny_collection, tmp_path, two_processes):
+    encode(sparse, tiny_collection.corpus, tmp_path / "one")
+    two_processes("encode.py", *command(sparse, tiny_collection.corpus, tmp_path / "two")[2:])
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    for name in ("shard-00001.npz", "shard-00003.npz"):
+        (tmp_path / "two" / name).unlink()
+    (tmp_path / "two" / "meta.json").rename(tmp_path / "two" / "progress.json")
+    assert "18 texts" in encode(sparse, tiny_collection.corpus, tmp_path / "two")
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    with pytest.raises(UserError, match="made with --max_terms 0, now 5"):
+        encode(sparse, tiny_collection.corpus, tmp_path / "two", "--max_terms", 5)
+
+
+def test_a_sparse_vector_that_is_no_number_is_named(sparse, tiny_collection, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(sparse, tmp_path / "model")
+    weights = load_file(sparse / "model.safetensors")
+    weights["cls.predictions.bias"][3] = torch.nan
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="vector of p0 is not finite — check the checkpoint"):
+        encode(tmp_path / "model", tiny_collection.corpus, tmp_path / "out")
+
+
 def test_what_is_refused(encoded, checkpoint, tiny_model_dir, tiny_collection, tmp_path):
     corpus, output = tiny_collection.corpus, tmp_path / "x"
 
@@ -137,6 +194,7 @@ def test_what_is_refused(encoded, checkpoint, tiny_model_dir, tiny_collection, t
             encode(*args)
 
     refused("states no pooling", tiny_model_dir, corpus, output)
+    refused("a dense checkpoint — leave --max_terms", checkpoint, corpus, output, "--max_terms", 3)
     refused("its title is 'space'", checkpoint, corpus, output, "--title", "none")
     refused("128 positions", checkpoint, corpus, output, "--max_length", "129", "--override")
     refused("made with --dtype float32", checkpoint, corpus, encoded[0])

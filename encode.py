@@ -44,7 +44,7 @@ from lib.encoder import SparseBiEncoder, checkpoint_folder, load_encoder, model_
 from lib.files import UserError, finish_embeddings, open_texts, read_json, shard_name, write_json, write_shard
 from lib.launch import claim_output, describe, echo, make_accelerator, parse_args, run
 from lib.packed import pack_linears
-from lib.text import TextFormat, format_texts, pad, to_ids
+from lib.text import TextFormat, format_texts, pad, to_ids, token_batches
 
 
 @dataclass
@@ -99,22 +99,6 @@ def cut(start: int, stop: int, window: int) -> list[tuple[int, int]]:
     """Spans of at most `window` texts. The first is short: encoding begins while the others are being tokenised."""
     edges = [start, *range(min(start + max(window // 16, 1), stop), stop, window), stop]
     return list(zip(edges, edges[1:], strict=False))
-
-
-def token_batches(lengths: np.ndarray, budget: int, limit: int) -> list[tuple[np.ndarray, int]]:
-    """(rows, width) of batches, longest first: rows x width <= budget (or one row). Few shapes occur, because the
-    libraries below keep code and memory for each: the width is rounded up to one of eight steps between two powers of
-    two (`limit` tokens at most), and the rows at the end of a window are split by powers of two."""
-    order, batches = np.argsort(-lengths, kind="stable"), []
-    while len(order):
-        longest = max(int(lengths[order[0]]), 1)  # 0: a text without a token, from a tokenizer without special ones
-        step = 1 << max(longest.bit_length() - 4, 0)
-        width = min(-(-longest // step) * step, limit)
-        rows = max(budget // width, 1)
-        rows = rows if rows <= len(order) else 1 << (len(order).bit_length() - 1)
-        batches.append((order[:rows], width))
-        order = order[rows:]
-    return batches
 
 
 def to_csr(reps: torch.Tensor, min_weight: float) -> csr_matrix:

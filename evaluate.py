@@ -39,7 +39,8 @@ from lib.files import (
     write_lines,
     write_run,
 )
-from lib.index import BM25, Dense, check_pair
+from lib.index import Dense, check_pair
+from lib.inverted import BM25, Sparse
 from lib.launch import claim_output, describe, echo, make_accelerator, parse_args, run, versions
 from lib.metrics import (
     bootstrap_interval,
@@ -75,6 +76,8 @@ class Args:
     k1: float = HfArg(default=0.9, help="BM25 (Anserini's for passages)")
     b: float = HfArg(default=0.4, help="BM25 (Anserini's for passages)")
     bm25_index: str = HfArg(default=None, help="folder of the BM25 index, made if absent; default: in --output_dir")
+    sparse_index: str = HfArg(default=None, help="folder of the index of sparse vectors, the same way")
+    bits: int = HfArg(default=32, help="of a weight in it: 32 exact, 16 or 8 rounded")
     # metrics
     metrics: list[str] = HfArg(
         default_factory=lambda: ["RR@10", "nDCG@10", "AP", "R@100", "R@1000", "Success@5", "Hole@10"],
@@ -96,6 +99,10 @@ def search(args, accelerator, qids, qrels_of) -> tuple[dict[str, RunList], dict[
     else:
         queries, corpus = Embeddings(args.queries_embeddings), Embeddings(args.corpus_embeddings)
         check_pair(queries, corpus)
+        if corpus.sparse and args.index:
+            raise UserError(
+                "--index is for dense vectors — leave it out; --bits 8 makes an index of sparse ones small"
+            )
         facts = {"searched": f"{len(corpus)} passages, {args.index or 'exact'}, encoded by {corpus.meta['model']}"}
     rows = queries.rows(qids)
     if (rows < 0).any():
@@ -108,7 +115,13 @@ def search(args, accelerator, qids, qrels_of) -> tuple[dict[str, RunList], dict[
         folder = args.bm25_index or Path(args.output_dir) / "bm25"
         index, asked = BM25.open(corpus, folder, args.k1, args.b, accelerator), [queries[row][1] for row in rows]
     else:
-        index = Dense(corpus, accelerator, None if args.candidates else args.index, args.seed)
+        if corpus.sparse:
+            folder = Path(args.sparse_index or Path(args.output_dir) / "postings")
+            index = Sparse.open(corpus, folder, args.bits, accelerator)
+            size = sum(path.stat().st_size for path in folder.iterdir())
+            facts["index"] = f"{size / 1e6:.1f} MB, {args.bits} bits a weight"
+        else:
+            index = Dense(corpus, accelerator, None if args.candidates else args.index, args.seed)
         asked = queries.take(rows)
     if args.candidates:
         listed = read_candidates(args.candidates)

@@ -313,7 +313,7 @@ def main():
             values = dict(zip(totals, means.tolist(), strict=True))
             speed = summed * W * B / (time.perf_counter() - clock)
             log.write(step, {**values, "lr": group["lr"], "grad_norm": norm.item(), "queries/s": speed}, bar)
-            settled = step > max(warmup_steps, flops_steps) + max_steps // 4
+            settled = step > max(warmup_steps, flops_steps) + max(max_steps // 4, 100)
             if sparse and (wrong := losses.collapse(values["q_terms"], values["p_terms"], dim, settled)):
                 raise UserError(f"step {step}: {wrong}")
             if max(values["q_cosine"], values["p_cosine"]) > 0.95 and step > warmup_steps:

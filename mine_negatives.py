@@ -7,7 +7,11 @@ LexMAE's second stages. Deliberate deviations from their official code:
   3. The file is best first also when its passages were sampled (ANCE: shuffled), so that --negatives_depth can cut it.
   4. A list shorter than asked stays short, and the audit counts it (FlagEmbedding fills it with random passages).
 
-Reads   embeddings of queries and corpus (encode.py) | --bm25 | a run; corpus texts (for exact copies), qrels
+Probable false negatives, which score near a positive or above it, are dropped by the retriever's own scores or by a
+cross-encoder's: --max_score_margin, --max_score_ratio, --teacher_scores.
+
+Reads   embeddings of queries and corpus (encode.py) | --bm25 | a run; corpus texts (for exact copies), qrels; teacher
+        scores of all candidates (recipes/rerank.py)
 Writes  --output_dir: negatives.tsv (`qid TAB pid,pid,...`), audit.json last. A killed run: the same command again.
 
 CPU toy   python mine_negatives.py --bm25 --queries queries.jsonl --corpus corpus.jsonl --qrels qrels/train.tsv \\
@@ -26,8 +30,10 @@ import numpy as np
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
+from lib.data import TeacherScores
 from lib.files import Embeddings, UserError, line_of, open_texts, read_qrels, read_run, write_json, write_lines
-from lib.index import BM25, Dense, check_pair
+from lib.index import Dense, check_pair
+from lib.inverted import BM25, Sparse
 from lib.launch import claim_output, describe, echo, make_accelerator, parse_args, run, versions
 from lib.text import step_seed
 
@@ -53,10 +59,13 @@ class Args:
     k1: float = HfArg(default=0.9, help="BM25 (Anserini's for passages)")
     b: float = HfArg(default=0.4, help="BM25 (Anserini's for passages)")
     bm25_index: str = HfArg(default=None, help="folder of the BM25 index, made if absent; default: in --output_dir")
+    sparse_index: str = HfArg(default=None, help="folder of the index of sparse vectors, the same way")
+    bits: int = HfArg(default=32, help="of a weight in it: 32 exact, 16 or 8 rounded")
     # choice
     num_negatives: int = HfArg(default=0, help="negatives kept per query (ANCE 20, COCO-DR 30); 0 = all that are left")
     sample: Literal["top", "uniform"] = HfArg(default="top", help="the best ones, or uniform over the ranks (ANCE)")
     skip_top: int = HfArg(default=0, help="leave out so many of the first ranks")
+    teacher_scores: str = HfArg(default=None, help="`qid TAB pid TAB score` that the next two filter by (rerank.py)")
     max_score_margin: float = HfArg(default=None, help="drop what scores above the lowest positive minus this")
     max_score_ratio: float = HfArg(
         default=None, help="drop what scores above s - (1 - ratio)·|s|, s the lowest positive"
@@ -88,6 +97,9 @@ def main():
         raise UserError("--bm25 searches texts — give --queries")
     if args.depth <= args.skip_top or args.skip_top < 0 or args.num_negatives < 0:
         raise UserError(f"--depth {args.depth} --skip_top {args.skip_top}: no rank is left — raise --depth")
+    filtered = args.max_score_margin is not None or args.max_score_ratio is not None
+    if args.teacher_scores and not filtered:
+        raise UserError("--teacher_scores filters nothing — give --max_score_margin or --max_score_ratio")
     accelerator = make_accelerator()
     qrels = read_qrels(args.qrels)
     positives = {qid: [p for p, grade in judged.items() if grade > 0] for qid, judged in qrels.items()}
@@ -107,6 +119,10 @@ def main():
     if not args.run and not args.bm25:
         queries, vectors = Embeddings(args.queries_embeddings), Embeddings(args.corpus_embeddings)
         check_pair(queries, vectors)
+        if vectors.sparse and args.index:
+            raise UserError(
+                "--index is for dense vectors — leave it out; --bits 8 makes an index of sparse ones small"
+            )
         if vectors.meta["input_fingerprint"] != corpus.fingerprint:
             raise UserError(f"{vectors.folder}: not the embeddings of {args.corpus} — encode this corpus")
     if queries is not None:
@@ -121,7 +137,8 @@ def main():
         return
 
     # ---- candidates: for a block of queries, (scores, corpus rows) lists and the scores of the positives
-    filtered = args.max_score_margin is not None or args.max_score_ratio is not None
+    teacher = TeacherScores(args.teacher_scores, qids, corpus) if args.teacher_scores else None
+    own_scores = filtered and not teacher
     if args.run:
         stored = read_run(args.run)
         if not stored.keys() & positives.keys():
@@ -137,7 +154,7 @@ def main():
                     pid = entry.pids[best[int(rows.argmin())]]
                     raise UserError(f"{line_of(args.run, qid, pid)}: passage {pid} is not in {args.corpus}")
                 lists.append((entry.scores[best] if entry else np.zeros(0, dtype=np.float32), rows))
-            if not filtered:
+            if not own_scores:
                 return lists, None
             limits = []  # a positive that the run does not list scores at most what its last passage does
             for at, (scores, rows) in zip(block, lists, strict=True):
@@ -149,16 +166,18 @@ def main():
     else:
         folder = args.bm25_index or Path(args.output_dir) / "bm25"
         bm25 = args.bm25
-        index = (
-            BM25.open(corpus, folder, args.k1, args.b, accelerator)
-            if bm25
-            else Dense(vectors, accelerator, args.index, args.seed)
-        )
+        if bm25:
+            index = BM25.open(corpus, folder, args.k1, args.b, accelerator)
+        elif vectors.sparse:
+            folder = args.sparse_index or Path(args.output_dir) / "postings"
+            index = Sparse.open(vectors, folder, args.bits, accelerator)
+        else:
+            index = Dense(vectors, accelerator, args.index, args.seed)
 
         def candidates(block):
             asked = [queries[row][1] for row in query_rows[block]] if bm25 else queries.take(query_rows[block])
             lists = list(zip(*index.search(asked, args.depth), strict=True))
-            return lists, index.score(asked, [positive_rows[qids[at]] for at in block]) if filtered else None
+            return lists, index.score(asked, [positive_rows[qids[at]] for at in block]) if own_scores else None
 
     source = args.run or ("BM25" if args.bm25 else f"{vectors.meta['model']}, {args.index or 'exact search'}")
     facts = {"candidates": f"the first {args.depth} of {source}", "queries": len(qids), "passages": len(corpus)}
@@ -178,11 +197,17 @@ def main():
                 scores, rows = scores[rows >= 0], rows[rows >= 0]
                 positive = np.isin(rows, positive_rows[qid])
                 copy = np.isin(corpus.text_keys[rows], corpus.text_keys[positive_rows[qid]]) & ~positive
-                limit = np.inf
-                if positive_scores is not None:
-                    limit = score_limit(min(positive_scores[at - start]), args.max_score_margin, args.max_score_ratio)
-                too_high = (scores > limit) & ~positive & ~copy
-                left = ~positive & ~copy & ~too_high
+                left, limit = ~positive & ~copy, np.inf
+                if teacher:
+                    scores = np.where(left, 0, -np.inf)
+                    scores[left] = teacher(np.full(left.sum(), at), rows[left])
+                    own = teacher(np.full(len(positive_rows[qid]), at), positive_rows[qid])
+                elif own_scores:
+                    own = positive_scores[at - start]
+                if filtered:
+                    limit = score_limit(min(own), args.max_score_margin, args.max_score_ratio)
+                too_high = (scores > limit) & left
+                left &= ~too_high
                 left[: args.skip_top] = False
                 chosen = rows[left]
                 if args.ignore_identical_ids:

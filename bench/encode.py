@@ -1,11 +1,12 @@
 """Passages per second of encode.py against SentenceTransformer.encode, on the same texts with the same checkpoint.
 
-    python -m bench.encode --model DIR --corpus FILE [--precision bf16] [--limit 1000]
+    python -m bench.encode --model DIR --corpus FILE [--precision bf16] [--limit 1000] [--sparse]
 
 Each run is a process of its own, in turns, with the same number of threads. Timed is encoding alone, tokenisation
 included: no imports, no loading; ours also writes its shards to disk. Both in fp32, or both in bf16: ours under
 autocast, the peer's weights cast to bf16 (`dtype`), its faster way, or under autocast with --peer_autocast. Printed:
-medians, their ratio, and how far the vectors are apart.
+medians, their ratio, peaks of resident memory (ours: of the largest of its processes), and how far the vectors are
+apart. --sparse: of a SparseEncoder folder, against SparseEncoder.encode.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import load_npz
 
 from lib.files import Embeddings, open_texts, write_texts
 
@@ -27,10 +29,11 @@ PEER = """
 import json, sys, time
 from contextlib import nullcontext
 import numpy as np, torch
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import SentenceTransformer, SparseEncoder
 model, corpus, out, precision, size = sys.argv[1:5] + [int(sys.argv[5])]
 kwargs = {"dtype": torch.bfloat16 if precision == "bf16" else torch.float32}
-model = SentenceTransformer(model, model_kwargs=kwargs)
+sparse = "sparse" in sys.argv[6:]
+model = (SparseEncoder if sparse else SentenceTransformer)(model, model_kwargs=kwargs)
 texts = [json.loads(line) for line in open(corpus)]
 texts = [f"{t['title']} {t['text']}" if t.get("title") else t["text"] for t in texts]
 context = torch.autocast(model.device.type, torch.bfloat16) if precision == "autocast" else nullcontext()
@@ -39,20 +42,27 @@ began = time.perf_counter()
 with context:
     vectors = model.encode(texts, batch_size=size)
 print("seconds", time.perf_counter() - began)
-np.save(out, np.asarray(vectors, dtype=np.float32))
+if sparse:
+    import scipy.sparse
+    vectors = vectors.float().coalesce()
+    parts = vectors.values().numpy(), tuple(vectors.indices().numpy())
+    scipy.sparse.save_npz(out, scipy.sparse.csr_matrix(parts, shape=tuple(vectors.shape)), compressed=False)
+else:
+    np.save(out, np.asarray(vectors, dtype=np.float32))
 """
 
 
-def seconds(command: list, pattern: str, **environment) -> float:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        sys.exit(done.stderr)
-    return float(re.search(pattern, done.stdout)[1])
+def seconds(command: list, pattern: str, **environment) -> tuple[float, float]:
+    """(seconds that it prints, peak resident MB of it or of its largest child)"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen([sys.executable, *map(str, command)], env=environment, stdout=output, stderr=output)
+        _, status, usage = os.wait4(process.pid, 0)
+        output.seek(0)
+        printed = output.read()
+    if status:
+        sys.exit(printed)
+    return float(re.search(pattern, printed)[1]), usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def main():
@@ -64,6 +74,7 @@ def main():
     parser.add_argument("--peer_batch_size", type=int, default=32, help="texts per batch of the peer (its default)")
     parser.add_argument("--limit", type=int, default=0, help="take so many passages, evenly spread; 0 = all")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sparse", action="store_true", help="--model is a SparseEncoder folder")
     args = parser.parse_args()
     corpus = open_texts(args.corpus)
     rows = np.linspace(0, len(corpus) - 1, args.limit or len(corpus)).astype(int)
@@ -77,14 +88,22 @@ def main():
             mixed = {"fp32": "no", "bf16": "bf16"}[args.precision]
             cache = {"BOTTLENECK_CACHE": str(folder / "cache")}
             found["ours"].append(seconds(ours, r"texts in ([\d.]+) s", ACCELERATE_MIXED_PRECISION=mixed, **cache))
-            peer = args.model, folder / "corpus.jsonl", folder / "peer.npy", peer_precision, args.peer_batch_size
+            stored = folder / ("peer.npz" if args.sparse else "peer.npy")
+            peer = args.model, folder / "corpus.jsonl", stored, peer_precision, args.peer_batch_size
+            peer += ("sparse",) * args.sparse
             found["theirs"].append(seconds(["-c", PEER, *peer], r"seconds ([\d.]+)"))
             print(json.dumps({name: values[-1] for name, values in found.items()}), flush=True)
-        ours, theirs = Embeddings(folder / "vectors0").take(np.arange(len(rows))), np.load(folder / "peer.npy")
-    median = {name: statistics.median(values) for name, values in found.items()}
-    cosine = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
+        ours = Embeddings(folder / "vectors0").take(np.arange(len(rows)))
+        theirs = load_npz(stored).astype(np.float32) if args.sparse else np.load(stored)
+    median, peak = ({name: statistics.median(one[i] for one in runs) for name, runs in found.items()} for i in (0, 1))
     print(f"{len(rows)} passages, {args.precision}: ours {len(rows) / median['ours']:.1f} texts/s, "
           f"theirs {len(rows) / median['theirs']:.1f}, ratio {median['theirs'] / median['ours']:.2f}")  # fmt: skip
+    ratio = peak["ours"] / peak["theirs"]
+    print(f"peak memory: ours {peak['ours']:.0f} MB, theirs {peak['theirs']:.0f} MB, {ratio:.2f}x")
+    if args.sparse:
+        ours, theirs = ours.toarray(), theirs.toarray()
+        print(f"terms of a passage: {(ours > 0).sum(1).mean():.1f}")
+    cosine = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
     print(f"vectors: largest difference {np.abs(ours - theirs).max():.1e}, lowest cosine {cosine.min():.6f}")
 
 

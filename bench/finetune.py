@@ -1,12 +1,14 @@
 """Speed and memory of a fine-tuning step: finetune_biencoder.py against the trainer of sentence-transformers.
 
-    python -m bench.finetune --model DIR --corpus FILE --queries FILE --qrels FILE [--negatives FILE]
+    python -m bench.finetune --model DIR --corpus FILE --queries FILE --qrels FILE [--negatives FILE] [--sparse]
 
 Both train on the same queries, positives and negatives (drawn from the corpus at random if no file is given): real
 texts and lengths, InfoNCE over the passages of the batch (theirs: MultipleNegativesRankingLoss), unit vectors,
 temperature 0.05, fused AdamW, clipping, no loader processes. Each run is a process of its own, in turns. Printed: the
 median time of a step without the first two, data loading included, and the peak of resident memory, also less what
-the imports alone take. On two CPU cores a step takes half a minute: lower --batch or --group to be done sooner.
+the imports alone take. --sparse: of a SparseEncoder folder, theirs by SparseEncoderTrainer with SpladeLoss over
+SparseMultipleNegativesRankingLoss, temperature 1, both with the same weights of FLOPS. On two CPU cores a step takes
+half a minute: lower --batch or --group to be done sooner.
 """
 
 import argparse
@@ -26,8 +28,10 @@ from lib.files import open_texts, read_negatives, read_qrels, write_json, write_
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTS = {
     "ours": "import finetune_biencoder",
-    "theirs": "from sentence_transformers import SentenceTransformerTrainer, losses; import datasets",
+    "theirs": "import datasets; from sentence_transformers import SentenceTransformerTrainer, SparseEncoderTrainer",
 }
+DENSE = "--normalize --temperature 0.05"
+SPARSE = "--head sparse --flops_passages 0.002 --flops_queries 0.0015 --flops_warmup_steps 0"
 
 
 def peak_of(*command) -> float:
@@ -72,8 +76,8 @@ def ours(args, folder: Path) -> tuple[list[float], float]:
     command = f"""--model {args.model} --corpus {args.corpus} --queries {args.queries} --qrels {folder}/qrels.tsv
         --negatives {folder}/negatives.tsv --passages_per_query {args.group} --per_device_batch_size {args.batch}
         --max_steps {args.steps} --chunk_size {args.chunk_size} --max_query_length {args.max_length}
-        --max_passage_length {args.max_length} --normalize --temperature 0.05 --learning_rate 2e-5
-        --num_workers 0 --log_every 1 --output_dir {folder}/out"""
+        --max_passage_length {args.max_length} --learning_rate 2e-5 --num_workers 0 --log_every 1
+        --output_dir {folder}/out {SPARSE if args.sparse else DENSE}"""
     peak = peak_of(ROOT / "finetune_biencoder.py", *command.split())
     log = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
     return [args.batch / line["queries/s"] for line in log], peak
@@ -82,7 +86,7 @@ def ours(args, folder: Path) -> tuple[list[float], float]:
 def theirs(args, folder: Path) -> tuple[list[float], float]:
     """(seconds of each step, peak MB)"""
     shape = ["--steps", args.steps, "--batch", args.batch, "--max_length", args.max_length]
-    peak = peak_of(__file__, "--peer", folder, "--model", args.model, *shape)
+    peak = peak_of(__file__, "--peer", folder, "--model", args.model, *shape, *["--sparse"] * args.sparse)
     return json.loads((folder / "theirs.json").read_text()), peak
 
 
@@ -91,6 +95,7 @@ def run_peer(args, folder: Path) -> None:
     import sentence_transformers as st
     from datasets import Dataset
     from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
     from transformers import TrainerCallback
 
     ends = []
@@ -102,15 +107,21 @@ def run_peer(args, folder: Path) -> None:
         def on_step_end(self, *_, **__):
             ends.append(time.perf_counter())
 
-    model = st.SentenceTransformer(args.model, device="cpu")
+    model = (st.SparseEncoder if args.sparse else st.SentenceTransformer)(args.model, device="cpu")
     model.max_seq_length = args.max_length
     data = Dataset.from_dict(json.loads((folder / "columns.json").read_text()))
     settings = {"output_dir": folder / "scratch", "max_steps": args.steps, "per_device_train_batch_size": args.batch}
     settings |= {"learning_rate": 2e-5, "weight_decay": 0.01, "optim": "adamw_torch_fused", "use_cpu": True}
     settings |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
-    settings = st.SentenceTransformerTrainingArguments(**settings)
-    loss = MultipleNegativesRankingLoss(model, scale=20.0)
-    st.SentenceTransformerTrainer(model, settings, train_dataset=data, loss=loss, callbacks=[Clock()]).train()
+    if args.sparse:
+        settings = st.SparseEncoderTrainingArguments(**settings)
+        weights = {"document_regularizer_weight": 0.002, "query_regularizer_weight": 0.0015}
+        loss = SpladeLoss(model, SparseMultipleNegativesRankingLoss(model), **weights)
+        trainer = st.SparseEncoderTrainer
+    else:
+        settings = st.SentenceTransformerTrainingArguments(**settings)
+        loss, trainer = MultipleNegativesRankingLoss(model, scale=20.0), st.SentenceTransformerTrainer
+    trainer(model, settings, train_dataset=data, loss=loss, callbacks=[Clock()]).train()
     seconds = [end - start for start, end in zip(ends, ends[1:], strict=False)]
     (folder / "theirs.json").write_text(json.dumps(seconds))
 
@@ -128,6 +139,7 @@ def main():
         "chunk_size": 0,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--sparse", action="store_true", help="--model is a SparseEncoder folder")
     args = parser.parse_args()
     if args.peer:
         return run_peer(args, Path(args.peer))

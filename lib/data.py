@@ -349,6 +349,42 @@ class BlockCollator:
 # fine-tuning: groups of one query, one positive and P - 1 negatives
 
 
+class TeacherScores:
+    """A teacher's scores of pairs (`qid TAB pid TAB score`), in sorted arrays. The first line of a pair counts; other
+    queries than `qids` and passages that the corpus lacks are passed over."""
+
+    def __init__(self, path, qids: list[str], corpus: Texts):
+        self.path, self.qids, self.corpus = path, qids, corpus
+        place, keys, scores = {qid: index for index, qid in enumerate(qids)}, [], []
+        lines = tqdm(read_scores(path), "teacher scores", leave=False, disable=world()[0] > 0)
+        while block := list(islice(lines, 1 << 16)):
+            block = [(place[qid], pid, score) for qid, pid, score in block if qid in place]
+            rows = corpus.rows([pid for _, pid, _ in block])
+            known = rows >= 0
+            keys.append(self._keys(np.array([index for index, _, _ in block], dtype=np.int64), rows)[known])
+            scores.append(np.array([score for _, _, score in block], dtype=np.float32)[known])
+        self.keys, first = np.unique(np.concatenate([*keys, np.zeros(0, np.int64)]), return_index=True)
+        self.scores = np.concatenate([*scores, np.zeros(0, np.float32)])[first]
+
+    @staticmethod
+    def _keys(index: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return (index.astype(np.int64) << 32) + rows
+
+    def __call__(self, index: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """(n,) places in `qids`, (n,) corpus rows -> (n,) float32. UserError: a pair without a score, by name."""
+        wanted = self._keys(index, rows)
+        at = np.searchsorted(self.keys, wanted)
+        missing = np.append(self.keys, -1)[at] != wanted
+        if missing.any():
+            pair = int(wanted[missing.argmax()])
+            raise UserError(
+                f"{self.path}: no score for query {self.qids[pair >> 32]} and passage "
+                f"{self.corpus.id(pair & 0xFFFFFFFF)} ({missing.sum()} of {len(wanted)} pairs) — score them with "
+                "recipes/rerank.py, or cut the lists of negatives"
+            )
+        return self.scores[at]
+
+
 class Groups(Dataset):
     """Training examples of a bi-encoder: one for every judged positive (a line of the qrels with grade > 0), with
     negatives drawn anew at every visit. All lists are flat arrays that workers share: no dict of texts or of lists.
@@ -396,8 +432,8 @@ class Groups(Dataset):
         if not judged:
             raise UserError(f"{qrels_path}: no passage is judged relevant (grade > 0) — training needs positives")
         pids = [pid for positives in judged.values() for pid in positives]
-        self.query_rows = _known(queries, list(judged), qrels_path, "query")  # (J,) the judged queries
-        self.positive_rows = _known(corpus, pids, qrels_path, "passage")  # (E,) one per example
+        self.query_rows = known_rows(queries, list(judged), qrels_path, "query")  # (J,) the judged queries
+        self.positive_rows = known_rows(corpus, pids, qrels_path, "passage")  # (E,) one per example
         self.positive_starts = _starts(map(len, judged.values()))  # (J + 1,) into positive_rows
         self.example_query = np.repeat(np.arange(len(judged), dtype=np.int32), np.diff(self.positive_starts))  # (E,)
         self.notes["examples"] = f"{len(pids)} of {len(judged)} queries"
@@ -407,39 +443,10 @@ class Groups(Dataset):
             self._read_negatives(judged, negatives_path, depth, allow_overlap, allow_unused)
         self.positive_scores = self.negative_scores = None
         if scores_path:
-            self._read_scores(list(judged), scores_path)
-
-    def _read_scores(self, qids: list[str], path) -> None:
-        """positive_scores and negative_scores (float32), beside positive_rows and negative_rows."""
-        place, keys, scores = {qid: index for index, qid in enumerate(qids)}, [], []
-        bar = tqdm(read_scores(path), "teacher scores", leave=False, disable=world()[0] > 0)
-        while block := list(islice(bar, 1 << 16)):
-            block = [(place[qid], pid, score) for qid, pid, score in block if qid in place]
-            rows = self.corpus.rows([pid for _, pid, _ in block])
-            keys.append((np.array([index for index, _, _ in block], dtype=np.int64) << 32) + rows)
-            scores.append(np.array([score for _, _, score in block], dtype=np.float32)[rows >= 0])
-            keys[-1] = keys[-1][rows >= 0]
-        keys, scores = (
-            np.concatenate([*keys, np.zeros(0, np.int64)]),
-            np.concatenate([*scores, np.zeros(0, np.float32)]),
-        )
-        keys, first = np.unique(keys, return_index=True)
-
-        def of(rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
-            wanted = (np.repeat(np.arange(len(qids)), np.diff(starts)) << 32) + rows
-            at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-            missing = keys[at] != wanted if len(keys) else np.ones(len(wanted), dtype=bool)
-            if missing.any():
-                pair = int(wanted[missing.argmax()])
-                raise UserError(
-                    f"{path}: no score for query {qids[pair >> 32]} and passage {self.corpus.id(pair & 0xFFFFFFFF)} "
-                    f"({missing.sum()} of the {len(wanted)} pairs that may be drawn) — score them with "
-                    "recipes/rerank.py, or lower --negatives_depth"
-                )
-            return scores[first[at]]
-
-        self.positive_scores = of(self.positive_rows, self.positive_starts)
-        self.negative_scores = of(self.negative_rows, self.negative_starts)
+            scores = TeacherScores(scores_path, list(judged), corpus)
+            self.positive_scores = scores(self.example_query, self.positive_rows)
+            index = np.repeat(np.arange(len(judged)), np.diff(self.negative_starts))
+            self.negative_scores = scores(index, self.negative_rows)
 
     def _read_negatives(self, judged, path, depth, allow_overlap, allow_unused) -> None:
         place = {qid: index for index, qid in enumerate(judged)}
@@ -452,7 +459,7 @@ class Groups(Dataset):
             index = place[qid]
             listed[index] = True
             others = [pid for pid in pids if pid not in judged[qid]]
-            rows = _known(self.corpus, others[:depth], path, "passage", qid)
+            rows = known_rows(self.corpus, others[:depth], path, "passage", qid)
             copies = np.isin(self.corpus.text_keys[rows], self.positive_keys(index))
             if copies.any() or len(others) < len(pids):
                 overlap += len(pids) - len(others) + int(copies.sum())
@@ -519,7 +526,8 @@ def _starts(lengths) -> np.ndarray:
     return np.cumsum([0, *lengths], dtype=np.int64)
 
 
-def _known(texts: Texts, ids: list[str], path, what: str, *beside: str) -> np.ndarray:
+def known_rows(texts: Texts, ids: list[str], path, what: str, *beside: str) -> np.ndarray:
+    """(n,) int64 rows; UserError for an unknown id, with the line of `path` that holds it (and `beside`)."""
     rows = texts.rows(ids)
     if len(rows) and rows.min() < 0:
         unknown, count = ids[int(rows.argmin())], int((rows < 0).sum())
@@ -618,9 +626,9 @@ def read_dev(queries: Texts, corpus: Texts, qrels_path, candidates_path) -> tupl
     candidates = {qid: pids for qid, pids in read_candidates(candidates_path).items() if qid in qrels}
     if not candidates:
         raise UserError(f"{candidates_path}: no query of {qrels_path} is in it — give the candidates of these queries")
-    _known(queries, list(candidates), candidates_path, "query")
+    known_rows(queries, list(candidates), candidates_path, "query")
     for qid, pids in candidates.items():
-        _known(corpus, pids, candidates_path, "passage", qid)
+        known_rows(corpus, pids, candidates_path, "passage", qid)
     return qrels, candidates
 
 

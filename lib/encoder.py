@@ -257,10 +257,10 @@ def load_encoder(
 
     auto = _masked_lm if sparse else _encoder
     backbone, tokenizer = _load_backbone(base, auto, allow_new_head, trust_remote_code)
-    limit = _positions(backbone)
+    limit = positions(backbone)
     stated = {}
     if modules:
-        stated = _stated_format(folder, base, tokenizer, limit)
+        stated = _stated_format(folder, base, stored, tokenizer, limit)
     if private:
         stated = {"query_prompt": "", "passage_prompt": "", **stated, "title": private["title"]}
         if private["tokenizer"]["ids"] != fingerprint(tokenizer):
@@ -352,6 +352,8 @@ def _load_backbone(base: Path, auto: Callable, allow_new_head: bool, trust_remot
         )
     if getattr(backbone, "pooler", None) is not None:  # it would be a parameter without gradient
         backbone.pooler = None
+    for weight in backbone.parameters():  # of one process they lie in the mapped file, not aligned as those of many
+        weight.data = weight.data.clone()  # are: MKL would add in another order
     if tokenizer.pad_token_id is None:
         raise UserError(f"{base}: the tokenizer has no padding token — set one and save it in the folder")
     if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
@@ -359,7 +361,7 @@ def _load_backbone(base: Path, auto: Callable, allow_new_head: bool, trust_remot
     return backbone, tokenizer
 
 
-def _positions(backbone: nn.Module) -> int | None:
+def positions(backbone: nn.Module) -> int | None:
     """How many tokens the backbone takes; RoBERTa counts positions from padding_idx + 1. None = no bound."""
     limit = getattr(backbone.config, "max_position_embeddings", None)
     if limit is None or limit < 1:
@@ -469,11 +471,12 @@ def _read_weights(place: Path, module: nn.Module) -> None:
         raise UserError(f"{place}: weights do not fit config.json ({reason}) — give a complete checkpoint") from error
 
 
-def _stated_format(folder: Path, base: Path, tokenizer, limit: int | None) -> dict:
+def _stated_format(folder: Path, base: Path, stored: str, tokenizer, limit: int | None) -> dict:
     """The fields of TextFormat that the folder names: prompts if there are any, and lengths."""
     general = folder / "config_sentence_transformers.json"
     config = read_json(general) if general.is_file() else {}
-    if config.get("model_type", "SentenceTransformer") not in ("SentenceTransformer", "SparseEncoder"):
+    expected = "SparseEncoder" if stored == "sparse" else "SentenceTransformer"
+    if config.get("model_type", expected) != expected:
         _refuse(general, f"a {config['model_type']}")
     if config.get("max_active_dims"):
         _refuse(general, f"vectors cut to {config['max_active_dims']} terms (max_active_dims)")

@@ -190,3 +190,19 @@ def position_specific_view(words: Tensor, attention_mask: Tensor, hidden: Tensor
     view = ~hidden.gather(1, pick[..., None].expand(B, L, L)) & attention_mask.bool()[:, None]
     view &= ~torch.eye(L, dtype=torch.bool, device=view.device)
     return view | ~view.any(-1, keepdim=True)
+
+
+def token_batches(lengths: np.ndarray, budget: int, limit: int) -> list[tuple[np.ndarray, int]]:
+    """(rows, width) of batches, longest first: rows x width <= budget (or one row). Few shapes occur, because the
+    libraries below keep code and memory for each: the width is rounded up to one of eight steps between two powers of
+    two (`limit` tokens at most), and the rows at the end of a window are split by powers of two."""
+    order, batches = np.argsort(-lengths, kind="stable"), []
+    while len(order):
+        longest = max(int(lengths[order[0]]), 1)  # 0: a text without a token, from a tokenizer without special ones
+        step = 1 << max(longest.bit_length() - 4, 0)
+        width = min(-(-longest // step) * step, limit)
+        rows = max(budget // width, 1)
+        rows = rows if rows <= len(order) else 1 << (len(order).bit_length() - 1)
+        batches.append((order[:rows], width))
+        order = order[rows:]
+    return batches

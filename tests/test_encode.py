@@ -15,10 +15,10 @@ import torch
 from accelerate.state import AcceleratorState
 from scipy.sparse import load_npz
 
-from encode import cut, main, token_batches
+from encode import cut, main
 from lib.encoder import load_encoder, save_encoder
 from lib.files import Embeddings, UserError, open_texts, read_json, write_texts
-from lib.text import format_texts, to_ids
+from lib.text import format_texts, to_ids, token_batches
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--shard_rows", "9", "--window", "5", "--tokens_per_batch", "100", "--num_workers", "1"]  # 40 texts: 5 shards

@@ -200,7 +200,6 @@ def test_dry_run_shows_and_leaves_nothing(arguments, call, tmp_path, capsys):
         ({"teacher_scores": "x.tsv"}, "to distil, give --teacher_scores"),
         ({"head": "sparse"}, "leave out --pooling"),
         ({"head": "sparse", "pooling": None, "flops_passages": 1e6, "learning_rate": 0.5}, "step .* nearly empty"),
-        ({"head": "sparse", "pooling": None, "flops_passages": 0}, "step .* stay dense — raise --flops_queries"),
         ({"learning_rate": 1e38}, r"step \d+: .*(q\d+, ){3}q\d+"),
     ],
 )
@@ -215,6 +214,12 @@ def test_triplets_and_a_projection_train(arguments, call, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "24 dimensions" in shown and "candidates per query     4\n" in shown
     assert all(0 < line["loss"] < 20 for line in log_of(tmp_path / "out"))
+
+
+def test_a_model_that_stays_dense_is_stopped(arguments, call):
+    small = {"per_device_batch_size": 2, "passages_per_query": 2, "max_steps": 120, "log_every": 50, "save_every": 200}
+    with pytest.raises(UserError, match="step 120: .* the vectors stay dense — raise --flops_queries"):
+        call(arguments(head="sparse", pooling=None, flops_passages=0, learning_rate=1e-6, warmup_steps=0, **small))
 
 
 def test_a_sparse_model_learns_and_gets_sparser(arguments, call, sparse, tiny_collection, tmp_path, capsys):

@@ -138,7 +138,7 @@ def test_teacher_scores_follow_their_pairs(texts, qrels, tmp_path):
             expected = [10 * query + row if row >= 0 else 0 for row in rows]
             assert scores.tolist() == expected and scores.dtype == np.float32
     write_scores(path, [pair for pair in pairs if pair[:2] != ("q1", "p7")])
-    with pytest.raises(UserError, match=r"scores.tsv: no score for query q1 and passage p7 \(1 of the 5 pairs"):
+    with pytest.raises(UserError, match=r"scores.tsv: no score for query q1 and passage p7 \(1 of 5 pairs"):
         Groups(*texts, qrels, negatives, passages_per_query=3, scores_path=path)
     Groups(*texts, qrels, negatives, passages_per_query=3, depth=1, scores_path=path)  # p7 is never drawn
 

@@ -56,6 +56,22 @@ def test_positives_and_their_copies_are_removed_and_counted(planted, mine):
     assert "made with --depth 8, now 9" in mine(*flags, "--depth", 9, "--output_dir", "out")[2]
 
 
+def test_a_teacher_says_what_is_a_false_negative(planted, mine):
+    folder, flags = planted
+    scores = {0: 3.0, 1: 4.0, 2: 2.0, 3: 1.4, 4: 1.6, 5: 9.0, 6: -3.0, 7: 1.5}
+    pairs = [("q", f"d{i}", score) for i, score in scores.items()] + [("r", f"d{i}", -i) for i in range(12)]
+    files.write_scores(folder / "teacher.tsv", pairs)
+    how = "--depth", 8, "--max_score_margin", 0.5, "--teacher_scores", "teacher.tsv"
+    assert mine(*flags, *how, "--output_dir", "out")[0] == 0
+    # the lowest positive has 2.0, so 1.5 stays and 1.6 does not; the copy d5 is a copy whatever it scores
+    assert negatives(folder / "out") == {"q": ["d3", "d6", "d7"]}, "r: all score above its positive, -11"
+    audit = json.loads((folder / "out" / "audit.json").read_text())
+    assert audit["removed by score"] == 2 + 8 and audit["copies of positives removed"] == 1
+    files.write_scores(folder / "teacher.tsv", [pair for pair in pairs if pair[:2] != ("q", "d6")])
+    assert "no score for query q and passage d6" in mine(*flags, *how, "--output_dir", "b")[2]
+    assert "--teacher_scores filters nothing" in mine(*flags, "--teacher_scores", "x", "--output_dir", "b")[2]
+
+
 def test_filters_windows_and_draws(planted, mine):
     folder, flags = planted
     mine(*flags, "--depth", 12, "--max_score_margin", 0.25, "--output_dir", "margin")

@@ -30,12 +30,36 @@ def test_msmarco_pipelines_run_from_end_to_end(name, evaluated, recipe, tiny_msm
 
 
 @pytest.mark.slow
-def test_lexmae_pretrains_with_the_published_values(recipe, tiny_msmarco, tmp_path):
+def test_lexmae_from_pretraining_to_stage_3_with_the_published_values(recipe, tiny_msmarco, tmp_path):
     done = recipe("lexmae_msmarco.sh", tiny_msmarco, tmp_path / "out", SCALE="tiny")
     assert done.returncode == 0, done.stderr
-    args = json.loads((tmp_path / "out/pretrained/args.json").read_text())["arguments"]
+
+    def arguments(stage):
+        return json.loads((tmp_path / "out" / stage / "args.json").read_text())["arguments"]
+
+    args = arguments("pretrained")
     assert args["learning_rate"] == 3e-4 and args["max_length"] == 144 and args["max_grad_norm"] == 0
-    assert json.loads((tmp_path / "out/pretrained/bottleneck.json").read_text())["title"] == "sep"
+    published = {1: (0.002, 1000, 16, 1.0, 0.0), 2: (0.008, 200, 16, 1.0, 0.0), 3: (0.008, 100, 24, 0.2, 1.0)}
+    names = "flops_passages", "negatives_depth", "passages_per_query", "contrastive_weight", "kl_weight"
+    for stage, values in published.items():
+        args = arguments(f"stage{stage}")
+        assert tuple(args[name] for name in names) == values and args["model"].endswith("out/pretrained")
+        state = json.loads((tmp_path / f"out/stage{stage}/bottleneck.json").read_text())
+        assert state["title"] == "sep" and state["exclude_special_tokens"]
+    for part in ("dev", "dl19", "dl20"):
+        metrics = json.loads((tmp_path / f"out/evaluation-{part}/metrics.json").read_text())
+        assert metrics["splits"][f"qrels.{part}"]["queries"] == 20
+
+
+@pytest.mark.slow
+def test_splade_gives_a_folder_for_sentence_transformers(recipe, tiny_msmarco, tmp_path):
+    done = recipe("splade.sh", tiny_msmarco, tmp_path / "out", SCALE="tiny")
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "out/model/log.jsonl").read_text().splitlines()
+    assert {"contrastive", "margin_mse", "p_flops", "p_terms"} <= json.loads(log[-1]).keys()
+    model = pytest.importorskip("sentence_transformers").SparseEncoder(str(tmp_path / "out/model"), device="cpu")
+    assert model.encode(["ants and sugar"]).shape == (1, model.get_embedding_dimension())
+    assert (tmp_path / "out/evaluation-dl20/metrics.json").is_file()
 
 
 @pytest.mark.slow

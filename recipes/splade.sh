@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# A SPLADE baseline on MS MARCO passages (SPLADE-max with distillation: arXiv 2109.10086, 2205.04733): BM25 negatives, a cross-encoder,
+# one training by in-batch softmax + margin-MSE with FLOPS, evaluation on dev, DL19 and DL20.
+#
+#     bash recipes/splade.sh [DATA] [OUT]
+#
+# DATA     what recipes/get_msmarco.sh --titles fetches, default data/msmarco
+# OUT      default runs/splade; call it again to go on where it stopped
+# LAUNCH   e.g. "accelerate launch --multi_gpu --num_processes 4 --mixed_precision fp16"; 4 x 32 = 128, the published batch
+# MODEL    a masked language model, default distilbert-base-uncased
+# TEACHER  what the cross-encoder starts from, default bert-base-uncased
+#
+# The checkpoint is a SparseEncoder folder: sentence_transformers.SparseEncoder(OUT/model).
+# Weights, steps and lengths are those of naver/splade: FLOPS 0.01 of queries and 0.008 of passages (its models with distillation),
+# growing over 50,000 of 150,000 steps, learning rate 2e-5 after 6,000 steps. Deviations:
+#   1. Both losses at once, with one BM25 negative per query; there, distillation has no in-batch softmax and negatives of its own.
+#   2. Titles stand before the passages.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+data=${1:-data/msmarco} out=${2:-runs/splade}
+corpus=$data/corpus.tsv train=(--queries "$data/queries.train.tsv" --qrels "$data/qrels.train.tsv")
+mkdir -p "$out"
+. recipes/scale.sh
+model=${MODEL:-distilbert-base-uncased} teacher=${TEACHER:-bert-base-uncased} warm=(--warmup_steps 6000 --flops_warmup_steps 50000)
+if [ "${SCALE:-}" = tiny ]; then
+    python pretrain_mae.py --objective mlm "${from[@]}" --corpus "$corpus" --output_dir "$out/pretrained" --resume "${short[@]}"
+    model=$out/pretrained teacher=$out/pretrained warm=()
+fi
+
+python mine_negatives.py --bm25 "${train[@]}" --corpus "$corpus" --depth 100 --output_dir "$out/negatives"
+rerank=(-m recipes.rerank --corpus "$corpus" "${train[@]}" --negatives "$out/negatives/negatives.tsv")
+"${launch[@]}" "${rerank[@]}" --task train --model "$teacher" --title space --max_query_length 32 --max_length 256 --depth 100 \
+    --passages_per_query 16 --per_device_batch_size 2 --num_epochs 2 --output_dir "$out/teacher" --resume "${short[@]}"
+"${launch[@]}" "${rerank[@]}" --task score --model "$out/teacher" --depth 100 --output_dir "$out/scores"
+"${launch[@]}" finetune_biencoder.py --head sparse --model "$model" --title space --corpus "$corpus" "${train[@]}" \
+    --negatives "$out/negatives/negatives.tsv" --negatives_depth 100 --teacher_scores "$out/scores/scores.tsv" \
+    --passages_per_query 2 --per_device_batch_size 32 --contrastive_weight 1 --margin_mse_weight 1 --flops_queries 0.01 \
+    --flops_passages 0.008 --max_query_length 256 --max_passage_length 256 --learning_rate 2e-5 --max_steps 150000 "${warm[@]}" \
+    --output_dir "$out/model" --resume "${short[@]}"
+
+"${launch[@]}" encode.py --model "$out/model" --input "$corpus" --kind passage --output_dir "$out/corpus"
+for set in dev dl19 dl20; do
+    "${launch[@]}" encode.py --model "$out/model" --input "$data/queries.$set.tsv" --kind query --output_dir "$out/$set"
+    "${launch[@]}" evaluate.py --queries_embeddings "$out/$set" --corpus_embeddings "$out/corpus" --qrels "$data"/qrels.$set.t* \
+        --relevance_level $([ $set = dev ] && echo 1 || echo 2) --output_dir "$out/evaluation-$set"
+done

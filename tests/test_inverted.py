@@ -1,0 +1,245 @@
+"""pytest tests/test_inverted.py — sparse search is scipy's product, in one order, on any number of processes."""
+
+import os
+import signal
+import socket
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from accelerate import Accelerator
+from scipy.sparse import csr_matrix, vstack
+
+from lib import index, inverted
+from lib.files import Embeddings, UserError, finish_embeddings, write_shard
+from lib.inverted import Sparse
+
+N, V, Q = 331, 50, 12
+
+
+def store(folder, matrix, shard_rows=100, **meta):
+    for number, start in enumerate(range(0, matrix.shape[0], shard_rows)):
+        part = matrix[start : start + shard_rows]
+        write_shard(folder, number, part, [f"d{start + i}" for i in range(part.shape[0])])
+    facts = {
+        "head": "sparse",
+        "count": matrix.shape[0],
+        "dim": matrix.shape[1],
+        "model_hash": "m",
+        "model": str(folder),
+    }
+    finish_embeddings(folder, {**facts, **meta})
+    return Embeddings(folder)
+
+
+def naive(queries, passages, k):
+    """Every pair, sorted in Python: score descending, then row; passages without a common term left out."""
+    products = (queries.astype(np.float64) @ passages.astype(np.float64).T).toarray()
+    scores = np.full((len(products), k), -np.inf, dtype=np.float32)
+    rows = np.full((len(products), k), -1)
+    for q, line in enumerate(products):
+        best = sorted(((-score, row) for row, score in enumerate(line) if score > 0))[:k]
+        rows[q, : len(best)] = [row for _, row in best]
+        scores[q, : len(best)] = [-score for score, _ in best]
+    return scores, rows
+
+
+def draw(rows, terms, seed, whole=False):
+    """Few terms are frequent and many rare; whole numbers give ties everywhere and exact sums."""
+    generator = np.random.default_rng(seed)
+    has = generator.random((rows, terms)) < 0.7 / (1 + np.arange(terms)) ** 0.6
+    weights = generator.integers(1, 4, (rows, terms)) if whole else generator.lognormal(0, 0.8, (rows, terms))
+    return csr_matrix(np.where(has, weights, 0).astype(np.float32))
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Tiles of fewer rows than a shard, which end within shards; threads that get several parts of the queries."""
+    monkeypatch.setattr(inverted, "TILE", 64)
+    monkeypatch.setattr(inverted, "QUERIES", 5)
+
+
+@pytest.fixture
+def tied():
+    """Each passage several times, some empty, one term in all, one in none; a query without a term, one with an unused
+    term alone, one with one frequent term."""
+    passages = draw(N // 3, V, 0, whole=True).tolil()
+    passages[:, 7], passages[:, 8], passages[::10] = 1, 0, 0
+    queries = draw(Q, V, 1, whole=True).tolil()
+    queries[3], queries[4], queries[5] = 0, 0, 0
+    queries[4, 8], queries[5, 7] = 1, 1
+    return queries.tocsr(), vstack([passages.tocsr()] * 3 + [draw(N - N // 3 * 3, V, 2, whole=True)], "csr")
+
+
+@pytest.mark.parametrize("k", [1, 5, 60, N, N + 9])
+def test_order_with_ties_at_the_cut(tmp_path, tiles, tied, k):
+    queries, passages = tied
+    found = Sparse.open(store(tmp_path / "p", passages), tmp_path / "index")
+    scores, rows = found.search(queries, k)
+    expected = naive(queries, passages, k)
+    assert (rows == expected[1]).all() and (scores == expected[0]).all()
+    assert scores.dtype == np.float32 and rows.dtype == np.int64 and scores.shape == (Q, k)
+    assert (rows[3:5] == -1).all() and np.isneginf(scores[3:5]).all()
+    device = found._best_device(*found._queries(queries), k)  # what a GPU does, on a CPU
+    assert all((a == b).all() for a, b in zip(index.unpack(device), expected, strict=True))
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8])
+def test_scores_are_the_products(tmp_path, tiles, bits):
+    queries, passages = draw(Q, V, 3), draw(N, V, 4)
+    found = Sparse.open(store(tmp_path / "p", passages), tmp_path / "index", bits)
+    scores, rows = found.search(queries, N)
+    exact = (queries @ passages.T).toarray()
+    listed = rows >= 0
+    true = np.take_along_axis(exact, np.maximum(rows, 0), 1)
+    error = np.abs(np.where(listed, scores, 0) - np.where(listed, true, 0))
+    largest = passages.max(0).toarray()
+    bound = queries @ largest.T if bits < 32 else np.zeros((Q, 1))  # half a step of every term
+    assert (error <= 1e-5 * true + bound / 2 / (2**bits - 1)).all()
+    assert bits == 8 or (listed.sum(1) == (exact > 0).sum(1)).all()
+    if bits < 32:
+        assert error.max() > 1e-6  # quantised indeed
+    given = found.score(queries, [*rows[:-1, :40], rows[-1, 5:25][::-1]])  # in any order
+    assert (
+        all((given[q] == scores[q, :40]).all() for q in range(Q - 1)) and (given[-1] == scores[-1, 5:25][::-1]).all()
+    )
+    absent = [np.flatnonzero(line == 0) for line in exact]
+    assert all((part == 0).all() for part in found.score(queries, absent)) and sum(map(len, absent))
+    on_device = index.unpack(found._best_device(*found._queries(queries), 50))
+    assert np.allclose(on_device[0], scores[:, :50], rtol=1e-5)
+    assert found.search(queries[:0], 3)[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize("bits, limit", [(32, 8), (16, 6), (8, 5)])
+def test_bytes_per_posting(tmp_path, bits, limit):
+    generator = np.random.default_rng(0)
+    has = generator.random((3000, 2000)) < np.minimum(0.7, 6 / (1 + np.arange(2000)) ** 0.9)
+    passages = csr_matrix(has * generator.random(has.shape, np.float32))
+    Sparse.open(store(tmp_path / "p", passages), tmp_path / "index", bits)
+    bytes_of = {path.stem: path.stat().st_size - 128 for path in (tmp_path / "index").glob("*.npy")}
+    assert (bytes_of["documents"] + bytes_of["weights"]) / passages.nnz < limit
+    assert sum(bytes_of.values()) - bytes_of["documents"] - bytes_of["weights"] == 16 * 2000 + 24
+
+
+def test_order_of_shards_tiles_and_pieces_of_queries_changes_nothing(tmp_path, monkeypatch):
+    queries, passages = draw(Q, V, 5), draw(N, V, 6)
+    found = []
+    for number, (tile, shard_rows) in enumerate([(1 << 15, 1000), (64, 100), (50, 7), (1, 331)]):
+        monkeypatch.setattr(inverted, "TILE", tile)
+        monkeypatch.setattr(inverted, "KEYS_AT_A_TIME", 30 * (1 + number))
+        corpus = store(tmp_path / f"p{number}", passages, shard_rows)
+        found.append(Sparse.open(corpus, tmp_path / f"index{number}").search(queries, 30))
+    assert all((a == b).all() for other in found[1:] for a, b in zip(other, found[0], strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 3, 9])
+def test_ranges_of_rows_are_merged_to_the_same_bits(tmp_path, tiles, monkeypatch, world):
+    queries, passages = draw(Q, V, 5), draw(N, V, 6)
+    whole = Sparse.open(store(tmp_path / "p", passages), tmp_path / "index")
+    parts = []
+    for rank in range(world):
+        place = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
+        parts.append(Sparse(tmp_path / "index", place)._best(*whole._queries(queries), 40))
+    monkeypatch.setattr(index, "all_gather", lambda keys: torch.cat(parts))
+    merged = index.unpack(index.merge(parts[0], 40, place))
+    assert all((a == b).all() for a, b in zip(merged, whole.search(queries, 40), strict=True))
+    assert parts[0].unique().numel() < parts[0].numel() or world < 9  # 9 processes, 6 tiles: some have none
+
+
+def one_of_two(rank, port, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    inverted.TILE = 64
+    accelerator = Accelerator(cpu=True)
+    found = Sparse.open(Embeddings(f"{folder}/p"), f"{folder}/index", accelerator=accelerator)
+    scores, rows = found.search(draw(Q, V, 5), 40)
+    np.savez(f"{folder}/{rank}.npz", scores=scores, rows=rows)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_find_what_one_finds(tmp_path, tiles):
+    corpus = store(tmp_path / "p", draw(N, V, 6))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    mp.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
+    scores, rows = Sparse.open(corpus, tmp_path / "alone").search(draw(Q, V, 5), 40)
+    for rank in range(2):
+        found = np.load(tmp_path / f"{rank}.npz")
+        assert (found["scores"] == scores).all() and (found["rows"] == rows).all()
+
+
+def test_an_index_is_kept_and_not_mixed_up(tmp_path, tiles):
+    queries, passages = draw(Q, V, 5), draw(N, V, 6)
+    first = Sparse.open(store(tmp_path / "p", passages), tmp_path / "index").search(queries, 9)
+    stamp = (tmp_path / "index" / "manifest.json").stat().st_mtime_ns
+    moved = store(tmp_path / "moved", passages)  # the same vectors at another place
+    again = Sparse.open(moved, tmp_path / "index")
+    assert (tmp_path / "index" / "manifest.json").stat().st_mtime_ns == stamp
+    assert all(isinstance(part, np.memmap) for part in again.lists)
+    assert all((a == b).all() for a, b in zip(first, again.search(queries, 9), strict=True))
+    assert {path.suffix for path in (tmp_path / "index").iterdir()} == {".npy", ".json"}
+    with pytest.raises(UserError, match="a sparse index with bits 32, not 8 — remove it"):
+        Sparse.open(moved, tmp_path / "index", bits=8)
+    with pytest.raises(UserError, match="a sparse index with model_hash m, not other"):
+        Sparse.open(store(tmp_path / "o", passages, model_hash="other"), tmp_path / "index")
+    with pytest.raises(UserError, match="weights of 4 bits — choose 32, 16 or 8"):
+        Sparse.open(moved, tmp_path / "new", bits=4)
+    (tmp_path / "index" / "manifest.json").unlink()
+    with pytest.raises(UserError, match="no sparse index — choose another folder"):
+        Sparse.open(moved, tmp_path / "index")
+
+
+def test_a_killed_build_leaves_no_index(tmp_path, tiles):
+    corpus = store(tmp_path / "p", draw(N, V, 6))
+    child = os.fork()
+    if child == 0:
+        tiles = list(inverted._tiles(corpus))
+        inverted._tiles = lambda corpus: (
+            os.kill(os.getpid(), signal.SIGKILL) if n else t for n, t in enumerate(tiles)
+        )
+        Sparse.open(corpus, tmp_path / "index")
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert len(list(tmp_path.glob(".tmp-*-index/weights.npy"))) == 1 and not (tmp_path / "index").exists()
+    scores, _ = Sparse.open(corpus, tmp_path / "index").search(draw(Q, V, 5), 9)
+    assert np.isfinite(scores).all()
+
+
+def test_bad_input_is_named(tmp_path, tiles):
+    passages = draw(N, V, 6)
+    found = Sparse.open(store(tmp_path / "p", passages), tmp_path / "index")
+    with pytest.raises(UserError, match=f"over {V} terms, but queries over {V + 1} — encode both"):
+        found.search(csr_matrix((1, V + 1), dtype=np.float32), 3)
+    for bad in (np.nan, np.inf, -1):
+        queries = draw(Q, V, 5)
+        queries.data[queries.indptr[9]] = bad
+        for ask in (lambda: found.search(queries, 3), lambda: found.score(queries, [[0]] * Q)):  # noqa: B023
+            with pytest.raises(UserError, match="query vector 9 has a weight that is negative or not finite"):
+                ask()
+        vectors = passages.copy()
+        vectors.data[vectors.indptr[205]] = bad
+        with pytest.raises(UserError, match="d205 has a weight that is negative or not finite"):
+            Sparse.open(store(tmp_path / f"p{bad}", vectors), tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+
+
+def test_passages_without_any_term_and_entries_given_twice(tmp_path):
+    empty = Sparse.open(store(tmp_path / "p", csr_matrix((5, V), dtype=np.float32)), tmp_path / "index", bits=8)
+    scores, rows = empty.search(draw(Q, V, 5), 3)
+    assert (rows == -1).all() and np.isneginf(scores).all() and (empty.score(draw(1, V, 5), [[0, 4]])[0] == 0).all()
+    twice = csr_matrix((np.float32([1, 2, 0]), [4, 4, 5], [0, 3]), shape=(1, V))
+    found = Sparse.open(store(tmp_path / "q", twice), tmp_path / "other")
+    assert found.search(twice, 1)[0] == 9 and found.score(twice, [[0]])[0] == 9 and twice.nnz == 3
+
+
+def test_memory_of_the_build_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
+    """Tiles are made from blocks as they come: never more than one tile and one block are held."""
+    monkeypatch.setattr(inverted, "TILE", 64)
+    corpus = store(tmp_path / "p", draw(N, V, 6))
+    sizes = [tile.shape[0] for tile in inverted._tiles(corpus)]
+    assert sizes == [64, 64, 64, 64, 64, 11]
+    whole = vstack(list(inverted._tiles(corpus)), "csr")
+    assert (whole != corpus.take(np.arange(N))).nnz == 0

@@ -18,7 +18,7 @@ are added to them. An index is a folder of arrays, memory-mapped and shared by a
     vocabulary.npy uint64 (V)       BM25: the sorted hashes of the terms
     manifest.json                   what was indexed and how
 
-A posting takes 6 bytes (4 or 3 with quantised weights), a list 16.
+A posting takes 6 bytes (4 or 3 with quantised weights), a list 16; the zeros of frequent lists (FULL) add 7 to 14 %.
 
 Every posting of a query's terms is added up, without bounds on what a list (MaxScore) or a block of documents (BMP,
 arXiv 2405.01117) can still contribute: learned weights are spread over so many terms that at depth 1000 the bounds

@@ -14,7 +14,7 @@ file that mine_negatives.py writes. Deliberate deviations from the official code
   3. A list shorter than the group is filled with masked columns (RetroMAE: random passages, LexMAE: repeats).
   4. Each judged positive is an example, shuffled over the epoch (ANCE: one per query, its triplets in a row).
   5. FLOPS is of the batch of all processes (LexMAE, SPLADE: of each GPU's own); of one micro-step if accumulated.
-  6. A pair without a teacher score stops the run (RetroMAE trains on without a teacher).
+  6. A pair without a teacher score stops the run (RetroMAE: a missing file silently switches distillation off).
 
 Reads   --model (ours, sentence-transformers, or Hugging Face with --pooling) and the files of lib/files.py
 Writes  --output_dir: the checkpoint, and best/ by MRR@10 on the development set, each also a sentence-transformers
@@ -40,25 +40,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from lib import losses
+from lib import launch, losses
 from lib.attention import economize
 from lib.data import GroupCollator, Groups, StepSampler, preview, read_dev, rerank
 from lib.dist import all_gather, all_gather_with_grad
 from lib.encoder import load_encoder, save_encoder
 from lib.files import UserError, open_texts, write_lines
 from lib.gradcache import contrastive_backward
-from lib.launch import (
-    RunLog,
-    claim_output,
-    describe,
-    echo,
-    load_state,
-    make_accelerator,
-    parse_args,
-    run,
-    save_state,
-    versions,
-)
 from lib.metrics import mrr_at_k
 from lib.optim import lr_at, parameter_groups
 from lib.text import step_seed
@@ -137,9 +125,9 @@ class Args:
 
 def main():
     # ---- setup
-    args = parse_args(Args)
+    args = launch.parse_args(Args)
     accumulation = args.gradient_accumulation_steps
-    accelerator = make_accelerator(accumulation, args.report_to, args.output_dir, args.deterministic)
+    accelerator = launch.make_accelerator(accumulation, args.report_to, args.output_dir, args.deterministic)
     rank, W, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     B, P = args.per_device_batch_size, args.passages_per_query
     for name in ("per_device_batch_size", "gradient_accumulation_steps", "log_every", "save_every"):
@@ -185,7 +173,7 @@ def main():
     facts = {
         "model": f"{args.model}, {weights / 1e6:.1f} M weights, {model.pooling} pooling, {dim} dimensions",
         "texts": ", ".join(f"{name} {getattr(model.format, name)!r}" for name in texts),
-        "running on": describe(accelerator),
+        "running on": launch.describe(accelerator),
         "batch": f"{B} queries x {W} process(es) x {accumulation} accumulated = {W * B * accumulation} per step",
         "encoded at a time": f"{args.chunk_size} texts (GradCache)" if chunked else "the whole batch",
         "scores": f"{'cosine (usually / 0.01 to 0.05)' if model.normalized else 'dot product'} / {args.temperature}",
@@ -193,20 +181,20 @@ def main():
         **groups.notes,
         **({"FLOPS": f"{lambda_p} of passages, {lambda_q} of queries, after {flops_steps} steps"} if sparse else {}),
         "steps": f"{max_steps}, {len(groups) / (W * B * accumulation):.2f} per epoch, {warmup_steps} of warm-up",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in launch.versions().items()),
     }
     if args.dry_run:
         disk = f"{weights * 4 * (4 + bool(dev_queries)) / 1e9:.2f} GB"  # checkpoint, state with two moments, best/
-        return echo(accelerator, "dry run: fine-tuning", {**facts, **preview(collate), "disk": disk})
+        return launch.echo(accelerator, "dry run: fine-tuning", {**facts, **preview(collate), "disk": disk})
     ignore = "log_every", "save_every", "num_workers", "report_to"
-    if claim_output(args, accelerator, resume=args.resume, ignore=ignore):
+    if launch.claim_output(args, accelerator, resume=args.resume, ignore=ignore):
         return accelerator.print(f"{args.output_dir} is complete")
-    echo(accelerator, "fine-tuning", facts)
+    launch.echo(accelerator, "fine-tuning", facts)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # ---- resume
-    step, extra = load_state(args.output_dir, accelerator, model, optimizer)
+    step, extra = launch.load_state(args.output_dir, accelerator, model, optimizer)
     launched = f"{W} process(es), precision {accelerator.mixed_precision}"
     if extra and extra["launched"] != launched:
         raise UserError(f"{args.output_dir}: the run had {extra['launched']}, now {launched} — resume it as it was")
@@ -273,7 +261,7 @@ def main():
             save(Path(args.output_dir) / "best")
 
     # ---- train
-    log, totals, summed = RunLog(accelerator, args.output_dir, step if extra else -1), {}, 0
+    log, totals, summed = launch.RunLog(accelerator, args.output_dir, step if extra else -1), {}, 0
     bar = tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process)
     if dev_queries and not dev_scores:
         develop()
@@ -325,7 +313,7 @@ def main():
             clock += time.perf_counter() - pause
         if step % args.save_every == 0 and not last_step:
             extra = {"launched": launched, "dev_scores": dev_scores}
-            save_state(args.output_dir, step, accelerator, model, optimizer, extra)
+            launch.save_state(args.output_dir, step, accelerator, model, optimizer, extra)
     bar.close()
 
     # ---- save
@@ -336,4 +324,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    launch.run(main)

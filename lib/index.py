@@ -142,6 +142,9 @@ def check_pair(queries: Embeddings, corpus: Embeddings) -> None:
             raise UserError(f"{part.folder}: embeddings of kind {part.meta['kind']}, not {kind} — swap the folders?")
     if queries.meta["model_hash"] != corpus.meta["model_hash"]:
         raise UserError(f"{queries.folder}: made by another checkpoint than {corpus.folder} — encode both with one")
+    if queries.sparse != corpus.sparse:  # of a plain folder, which states no head
+        part = queries if queries.sparse else corpus
+        raise UserError(f"{part.folder}: sparse vectors, the others are dense — encode both with the same --head")
 
 
 def scan_device(scores: Tensor, first_row: int, best: Tensor, k: int) -> Tensor:

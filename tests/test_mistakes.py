@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_matrix
 
 from lib import files
 
@@ -38,6 +39,7 @@ def ground(tmp_path_factory, tiny_collection, tiny_model_dir):
     positives = files.read_qrels(tiny_collection.qrels)
     files.write_negatives(here / "positives.tsv", [(qid, list(judged)) for qid, judged in positives.items()])
     files.write_negatives(here / "unknown.tsv", [("q1", ["p1", "p999"])])
+    files.write_scores(here / "few.tsv", [("q0", "p0", 1.5)])
     files.write_negatives(here / "others.tsv", [("q77", ["p1", "p2"])])
     shutil.copytree(tiny_model_dir, here / "no_weights")
     (here / "no_weights" / "model.safetensors").unlink()
@@ -56,6 +58,9 @@ def ground(tmp_path_factory, tiny_collection, tiny_model_dir):
         if name != "unfinished":
             meta = {"model": "m", "model_hash": model, "dim": 2, "count": 1, "kind": kind}
             files.finish_embeddings(here / name, meta)
+    files.write_shard(here / "vectors_s", 0, csr_matrix(np.ones((1, 2), np.float32)), ["p0"])
+    meta = {"model": "m", "model_hash": "1", "dim": 2, "count": 1, "kind": "passage", "head": "sparse"}
+    files.finish_embeddings(here / "vectors_s", meta)
     (here / "thesis").mkdir()
     (here / "thesis" / "chapter.tex").touch()
     return here
@@ -89,7 +94,14 @@ MISTAKES = [
     (FINETUNE + "positives.tsv", "positives.tsv:1: passage"),
     (FINETUNE + "unknown.tsv", "unknown.tsv:1: passage p999 is not in"),
     (FINETUNE + "others.tsv", "others.tsv: none of its 1 queries is judged"),
-    (FINETUNE + "NEGATIVES --head sparse", "argument --head: invalid choice: 'sparse'"),
+    (FINETUNE + "NEGATIVES --head sparse", "a sparse head is pooled by max — leave out --pooling"),
+    (FINETUNE + "NEGATIVES --head lexical", "argument --head: invalid choice: 'lexical'"),
+    (FINETUNE + "NEGATIVES --kl_weight 1 --teacher_scores few.tsv", "few.tsv: no score for query"),
+    (
+        FINETUNE + "NEGATIVES --kl_weight 1 --teacher_scores others.tsv",
+        "others.tsv:1: 2 columns where a file of teacher",
+    ),
+    (ENCODE + "CORPUS --head sparse", "a sparse head is pooled by max"),
     (FINETUNE + "NEGATIVES --passages_per_query 1", "unused with --passages_per_query 1"),
     (FINETUNE.replace("QUERIES", "one_column.tsv") + "NEGATIVES", "one_column.tsv:1: 1 columns"),
     (FINETUNE.replace("QRELS", "unknown_passage.qrels") + "NEGATIVES", "passage p999 is not in"),
@@ -105,6 +117,10 @@ MISTAKES = [
     (
         "evaluate --queries_embeddings vectors_q --corpus_embeddings vectors_p --allow_unknown --qrels QRELS",
         "another checkpoint",
+    ),
+    (
+        "evaluate --queries_embeddings vectors_q --corpus_embeddings vectors_s --allow_unknown --qrels QRELS",
+        "vectors_s: sparse vectors",
     ),
     ("evaluate --queries_embeddings vectors_q --corpus_embeddings unfinished --qrels QRELS", "no meta.json"),
     (

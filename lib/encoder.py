@@ -42,6 +42,10 @@ from lib.text import TextFormat, format_texts, pad, to_ids
 from lib.vocab import ARCHITECTURES, head_transform, max_pooled_logits
 
 VERSION = 1  # of bottleneck.json
+# The logits of a new LM head are normal, with the norm of the term's embedding for standard deviation: its inputs leave
+# a LayerNorm. So many of these lower, some per cent of the terms have their maximum above zero, as with a trained head
+# (and not all of them, from which training must first find back).
+NEW_HEAD = 3.5
 FILES = (  # of a checkpoint: what decides its vectors
     "config.json",
     "model*.safetensors*",
@@ -344,6 +348,9 @@ def _load_backbone(base: Path, auto: Callable, allow_new_head: bool, trust_remot
         if not allow_new_head:
             raise UserError(f"{base}: has no LM head for --head sparse — add --allow_new_head to train a new one")
         wrong = []
+        with torch.no_grad():
+            output = backbone.get_output_embeddings()
+            output.bias.copy_(-NEW_HEAD * output.weight.norm(dim=1))
     wrong += [str(key) for key in report.get("mismatched_keys", ())]
     if wrong:
         raise UserError(

@@ -3,7 +3,7 @@ gigabytes.
 
 Legend: B texts, L tokens of the longest, D hidden size, V vocabulary, n labelled positions. `hidden` is what the LM
 head's transform gives, `weight` (V, D) and `bias` (V,) its output layer. Products are in autocast's precision, maxima,
-softmaxes and losses in fp32. Logits exist for CHUNK_LOGITS / V rows, or CHUNK_LOGITS / (B·L) terms, at a time.
+softmaxes and losses in fp32. Logits exist for CHUNK_LOGITS / V rows, or POOLED_LOGITS / (B·L) terms, at a time.
 """
 
 import numba
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 ARCHITECTURES = ("bert", "roberta", "distilbert")  # config.model_type: those whose LM head we take apart
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}  # fp32 logits held at a time: 64 MB, on a GPU 256 MB
+POOLED_LOGITS = {"cpu": 2**21, "cuda": 2**26}  # by max_pooled_logits, which reads them once: best from the cache
 
 
 def head_transform(lm: nn.Module, hidden: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ class _MaxPooledLogits(torch.autograd.Function):
         h = hidden.to(dtype).flatten(0, 1)
         pooled = torch.empty(B, len(weight), device=hidden.device)
         where = torch.empty(B, len(weight), dtype=torch.int32, device=hidden.device)
-        terms = max(1, CHUNK_LOGITS.get(hidden.device.type, 2**26) // (B * L))
+        terms = max(1, POOLED_LOGITS.get(hidden.device.type, 2**26) // (B * L))
         buffer = torch.empty(B * L * min(terms, len(weight)), dtype=dtype, device=hidden.device)
         for start in range(0, len(weight), terms):
             block = slice(start, start + terms)

@@ -44,7 +44,7 @@ def plain_pooling(hidden, weight, bias, mask):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_max_pooled_logits_are_the_plain_formula(monkeypatch, autocast):
-    monkeypatch.setattr(vocab, "CHUNK_LOGITS", {"cpu": 7 * 4 * 9})  # 7 terms at a time, of 50
+    monkeypatch.setattr(vocab, "POOLED_LOGITS", {"cpu": 7 * 4 * 9})  # 7 terms at a time, of 50
     torch.manual_seed(0)
     leaves = [torch.randn(4, 9, 6), torch.randn(50, 6), torch.randn(50)]
     leaves = [x.requires_grad_() for x in leaves]

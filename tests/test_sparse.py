@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from lib import encoder
 from lib.encoder import SparseBiEncoder, load_encoder, save_encoder
 from lib.files import UserError
 from lib.text import TextFormat, format_texts, pad, to_ids
@@ -119,7 +120,8 @@ def test_what_they_cannot_express_does_not_claim_to_be_theirs(tiny_model_dir, tm
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
-def test_a_new_head_is_made_only_where_allowed(tiny_model_dir, tmp_path):
+def test_a_new_head_is_made_only_where_allowed(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder, "NEW_HEAD", 1.5)  # the vocabulary is too small for fewer terms
     save_encoder(load_encoder(tiny_model_dir, "mean"), tmp_path / "dense", {})
     with pytest.raises(UserError, match="no LM head for --head sparse — add --allow_new_head"):
         load_encoder(tmp_path / "dense", head="sparse")
@@ -128,6 +130,7 @@ def test_a_new_head_is_made_only_where_allowed(tiny_model_dir, tmp_path):
         torch.manual_seed(seed)
         heads.append(vectors(load_encoder(tmp_path / "dense", head="sparse", allow_new_head=True)))
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    assert all(0 < (one > 0).float().mean() < 0.7 for one in heads)  # sparse from the start
     model = load_encoder(tmp_path / "dense", head="sparse", allow_new_head=True)
     tied = {p.data_ptr() for p in model.parameters()}
     assert len(tied) == len(list(model.parameters())) and model.backbone.cls.predictions.decoder.bias.requires_grad

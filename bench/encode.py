@@ -5,8 +5,8 @@
 Each run is a process of its own, in turns, with the same number of threads. Timed is encoding alone, tokenisation
 included: no imports, no loading; ours also writes its shards to disk. Both in fp32, or both in bf16: ours under
 autocast, the peer's weights cast to bf16 (`dtype`), its faster way, or under autocast with --peer_autocast. Printed:
-medians, their ratio, peaks of resident memory (ours: of the largest of its processes), and how far the vectors are
-apart. --sparse: of a SparseEncoder folder, against SparseEncoder.encode.
+medians, their ratio, peaks of resident memory (ours: of the largest of its processes), also less what the imports alone
+take, and how far the vectors are apart. --sparse: of a SparseEncoder folder, against SparseEncoder.encode.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from scipy.sparse import load_npz
 from lib.files import Embeddings, open_texts, write_texts
 
 ROOT = Path(__file__).resolve().parents[1]
+IMPORTS = {"ours": "import encode", "theirs": "from sentence_transformers import SentenceTransformer, SparseEncoder"}
 PEER = """
 import json, sys, time
 from contextlib import nullcontext
@@ -98,8 +99,12 @@ def main():
     median, peak = ({name: statistics.median(one[i] for one in runs) for name, runs in found.items()} for i in (0, 1))
     print(f"{len(rows)} passages, {args.precision}: ours {len(rows) / median['ours']:.1f} texts/s, "
           f"theirs {len(rows) / median['theirs']:.1f}, ratio {median['theirs'] / median['ours']:.2f}")  # fmt: skip
-    ratio = peak["ours"] / peak["theirs"]
-    print(f"peak memory: ours {peak['ours']:.0f} MB, theirs {peak['theirs']:.0f} MB, {ratio:.2f}x")
+    alone = {
+        name: peak[name] - seconds(["-c", f"{imports}; print('seconds 0')"], r"seconds (\d)")[1]
+        for name, imports in IMPORTS.items()
+    }
+    for what, one in (("peak memory", peak), ("without the imports", alone)):
+        print(f"{what}: ours {one['ours']:.0f} MB, theirs {one['theirs']:.0f} MB, {one['ours'] / one['theirs']:.2f}x")
     if args.sparse:
         ours, theirs = ours.toarray(), theirs.toarray()
         print(f"terms of a passage: {(ours > 0).sum(1).mean():.1f}")

@@ -5,6 +5,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . recipes/setup.sh
 setup requirements-dev.txt
 
-# no network, and one thread each: tests start several processes
+# no network; one thread each, since tests start several processes, and up to four tests at a time
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python -m pytest -q "$@"
+python -m pytest -q -n auto --maxprocesses 4 --dist worksteal "$@"

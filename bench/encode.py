@@ -5,7 +5,7 @@
 Each run is a process of its own, in turns, with the same number of threads. Timed is encoding alone, tokenisation
 included: no imports, no loading; ours also writes its shards to disk. Both in fp32, or both in bf16: ours under
 autocast, the peer's weights cast to bf16 (`dtype`), its faster way, or under autocast with --peer_autocast. Printed:
-medians, their ratio, peaks of resident memory (ours: of the largest of its processes), also less what the imports alone
+medians, their ratio, peaks of resident memory (ours: of the largest of its processes), also less what imports alone
 take, and how far the vectors are apart. --sparse: of a SparseEncoder folder, against SparseEncoder.encode.
 """
 

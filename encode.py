@@ -41,7 +41,7 @@ from transformers.hf_argparser import HfArg
 
 from lib.attention import economize
 from lib.encoder import SparseBiEncoder, checkpoint_folder, load_encoder, model_hash
-from lib.files import UserError, finish_embeddings, open_texts, read_json, shard_name, write_json, write_shard
+from lib.files import UserError, finish_embeddings, open_texts, read_json, shard_file, write_json, write_shard
 from lib.launch import claim_output, describe, echo, make_accelerator, parse_args, run
 from lib.packed import pack_linears
 from lib.text import TextFormat, format_texts, pad, to_ids, token_batches
@@ -213,9 +213,7 @@ def main():
     echo(accelerator, "encoding", facts)
 
     # ---- encode
-    missing = [
-        s for s in range(len(shards)) if not (folder / f"{shard_name(s)}.{'npz' if sparse else 'npy'}").is_file()
-    ]
+    missing = [s for s in range(len(shards)) if not (folder / shard_file(s, sparse)).is_file()]
     accelerator.wait_for_everyone()  # all have listed what is missing before the first adds to it
     mine = missing[rank::W]
     spans = [cut(*shards[s], args.window) for s in mine]

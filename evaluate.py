@@ -98,11 +98,7 @@ def search(args, accelerator, qids, qrels_of) -> tuple[dict[str, RunList], dict[
         facts = {"searched": f"{len(corpus)} passages with BM25, k1 {args.k1}, b {args.b} (bm25s, Lucene's variant)"}
     else:
         queries, corpus = Embeddings(args.queries_embeddings), Embeddings(args.corpus_embeddings)
-        check_pair(queries, corpus)
-        if corpus.sparse and args.index:
-            raise UserError(
-                "--index is for dense vectors — leave it out; --bits 8 makes an index of sparse ones small"
-            )
+        check_pair(queries, corpus, args.index)
         facts = {"searched": f"{len(corpus)} passages, {args.index or 'exact'}, encoded by {corpus.meta['model']}"}
     rows = queries.rows(qids)
     if (rows < 0).any():

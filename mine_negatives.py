@@ -118,11 +118,7 @@ def main():
             )
     if not args.run and not args.bm25:
         queries, vectors = Embeddings(args.queries_embeddings), Embeddings(args.corpus_embeddings)
-        check_pair(queries, vectors)
-        if vectors.sparse and args.index:
-            raise UserError(
-                "--index is for dense vectors — leave it out; --bits 8 makes an index of sparse ones small"
-            )
+        check_pair(queries, vectors, args.index)
         if vectors.meta["input_fingerprint"] != corpus.fingerprint:
             raise UserError(f"{vectors.folder}: not the embeddings of {args.corpus} — encode this corpus")
     if queries is not None:

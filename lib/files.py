@@ -618,13 +618,17 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}"
 
 
+def shard_file(index: int, sparse: bool) -> str:
+    return f"{shard_name(index)}.{'npz' if sparse else 'npy'}"
+
+
 def write_shard(folder, index: int, array: np.ndarray | csr_matrix, ids: list[str]) -> None:
     """One shard of embeddings (n, D), dense as .npy or CSR as .npz; the ids come first, so that a shard whose array
     exists is whole."""
     assert array.ndim == 2 and array.shape[0] == len(ids)
     sparse = isinstance(array, csr_matrix)
     write_lines(Path(folder) / f"{shard_name(index)}.ids.txt", ids)
-    with atomic(Path(folder) / f"{shard_name(index)}.{'npz' if sparse else 'npy'}") as temporary:
+    with atomic(Path(folder) / shard_file(index, sparse)) as temporary:
         with open(temporary, "wb") as stream:
             save_npz(stream, array, compressed=False) if sparse else np.save(stream, array)
 

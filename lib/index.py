@@ -135,8 +135,8 @@ def merge(keys: Tensor, k: int, accelerator) -> Tensor:
 # dense
 
 
-def check_pair(queries: Embeddings, corpus: Embeddings) -> None:
-    """UserError unless the two folders are queries and passages of one checkpoint."""
+def check_pair(queries: Embeddings, corpus: Embeddings, factory: str | None = None) -> None:
+    """UserError unless the two folders are queries and passages of one checkpoint, and dense if faiss is to search."""
     for part, kind in ((queries, "query"), (corpus, "passage")):
         if part.meta["kind"] != kind:
             raise UserError(f"{part.folder}: embeddings of kind {part.meta['kind']}, not {kind} — swap the folders?")
@@ -145,6 +145,8 @@ def check_pair(queries: Embeddings, corpus: Embeddings) -> None:
     if queries.sparse != corpus.sparse:  # of a plain folder, which states no head
         part = queries if queries.sparse else corpus
         raise UserError(f"{part.folder}: sparse vectors, the others are dense — encode both with the same --head")
+    if corpus.sparse and factory:
+        raise UserError("--index is for dense vectors — leave it out; --bits 8 makes an index of sparse ones small")
 
 
 def scan_device(scores: Tensor, first_row: int, best: Tensor, k: int) -> Tensor:

@@ -50,7 +50,7 @@ from lib import launch
 from lib.attention import economize
 from lib.data import Groups, StepSampler, known_rows
 from lib.dist import all_gather
-from lib.encoder import VERSION, checkpoint_folder, fingerprint, model_hash, positions
+from lib.encoder import VERSION, align, checkpoint_folder, fingerprint, model_hash, positions
 from lib.files import (
     UserError,
     atomic,
@@ -185,8 +185,7 @@ def load_cross_encoder(model, overrides: dict, train: bool = False, strict: bool
         refuse(f"{lengths} — the passage needs room beside the query, and the model has {limit} positions")
     if form.title == "sep" and tokenizer.sep_token is None:
         refuse("its tokenizer has no separator token for --title sep — use --title space")
-    for weight in classifier.parameters():  # else they may lie in the mapped file, at addresses for which MKL takes
-        weight.data = weight.data.clone()  # other kernels than for those of several processes, with other last digits
+    align(classifier)
     return CrossEncoder(classifier, tokenizer, form, bool(missing)).eval()
 
 

@@ -363,7 +363,8 @@ class TeacherScores:
             known = rows >= 0
             keys.append(self._keys(np.array([index for index, _, _ in block], dtype=np.int64), rows)[known])
             scores.append(np.array([score for _, _, score in block], dtype=np.float32)[known])
-        self.keys, first = np.unique(np.concatenate([*keys, np.zeros(0, np.int64)]), return_index=True)
+        keys, first = np.unique(np.concatenate([*keys, np.zeros(0, np.int64)]), return_index=True)
+        self.keys = np.append(keys, np.iinfo(np.int64).max)  # a last one that no pair has: searches end before it
         self.scores = np.concatenate([*scores, np.zeros(0, np.float32)])[first]
 
     @staticmethod
@@ -374,7 +375,7 @@ class TeacherScores:
         """(n,) places in `qids`, (n,) corpus rows -> (n,) float32. UserError: a pair without a score, by name."""
         wanted = self._keys(index, rows)
         at = np.searchsorted(self.keys, wanted)
-        missing = np.append(self.keys, -1)[at] != wanted
+        missing = self.keys[at] != wanted
         if missing.any():
             pair = int(wanted[missing.argmax()])
             raise UserError(

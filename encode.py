@@ -9,6 +9,9 @@ A run that died is finished by the same command: shards that exist are kept, if 
 
 A sparse checkpoint gives CSR shards: one column per term of the vocabulary. --max_terms and --min_weight prune them.
 
+With --max_chunks, a passage gives a vector for each of its chunks (MaxP, see lib/text.py), side by side in its shard;
+its id is on the line of each. A chunk of padding alone is never encoded (ANCE indexes them).
+
 How texts are read (head, pooling, titles, prompts, lengths) belongs to the checkpoint. A flag that differs from what
 the checkpoint states stops the run; --override does it anyway. A plain Hugging Face folder states nothing but
 --pooling is needed, or --head sparse; it gets TextFormat's defaults (lib/text.py).
@@ -44,7 +47,7 @@ from lib.encoder import SparseBiEncoder, checkpoint_folder, load_encoder, model_
 from lib.files import UserError, finish_embeddings, open_texts, read_json, shard_file, write_json, write_shard
 from lib.launch import claim_output, describe, echo, make_accelerator, parse_args, run
 from lib.packed import pack_linears
-from lib.text import TextFormat, format_texts, pad, to_ids, token_batches
+from lib.text import TextFormat, chunk_ids, format_texts, pad, token_batches
 
 
 @dataclass
@@ -66,7 +69,9 @@ class Args:
     title: Literal["none", "space", "sep"] | None = HfArg(default=None, help="how titles are joined to texts")
     query_prompt: str = HfArg(default=None, help="put before every query")
     passage_prompt: str = HfArg(default=None, help="put before every passage")
-    max_length: int = HfArg(default=None, help="tokens of a text of this --kind")
+    max_length: int = HfArg(default=None, help="tokens of a text of this --kind, or of each chunk")
+    max_chunks: int = HfArg(default=None, help="chunks of a passage, each with a vector of its own (ANCE's MaxP: 4)")
+    max_characters: int = HfArg(default=None, help="cut passages before they become tokens (ANCE 10000); 0 = not")
     override: bool = HfArg(default=False, help="take the flags above even where the checkpoint states otherwise")
     trust_remote_code: bool = HfArg(default=False, help="run Python code that the checkpoint brings along")
     # runtime
@@ -78,7 +83,8 @@ class Args:
 
 
 class Windows(Dataset):
-    """Span [start, stop) of the texts -> (ids, all tokens in one (T,) int32 array, (n,) lengths): arrays, because
+    """Span [start, stop) of n texts, m chunks (one for each text, unless passages are cut) -> (the id of each chunk's
+    text, (n,) bool: full, so the text may go on, all tokens in one (T,) int32 array, (m,) lengths): arrays, because
     lists of lists would cost the main process more to receive than to make."""
 
     def __init__(self, texts, spans: list[tuple[int, int]], kind: str, form: TextFormat, tokenizer):
@@ -90,9 +96,12 @@ class Windows(Dataset):
     def __getitem__(self, index):
         ids, titles, bodies = zip(*self.texts.stream(*self.spans[index]), strict=True)
         strings = format_texts(list(zip(titles, bodies, strict=True)), self.kind, self.form, self.tokenizer)
-        tokens = to_ids(strings, self.tokenizer, self.form.max_length(self.kind))
+        longest, most = self.form.max_length(self.kind), self.form.chunks(self.kind)
+        chunks = chunk_ids(strings, self.tokenizer, longest, most)
+        full = np.array([len(some) == most and len(some[-1]) == longest for some in chunks])
+        ids, tokens = [i for i, some in zip(ids, chunks, strict=True) for _ in some], list(chain.from_iterable(chunks))
         lengths = np.fromiter(map(len, tokens), np.int32, len(tokens))
-        return list(ids), np.fromiter(chain.from_iterable(tokens), np.int32, lengths.sum()), lengths
+        return ids, full, np.fromiter(chain.from_iterable(tokens), np.int32, lengths.sum()), lengths
 
 
 def cut(start: int, stop: int, window: int) -> list[tuple[int, int]]:
@@ -133,6 +142,7 @@ def main():
 
     # ---- model and texts
     overrides = {"title": args.title, "query_prompt": args.query_prompt, "passage_prompt": args.passage_prompt}
+    overrides |= {"max_chunks": args.max_chunks, "max_characters": args.max_characters}
     overrides[f"max_{args.kind}_length"] = args.max_length
     with accelerator.main_process_first():
         folder = checkpoint_folder(args.model)
@@ -148,6 +158,7 @@ def main():
         exclude_special_tokens=args.exclude_special_tokens,
     ).to(device)
     form, tokenizer, sparse = model.format, model.tokenizer, isinstance(model, SparseBiEncoder)
+    M = form.chunks(args.kind)
     dtype = args.dtype or ("float32" if sparse else "float16")
     if not sparse and (args.max_terms or args.min_weight):
         raise UserError(f"{folder}: a dense checkpoint — leave --max_terms and --min_weight out")
@@ -163,6 +174,8 @@ def main():
         "title": form.title if args.kind == "passage" else None,
         "prompt": form.prompt(args.kind),
         "max_length": form.max_length(args.kind),
+        **({"max_chunks": M} if M > 1 else {}),
+        **({"max_characters": form.max_characters} if args.kind == "passage" and form.max_characters else {}),
         "input": args.input,
         "input_fingerprint": texts.fingerprint,
         "count": len(texts),
@@ -173,7 +186,7 @@ def main():
         "tokens_per_batch": budget,
     }
     shards = [(s, min(s + args.shard_rows, len(texts))) for s in range(0, len(texts), args.shard_rows)]
-    _, tokens, lengths = Windows(texts, [(0, min(1000, len(texts)))], args.kind, form, tokenizer)[0]
+    _, full, tokens, lengths = Windows(texts, [(0, min(1000, len(texts)))], args.kind, form, tokenizer)[0]
     first = tokenizer.decode(tokens[: lengths[0]])
     facts = {
         "model": f"{args.model}, {model.pooling} pooling, {model.dim} dimensions, normalised: {model.normalized}",
@@ -182,13 +195,15 @@ def main():
         "title": meta["title"],
         "max_length": meta["max_length"],
         "first input": first if len(first) < 300 else f"{first[:200]} ... {first[-80:]}",
-        "at max_length": f"{(lengths == meta['max_length']).mean():.1%} of the first {len(lengths)} texts",
+        **({"chunks": f"{len(lengths) / len(full):.2f} per text, {M} at most"} if M > 1 else {}),
+        "at max_length": f"{full.mean():.1%} of the first {len(full)} texts",
         "running on": describe(accelerator),
-        "stored as": f"{dtype}, {len(shards)} shard(s) of {args.shard_rows} rows",
+        "stored as": f"{dtype}, {len(shards)} shard(s) of {args.shard_rows} texts",
     }
     if args.dry_run:
-        batches = len(token_batches(lengths, budget, meta["max_length"])) * len(texts) / len(lengths)
-        disk = f"{len(texts) * model.dim * np.dtype(dtype).itemsize / 1e9:.2f} GB"
+        times = len(texts) / len(full)
+        batches = len(token_batches(lengths, budget, meta["max_length"])) * times
+        disk = f"{len(lengths) * times * model.dim * np.dtype(dtype).itemsize / 1e9:.2f} GB"
         disk = "8 bytes per weight" if sparse else disk
         echo(accelerator, "dry run", {**facts, "batches": f"about {math.ceil(batches)}", "disk": disk})
         return
@@ -230,7 +245,7 @@ def main():
         for shard, parts in zip(mine, spans, strict=True):
             vectors, shard_ids = [], []
             for _ in parts:
-                ids, tokens, lengths = next(loader)
+                ids, full, tokens, lengths = next(loader)
                 starts = np.cumsum(lengths) - lengths
                 batches, encoded = token_batches(lengths, budget, meta["max_length"]), []
                 for rows, width in batches:
@@ -254,8 +269,8 @@ def main():
                     terms += stored.nnz
                 vectors.append(stored)
                 shard_ids += ids
-                limited += int((lengths == meta["max_length"]).sum())
-                bar.update(len(ids))
+                limited += int(full.sum())
+                bar.update(len(full))
             vectors = vstack(vectors, "csr") if sparse else np.concatenate(vectors)
             if sparse:
                 vectors.data = vectors.data.astype(dtype)  # the last thing done to it: scipy knows no float16
@@ -269,6 +284,8 @@ def main():
     if accelerator.is_main_process:
         texts_done, limited, terms = (sum(d[i] for d in done) for i in range(3))
         seconds = max(d[3] for d in done)
+        if M > 1:
+            meta["vectors"] = sum(len(np.load(path, mmap_mode="r")) for path in folder.glob("shard-*.npy"))
         finish_embeddings(folder, meta)
         (folder / "progress.json").unlink()
         print(

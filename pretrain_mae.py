@@ -35,7 +35,6 @@ N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16
 """
 
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -44,28 +43,16 @@ from typing import Literal
 
 import torch
 from accelerate.utils import send_to_device
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from lib.attention import economize
-from lib.data import BlockCollator, StepSampler, open_corpora
+from lib.data import BlockCollator, StepSampler, load, open_corpora
 from lib.files import UserError, write_lines
-from lib.launch import (
-    RunLog,
-    claim_output,
-    describe,
-    echo,
-    load_state,
-    make_accelerator,
-    parse_args,
-    run,
-    save_state,
-    versions,
-)
+from lib.launch import RunLog, begin, describe, load_state, make_accelerator, parse_args, run, save_state
 from lib.lm import load_decoder, load_lm, max_positions, read_architecture, save_checkpoint, stated_title
 from lib.mae import MLM, SEED, CoCondenser, Condenser, DupMAE, LexMAE, RetroMAE, span_backward
-from lib.optim import lr_at, parameter_groups
+from lib.optim import descend, lr_at, parameter_groups
 from lib.probe import Probe
 from lib.text import step_seed
 
@@ -177,8 +164,7 @@ def main():
     for name in ("encoder_mask_ratio", "decoder_mask_ratio"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: a share of the tokens — choose it between 0 and 1")
-    counts = "per_device_batch_size", "gradient_accumulation_steps", "log_every", "save_every", "decoder_masks"
-    for name in (*counts, "decoder_layers", "attention_window", "span_tokens"):
+    for name in ("decoder_masks", "decoder_layers", "attention_window", "span_tokens"):
         if (1 if getattr(args, name) is None else getattr(args, name)) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: counts from 1 — give a larger number")
     objective, pairs = OBJECTIVES[args.objective], args.objective == "cocondenser"
@@ -218,33 +204,26 @@ def main():
         unit: f"{len(blocks)} of at most {args.max_length} tokens, title: {title}",
         **blocks.shares(),
         "steps": f"{max_steps}, {len(blocks) / (W * B * accumulation):.2f} per epoch, {warmup_steps} of warm-up",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
-    if args.dry_run:
+
+    def preview():
         first = collate([blocks[index, 0, index] for index in range(min(B, len(blocks)))])
         lengths = first["attention_mask"].sum(1)
-        shown = model.preview(first, args.seed, tokenizer) | {
-            "tokens": f"median {int(lengths.median())} of the first {len(lengths)}",
-            "disk": f"{weights * 4 * 4 / 1e9:.2f} GB",  # checkpoint, and state with two moments
-        }
-        return echo(accelerator, "dry run: pre-training", {**facts, **shown})
-    ignore = "log_every", "save_every", "num_workers", "report_to", "probe_every", "probe_queries", "probe_qrels"
-    if claim_output(args, accelerator, resume=args.resume, ignore=ignore):
-        return accelerator.print(f"{args.output_dir} is complete")
-    echo(accelerator, "pre-training", facts)
+        tokens = {"tokens": f"median {int(lengths.median())} of the first {len(lengths)}"}
+        return model.preview(first, args.seed, tokenizer) | tokens
+
+    numbers = weights * 4  # checkpoint, and state with two moments
+    ignore = "probe_every", "probe_queries", "probe_qrels"
+    if not begin(accelerator, args, "pre-training", facts, preview, numbers, ignore):
+        return
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # ---- resume
-    step, extra = load_state(args.output_dir, accelerator, model, optimizer)
-    launched = f"{W} process(es), precision {accelerator.mixed_precision}"
-    if extra and extra["launched"] != launched:
-        raise UserError(f"{args.output_dir}: the run had {extra['launched']}, now {launched} — resume it as it was")
+    step, _ = load_state(args.output_dir, accelerator, model, optimizer)
     micro_step = step * accumulation
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns at every fork of a worker
     sampler = StepSampler(len(blocks), B, rank, W, args.seed, start=micro_step, epoch_order=blocks.order)
-    how = {"num_workers": args.num_workers, "pin_memory": device.type == "cuda"}
-    batches = iter(DataLoader(blocks, batch_sampler=sampler, collate_fn=collate, **how))
+    batches = load(blocks, collate, sampler, args.num_workers, device)
 
     # ---- train
     log, totals, tokens, waited = RunLog(accelerator, args.output_dir, step), 0, 0, 0.0
@@ -270,18 +249,13 @@ def main():
                 terms = model(batch, args.seed)
                 loss, sums = mean_loss(accelerator, terms)
                 accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_at(step, args.learning_rate, warmup_steps, max_steps)
-            checked = loss + norm if accelerator.sync_gradients and not accelerator.scaler else loss
-            if not torch.isfinite(checked):  # fp16: the scaler itself passes over a step whose gradient overflows
+            lr = lr_at(step, args.learning_rate, warmup_steps, max_steps)
+            norm, finite = descend(accelerator, model, optimizer, loss.detach(), lr, args.max_grad_norm)
+            if not finite:
                 pids = ", ".join(blocks.ids(batch["examples"].tolist()))
                 raise UserError(
                     f"step {step + 1}: loss or gradient not finite for texts {pids} — lower --learning_rate"
                 )
-            optimizer.step()
-            optimizer.zero_grad()
         # -------------------------------------------------------------------------------- log, save: once per step
         micro_step += 1
         totals, tokens = totals + sums.double(), tokens + batch["tokens"]  # stay on the device until they are logged
@@ -295,7 +269,7 @@ def main():
             for name, (loss_sum, labels, correct) in zip(terms, totals.tolist(), strict=True):
                 values |= {f"{name}_loss": loss_sum / max(labels, 1), f"{name}_accuracy": correct / max(labels, 1)}
             values = {"loss": sum(t.weight * values[f"{name}_loss"] for name, t in terms.items()), **values}
-            values |= {"lr": group["lr"], "grad_norm": norm.item()}
+            values |= {"lr": lr, "grad_norm": norm.item()}
             spent = time.perf_counter() - clock  # of this process, as are its tokens and how long it waited for data
             log.write(step, {**values, "tokens/s": W * tokens / spent, "waited": waited / spent}, bar)
             totals, tokens, waited, clock = 0, 0, 0.0, time.perf_counter()
@@ -305,7 +279,7 @@ def main():
                 log.write(step, probe(accelerator.unwrap_model(model), device), bar)
             clock += time.perf_counter() - pause
         if step % args.save_every == 0 and not last_step:
-            save_state(args.output_dir, step, accelerator, model, optimizer, {"launched": launched})
+            save_state(args.output_dir, step, accelerator, model, optimizer, {})
     bar.close()
 
     # ---- save

@@ -7,11 +7,12 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
 import xxhash
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -25,11 +26,13 @@ from lib.files import (
     line_of,
     open_texts,
     read_candidates,
+    read_clusters,
     read_negatives,
     read_qrels,
     read_scores,
 )
-from lib.text import TextFormat, format_texts, join_title, pad, step_seed, to_ids
+from lib.metrics import mrr_at_k
+from lib.text import TextFormat, chunk_ids, format_texts, join_title, pad, step_seed, to_ids
 
 
 class StepSampler:
@@ -67,6 +70,14 @@ class StepSampler:
                 batch.append((int(order[offset]), micro_step, row))
             yield batch
             micro_step += 1
+
+
+def load(dataset: Dataset, collate: Callable, sampler, num_workers: int, device) -> Iterator[dict]:
+    """Batches without end, made by loader workers. sampler: of batches; None = the dataset yields them whole."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns at every fork of a worker
+    how = {"batch_sampler": sampler} if sampler else {"batch_size": None}
+    pin = device.type == "cuda"
+    return iter(DataLoader(dataset, collate_fn=collate, num_workers=num_workers, pin_memory=pin, **how))
 
 
 def _permutation(size: int, seed: int, *place: int) -> np.ndarray:
@@ -394,11 +405,12 @@ class Groups(Dataset):
     query, of which passages_per_query - 1 are drawn without replacement as a function of (seed, micro-step, global
     row). A shorter list is filled with row -1: an empty text whose column the loss masks. No judged positive of a
     query is ever its negative, neither by id nor as an exact copy of its text. `scores_path`: a teacher's scores, `qid
-    TAB pid TAB score`, of which the first line of a pair counts. `notes`: what a user must know of it.
+    TAB pid TAB score`, of which the first line of a pair counts. `mined_only`: examples of queries without a negative
+    are left out. `clusters_path`: `qid TAB cluster`, in `clusters` (J,). `notes`: what a user must know of it.
 
     UserError: an id of the qrels without a text; an unknown passage among the negatives; negatives that overlap the
     positives (unless allow_overlap: they are dropped and counted); negatives present and unused (unless allow_unused);
-    groups without a negatives file; a pair that may be drawn and has no teacher score."""
+    groups without a negatives file; a pair that may be drawn and has no teacher score; a query without a cluster."""
 
     def __init__(
         self,
@@ -412,6 +424,8 @@ class Groups(Dataset):
         allow_overlap: bool = False,
         allow_unused: bool = False,
         scores_path=None,
+        mined_only: bool = False,
+        clusters_path=None,
     ):
         if passages_per_query < 1 or depth < 1:
             raise UserError("--passages_per_query and --negatives_depth count from 1 — give larger numbers")
@@ -448,6 +462,11 @@ class Groups(Dataset):
             self.positive_scores = scores(self.example_query, self.positive_rows)
             index = np.repeat(np.arange(len(judged)), np.diff(self.negative_starts))
             self.negative_scores = scores(index, self.negative_rows)
+        self.examples = np.arange(len(pids))  # those that are trained on
+        if mined_only:
+            self.examples = np.flatnonzero(np.diff(self.negative_starts)[self.example_query])
+            self.notes["examples"] = f"{len(self.examples)} of {len(pids)}, those of the queries mined"
+        self.clusters = _read_clusters(clusters_path, judged, qrels_path) if clusters_path else None
 
     def _read_negatives(self, judged, path, depth, allow_overlap, allow_unused) -> None:
         place = {qid: index for index, qid in enumerate(judged)}
@@ -502,12 +521,26 @@ class Groups(Dataset):
         return np.asarray(self.corpus.text_keys[rows])
 
     def __len__(self) -> int:
-        return len(self.example_query)
+        return len(self.examples)
+
+    def sampler(self, per_device_batch_size: int, rank: int, world: int, start: int) -> StepSampler:
+        return StepSampler(len(self), per_device_batch_size, rank, world, self.seed, start)
+
+    def sample(self, size: int) -> list[tuple[str, list[tuple[str, str]]]]:
+        """(query, its passages) of the first examples."""
+        items = [self[example, 0, example] for example in range(min(size, len(self)))]
+        texts = [[self.corpus[row] for row in rows if row >= 0] for _, rows, _ in items]
+        return [(self.queries[self.query_rows[i]][1], own) for (i, *_), own in zip(items, texts, strict=True)]
+
+    def names(self, rows) -> str:
+        """Of queries, for an error message."""
+        return f"for queries {', '.join(self.queries.ids(rows))}"
 
     def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, np.ndarray, np.ndarray]:
         """(example, micro-step, global row) of StepSampler -> (judged query, (P,) corpus rows, positive first, (P,)
         teacher scores, 0 where there is none)."""
-        example, micro_step, global_row = place
+        number, micro_step, global_row = place
+        example = self.examples[number]
         index = int(self.example_query[example])
         pool = np.arange(self.negative_starts[index], self.negative_starts[index + 1])
         if len(pool) > self.num_negatives:  # the 1: a stream of its own, beside that of the permutations
@@ -521,6 +554,24 @@ class Groups(Dataset):
         if self.positive_scores is not None:
             scores[0], scores[1 : 1 + len(pool)] = self.positive_scores[example], self.negative_scores[pool]
         return index, rows, scores
+
+
+def _read_clusters(path, judged: dict, qrels_path) -> np.ndarray:
+    """(J,) int64, the cluster of each judged query, from 0."""
+    place = {qid: index for index, qid in enumerate(judged)}
+    clusters = np.full(len(place), -1, dtype=np.int64)
+    for qid, cluster in read_clusters(path):
+        if qid in place:
+            if cluster < 0:
+                raise UserError(f"{line_of(path, qid)}: cluster {cluster} of query {qid} — clusters count from 0")
+            clusters[place[qid]] = cluster
+    if clusters.min() < 0:
+        qid = next(qid for qid, index in place.items() if clusters[index] < 0)
+        raise UserError(
+            f"{path}: no cluster for query {qid} of {qrels_path} ({(clusters < 0).sum()} such) — cluster the queries "
+            "of these judgments"
+        )
+    return clusters
 
 
 def _starts(lengths) -> np.ndarray:
@@ -541,14 +592,18 @@ def known_rows(texts: Texts, ids: list[str], path, what: str, *beside: str) -> n
 
 @dataclass
 class GroupCollator:
-    """Rows of Groups -> a batch for one micro-step; text becomes ids here. B queries, n = B·P passages, query-major.
+    """Rows of Groups -> a batch for one micro-step; text becomes ids here. B queries, n = B·P passages, query-major; M
+    chunks of a passage at most (the format's max_chunks).
 
-    query, passage               lists of chunks {"input_ids", "attention_mask"} of `chunk_rows` texts of like length
-    query_order, passage_order   (B,), (n,) place among the encoded rows: p_reps[passage_order] is query-major
+    query, passage               lists of {"input_ids", "attention_mask"} of `chunk_rows` texts, or chunks of texts,
+                                 of like length
+    query_order, passage_order   (B,), (n·M,) place among the encoded rows, as length_chunks gives it:
+                                 p_reps[passage_order] is query-major
     passage_rows, passage_keys   (n,) corpus row (-1 = filler), text key
     query_rows, positive_rows    (B,) row of the query; corpus row of its positive, by the qrels
     positive_keys                (B, M) text keys of all judged positives of each query, padded by repetition
-    teacher_scores               (B, P) 0 where there is none"""
+    teacher_scores               (B, P) 0 where there is none
+    clusters, text_clusters      if there are any: (B,); of every text in the order of encoding, queries first"""
 
     groups: Groups
     tokenizer: object
@@ -565,7 +620,7 @@ class GroupCollator:
         query, query_order = length_chunks("query", [groups.queries[row] for row in query_rows], *how)
         texts = [corpus[row] if row >= 0 else ("", "") for row in passage_rows]
         passage, passage_order = length_chunks("passage", texts, *how)
-        return {
+        batch = {
             "query": query,
             "passage": passage,
             "query_order": query_order,
@@ -577,42 +632,54 @@ class GroupCollator:
             "positive_keys": torch.from_numpy(np.stack([np.pad(k, (0, width - len(k)), mode="edge") for k in keys])),
             "teacher_scores": torch.from_numpy(np.stack([scores for *_, scores in items])),
         }
+        if groups.clusters is not None:
+            batch["clusters"] = torch.from_numpy(groups.clusters[[index for index, *_ in items]])
+            orders = query_order, passage_order
+            batch["text_clusters"] = torch.cat([_in_order(batch["clusters"], order) for order in orders])
+        return batch
+
+
+def _in_order(clusters: Tensor, order: Tensor) -> Tensor:
+    """clusters (B,), order (B·m,) places of texts among the rows encoded -> the cluster of each row."""
+    rows = torch.empty(int(order.max()) + 1, dtype=clusters.dtype)
+    rows[order] = clusters.repeat_interleave(len(order) // len(clusters))
+    return rows
 
 
 def length_chunks(
     kind: str, texts: list[tuple[str, str]], form: TextFormat, tokenizer, chunk_rows: int
 ) -> tuple[list[dict], Tensor]:
-    """(title, text) pairs -> (chunks, order): padded chunks of at most `chunk_rows` texts of like length, and
-    (len(texts),) int64, the place of each text among their rows: torch.cat(encoded chunks)[order]."""
-    ids = to_ids(format_texts(texts, kind, form, tokenizer), tokenizer, form.max_length(kind))
+    """(title, text) pairs -> (batches, order): padded batches of at most `chunk_rows` texts of like length, and
+    (len(texts),) int64, the place of each text among their rows: torch.cat(encoded batches)[order].
+
+    Where a text may have M > 1 chunks, the rows are the chunks that there are, and order has (len(texts)·M,) places,
+    text by text. A chunk that a text lacks has the place of its first: a maximum over M is one over its own."""
+    M, strings = form.chunks(kind), format_texts(texts, kind, form, tokenizer)
+    cut = chunk_ids(strings, tokenizer, form.max_length(kind), M)
+    ids, counts = list(chain.from_iterable(cut)), np.array([len(chunks) for chunks in cut], dtype=np.int64)
     by_length = np.argsort([-len(one) for one in ids], kind="stable")
-    chunks = [by_length[start : start + chunk_rows] for start in range(0, len(ids), chunk_rows)]
-    return [pad([ids[row] for row in rows], tokenizer) for rows in chunks], torch.from_numpy(np.argsort(by_length))
+    batches = [by_length[start : start + chunk_rows] for start in range(0, len(ids), chunk_rows)]
+    offsets = np.arange(M) * (np.arange(M) < counts[:, None])  # (n, M), 0 for a chunk that is not there
+    places = np.argsort(by_length)[(np.cumsum(counts) - counts)[:, None] + offsets]
+    return [pad([ids[row] for row in rows], tokenizer) for rows in batches], torch.from_numpy(places.ravel())
 
 
-def preview(collate: GroupCollator, examples: int = 256) -> dict[str, str]:
+def preview(collate, examples: int = 256) -> dict[str, str]:
     """What a dry run shows: the first group as the encoder will read it, and how many texts are cut."""
-    groups, form, tokenizer = collate.groups, collate.form, collate.tokenizer
-    items = [groups[example, 0, example] for example in range(min(examples, len(groups)))]
-    index, rows, _ = items[0]
-    texts = {
-        "query": [groups.queries[groups.query_rows[i]] for i, *_ in items],
-        "passage": [
-            groups.corpus[row] for row in np.unique(np.concatenate([rows for _, rows, _ in items])) if row >= 0
-        ],
-    }
-    first = {
-        "query": [groups.queries[groups.query_rows[index]]],
-        "passage": [groups.corpus[r] for r in rows if r >= 0],
-    }
+    form, tokenizer, sample = collate.form, collate.tokenizer, collate.groups.sample(examples)
+    first = {"query": [("", sample[0][0])], "passage": sample[0][1]}
+    passages = dict.fromkeys(passage for _, own in sample for passage in own)
+    texts = {"query": [("", query) for query, _ in sample], "passage": list(passages)}
     names, facts = {"query": ["query"], "passage": ["positive", "negative", "another negative"]}, {}
     for kind in ("query", "passage"):
-        longest = form.max_length(kind)
-        ids = to_ids(format_texts(first[kind], kind, form, tokenizer), tokenizer, longest)
-        facts |= {f"first {name}": tokenizer.decode(one) for name, one in zip(names[kind], ids, strict=False)}
+        longest, M = form.max_length(kind), form.chunks(kind)
+        chunks = chunk_ids(format_texts(first[kind], kind, form, tokenizer), tokenizer, longest, M)
+        read = [" | ".join(map(tokenizer.decode, some)) for some in chunks]
+        facts |= {f"first {name}": one for name, one in zip(names[kind], read, strict=False)}
         lengths = [len(one) for one in to_ids(format_texts(texts[kind], kind, form, tokenizer), tokenizer, 10**6)]
-        cut = sum(length > longest for length in lengths) / len(lengths)
-        facts[f"{kind} tokens"] = f"median {int(np.median(lengths))}, {cut:.1%} of texts cut at {longest}"
+        room = M * longest - (M - 1) * tokenizer.num_special_tokens_to_add()
+        cut, at = sum(length > room for length in lengths) / len(lengths), f"{M} x {longest}" if M > 1 else longest
+        facts[f"{kind} tokens"] = f"median {int(np.median(lengths))}, {cut:.1%} of texts cut at {at}"
     return facts
 
 
@@ -620,9 +687,18 @@ def preview(collate: GroupCollator, examples: int = 256) -> dict[str, str]:
 # development set: candidates to re-rank while training
 
 
-def read_dev(queries: Texts, corpus: Texts, qrels_path, candidates_path) -> tuple[dict, dict]:
-    """(qrels, candidates) of a development set: the judgments, and the passages to re-rank for judged queries.
-    UserError: an id without a text, or no judged query with candidates."""
+def open_dev(corpus: Texts | None, queries_path, qrels_path, candidates_path, wanted) -> tuple | None:
+    """(queries, qrels, candidates) of a development set: the judgments, and the passages to re-rank for judged
+    queries; None if there is none, and it is not wanted.
+    UserError: a file is missing, an id has no text, or no judged query has candidates."""
+    files = queries_path, qrels_path, candidates_path
+    if not any(files) and not wanted:
+        return None
+    if not all(files) or corpus is None:
+        raise UserError(
+            "the development set is incomplete — give --dev_queries, --dev_qrels, --dev_candidates and --corpus"
+        )
+    queries = open_texts(queries_path)
     qrels = read_qrels(qrels_path)
     candidates = {qid: pids for qid, pids in read_candidates(candidates_path).items() if qid in qrels}
     if not candidates:
@@ -630,16 +706,17 @@ def read_dev(queries: Texts, corpus: Texts, qrels_path, candidates_path) -> tupl
     known_rows(queries, list(candidates), candidates_path, "query")
     for qid, pids in candidates.items():
         known_rows(corpus, pids, candidates_path, "passage", qid)
-    return qrels, candidates
+    return queries, qrels, candidates
 
 
 @torch.no_grad()
 def rerank(
     encoder: Callable, device, collate: GroupCollator, queries: Texts, candidates: dict, k: int, at_once: int = 25_000
 ) -> dict:
-    """{qid: the best k of its candidates by dot product, best first}; ties keep the order of the candidates.
-    encoder(query, passage) -> (q_reps, p_reps), either side None. As many queries at a time as have about `at_once`
-    candidates, each of which is encoded once for them: memory does not grow with the number of queries."""
+    """{qid: the best k of its candidates by dot product, that of their best chunk where they have several, best
+    first}; ties keep the order of the candidates. encoder(query, passage) -> (q_reps, p_reps), either side None. As
+    many queries at a time as have about `at_once` candidates, each of which is encoded once for them: memory does not
+    grow with the number of queries."""
     ranked, qids, corpus = {}, list(candidates), collate.groups.corpus
     size = max(at_once // max(map(len, candidates.values()), default=1), 1)
 
@@ -657,8 +734,21 @@ def rerank(
         pids = sorted({pid for qid in block for pid in candidates[qid]})
         place = {pid: row for row, pid in enumerate(pids)}
         q_reps = reps(0, [queries[row] for row in queries.rows(block)])
-        p_reps = reps(1, [corpus[row] for row in corpus.rows(pids)])
+        p_reps = reps(1, [corpus[row] for row in corpus.rows(pids)]).unflatten(0, (len(pids), -1))  # (n, M, D)
         for qid, q in zip(block, q_reps, strict=True):
-            scores = p_reps[[place[pid] for pid in candidates[qid]]] @ q
+            scores = (p_reps[[place[pid] for pid in candidates[qid]]] @ q).amax(1)
             ranked[qid] = [candidates[qid][i] for i in scores.argsort(descending=True, stable=True)[:k]]
     return ranked
+
+
+def dev_mrr(
+    accelerator, model, collate, queries: Texts, qrels: dict, candidates: dict, k: int = 10, at_once: int = 25_000
+) -> float:
+    """MRR@k of the candidates re-ranked by the model as it stands, each process its share of the queries; judged
+    queries without candidates count 0."""
+    rank, W = accelerator.process_index, accelerator.num_processes
+    mine = {qid: candidates[qid] for qid in sorted(candidates)[rank::W]}
+    encoder = accelerator.unwrap_model(model).eval()
+    parts = gather_object([rerank(encoder, accelerator.device, collate, queries, mine, k, at_once)])
+    model.train()
+    return mrr_at_k({qid: pids for part in parts for qid, pids in part.items()}, qrels, k)

@@ -7,15 +7,16 @@ A checkpoint is a Hugging Face folder that is a sentence-transformers folder as 
     1_Pooling/, 2_Dense/, 3_LayerNorm/                their settings and weights
     sentence_bert_config.json                         passage length; the query length where it differs
     config_sentence_transformers.json                 prompts
-    bottleneck.json                                   how titles are joined, what the tokenizer gave when it was saved
+    bottleneck.json                                   how titles are joined, how passages are cut into chunks, what
+                                                      the tokenizer gave when it was saved
 
 A sparse one has the masked language model as AutoModelForMaskedLM reads it, and MLMTransformer, SpladePooling for
 modules.
 
 The older spelling of these files is written, which newer sentence-transformers read too; only a query length of its
-own needs sentence-transformers 6 (earlier ones refuse the key). With `sep` titles, which it cannot join, or special
-tokens excluded from the pooling, there is no modules.json: the list is in bottleneck.json, and the folder does not
-claim to be loadable there.
+own needs sentence-transformers 6 (earlier ones refuse the key). With `sep` titles, which it cannot join, passages of
+several chunks or cut to so many characters, or special tokens excluded from the pooling, there is no modules.json: the
+list is in bottleneck.json, and the folder does not claim to be loadable there.
 
 B texts, L tokens, H hidden size, V vocabulary, D dimensions of a vector: V of a sparse one. attention_mask 1 = keep.
 """
@@ -42,6 +43,7 @@ from lib.text import TextFormat, format_texts, pad, to_ids
 from lib.vocab import ARCHITECTURES, head_transform, max_pooled_logits
 
 VERSION = 1  # of bottleneck.json
+CUT_VERSION = 2  # of one that states max_chunks or max_characters: a reader that does not know them must refuse
 # The logits of a new LM head are normal, with the norm of the term's embedding for standard deviation: its inputs
 # leave a LayerNorm. So many of these lower, some per cent of the terms have their maximum above zero, as with a
 # trained head, and not all of them, from which training must first find back.
@@ -153,8 +155,9 @@ class BiEncoder(nn.Module):
 
     @property
     def portable(self) -> bool:
-        """Whether sentence-transformers can express it: it joins no title by a separator."""
-        return self.format.title != "sep"
+        """Whether sentence-transformers can express it: it joins no title by a separator, and cuts a passage to one
+        chunk of tokens only."""
+        return self.format.title != "sep" and self.format.max_chunks == 1 and not self.format.max_characters
 
     def encode(self, batch: dict[str, Tensor] | list[dict[str, Tensor]]) -> Tensor:
         """{"input_ids": (B, L), "attention_mask": (B, L)} -> (B, D) fp32. A list of such chunks, each padded to its
@@ -245,11 +248,11 @@ def load_encoder(
     exclude_special_tokens   of a new sparse head; a folder that states its own keeps it
 
     UserError: missing weights (but BERT's pooler, which is never kept), a pooling that contradicts the folder, lengths
-    beyond the model's positions, a tokenizer that gives other ids than when the checkpoint was saved, modules or
-    settings that cannot be expressed here."""
+    beyond the model's positions, several chunks with a sparse head or a slow tokenizer, a tokenizer that gives other
+    ids than when the checkpoint was saved, modules or settings that cannot be expressed here."""
     folder = checkpoint_folder(model)
     private = read_json(folder / "bottleneck.json") if (folder / "bottleneck.json").is_file() else {}
-    if private.get("version", VERSION) > VERSION:
+    if private.get("version", VERSION) > CUT_VERSION:
         raise UserError(f"{folder}: written by a newer version of this project — update it")
     modules = private.get("modules") or _read_list(folder / "modules.json")
     base, stored_pooling, layers = folder, None, []
@@ -276,6 +279,8 @@ def load_encoder(
         stated = _stated_format(folder, base, stored, tokenizer, limit)
     if private:
         stated = {"query_prompt": "", "passage_prompt": "", **stated, "title": private["title"]}
+        if modules:
+            stated |= {"max_chunks": private.get("max_chunks", 1), "max_characters": private.get("max_characters", 0)}
         if private["tokenizer"]["ids"] != fingerprint(tokenizer):
             raise UserError(
                 f"{folder}: the tokenizer gives other ids than when the checkpoint was saved (tokenizers "
@@ -292,11 +297,17 @@ def load_encoder(
             raise UserError(
                 f"{folder}: its {name} is {stated[name]!r}, not {value!r} — leave it out, or add --override"
             )
-        if name.startswith("max_") and not 2 < value <= (limit or value):
+        if name.endswith("_length") and not 2 < value <= (limit or value):
             raise UserError(f"{folder}: {name} {value} — the model has {limit} positions, give 3 to {limit}")
+        least = {"max_chunks": 1, "max_characters": 0}.get(name)
+        if least is not None and value < least:
+            raise UserError(f"{folder}: {name} {value} — give {least} or more")
         setattr(form, name, value)
     if form.title == "sep" and tokenizer.sep_token is None:
         raise UserError(f"{folder}: the tokenizer has no separator token for --title sep — use --title space")
+    if form.max_chunks > 1 and (sparse or not tokenizer.is_fast):
+        reason = "a sparse vector is one per text" if sparse else "a slow tokenizer gives no chunks"
+        raise UserError(f"{folder}: max_chunks {form.max_chunks}, but {reason} — use --max_chunks 1")
     if sparse:
         if stored == "sparse":
             own = private.get("exclude_special_tokens", False)
@@ -672,6 +683,9 @@ def _write_folder(model: BiEncoder, folder: Path, weights: dict[str, Tensor], ca
     write_json(folder / "config_sentence_transformers.json", general)
     ids = {"ids": fingerprint(tokenizer), "version": tokenizers.__version__}
     private = {"version": VERSION, "title": form.title, "tokenizer": ids}
+    if form.max_chunks > 1 or form.max_characters:
+        private["version"] = CUT_VERSION
+        private |= {"max_chunks": form.max_chunks, "max_characters": form.max_characters}
     if sparse:
         private["exclude_special_tokens"] = model.exclude_special_tokens
     if model.portable:

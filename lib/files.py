@@ -4,7 +4,7 @@
                  Parquet, a save_to_disk folder, a hub name (NAME or NAME:CONFIG)
                  {"spans": ["Ants are ...", "A queen ..."]}   JSONL of cut documents (coCondenser), _id optional
                  7 \\t Ants are ...      7 \\t Ants \\t Ants are ...   TSV of 2 or 3 columns (MS MARCO, LexMAE)
-                 D7 \\t http://... \\t Ants \\t Ants are ...      MS MARCO documents (the url is dropped)
+                 D7 \\t http://... \\t Ants \\t Ants are ...      MS MARCO documents (url and title: see FIELD)
     queries      {"_id": "q1", "text": "do ants sleep"}      q1 \\t do ants sleep
     qrels        q1 0 7 1 (TREC, MS MARCO)      q1 \\t 7 (RetroMAE)
                  query-id \\t corpus-id \\t score, then q1 \\t 7 \\t 1 (BEIR)
@@ -14,7 +14,8 @@
     triples      do ants sleep \\t Ants are ... \\t Bees are ... (texts)      q1 \\t 7 \\t 9 (ids)
     scores       q1 \\t 7 \\t 8.31      clusters   q1 \\t 12      titles   7 \\t Ants
     embeddings   shard-00000.npy (n, D) float16/32, shard-00000.ids.txt, ..., meta.json (written last); sparse ones
-                 shard-00000.npz, a CSR matrix (n, V) as scipy.sparse.load_npz reads it
+                 shard-00000.npz, a CSR matrix (n, V) as scipy.sparse.load_npz reads it; a text of several chunks has
+                 as many rows one after the other, with its id in each
     impacts      {"id": "7", "vector": {"ant": 113, "##s": 20}} (Anserini's JsonVectorCollection)
                  q1 \\t ant ant ant ##s (its queries, each token as often as it weighs)
 
@@ -42,7 +43,8 @@ from scipy.sparse import csr_matrix, save_npz, vstack
 ID_KEYS, TEXT_KEYS = ("_id", "docid", "id", "pid", "qid"), ("text", "contents", "body", "passage", "query")
 ROWS_PER_BATCH = 1024  # rows of one Arrow record batch: the unit of a sequential read
 SPAN = "\n\x1e\n"  # between the spans of a document that comes cut into spans: a record separator, in no ordinary text
-TEXTS_VERSION = 1  # part of the cache key: raise it when what build_texts writes changes
+FIELD = "\x1f"  # between url and title of a document, in the place of a title: a unit separator, white space to str
+TEXTS_VERSION = 2  # part of the cache key: raise it when what build_texts writes changes
 
 
 class UserError(Exception):
@@ -171,7 +173,7 @@ def _row(record: dict, place: str) -> tuple[str, str, str]:
 def _tsv_row(path, number, line) -> tuple[str, str, str]:
     columns = _columns(path, number, line, "\t", (2, 3, 4), "a TSV of texts")
     if len(columns) == 4:  # MS MARCO documents: docid, url, title, body
-        del columns[1]
+        columns[1:3] = [FIELD.join(columns[1:3])]
     return (columns[0], "", columns[1]) if len(columns) == 2 else (columns[0], columns[1], columns[2])
 
 
@@ -645,9 +647,20 @@ def _read_sparse(path) -> csr_matrix:
         return csr_matrix(arrays, shape=tuple(parts["shape"]))
 
 
+def _opens(ids: np.ndarray) -> np.ndarray:
+    """(n,) ids of vectors -> (n,) bool, True for the first vector of a text."""
+    return np.append(True, ids[1:] != ids[:-1])
+
+
 class Embeddings:
     """A finished folder of embedding shards; rows count through all shards. Dense shards are memory-mapped, sparse
-    ones read when their rows are asked for, and given as CSR matrices in place of arrays."""
+    ones read when their rows are asked for, and given as CSR matrices in place of arrays.
+
+    A row is that of a text: in len, ids and rows, and in what searches return. A text has one vector, or with
+    max_chunks > 1 (see lib/text.py) one for each of its chunks, side by side; blocks and take count vectors. Only such
+    a folder has, in memory,
+        first     (N + 1,) int64, the first vector of each text; last, the number of vectors
+        text_of   (num_vectors,) int32, the text that each vector belongs to"""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -664,12 +677,21 @@ class Embeddings:
             shapes = [self._shape(path) for path in self.paths]
         except (ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(f"{folder}: a damaged shard ({error}) — remove the folder and encode again") from error
-        self.starts = np.cumsum([0, *(n for n, _ in shapes)])  # first row of each shard, and the end
-        if not shapes or self.starts[-1] != self.meta["count"] or {dim for _, dim in shapes} != {self.dim}:
+        self.starts = np.cumsum([0, *(n for n, _ in shapes)])  # first vector of each shard, and the end
+        self.num_vectors, self.max_chunks = int(self.starts[-1]), self.meta.get("max_chunks", 1)
+        self._ids, self._index = {}, None
+        self.text_starts, self.first, self.text_of = self.starts, None, None  # text_starts: first text of each shard
+        if self.max_chunks > 1:
+            opens = [_opens(self._vector_ids(shard)) for shard in range(len(self.paths))]
+            self.text_starts = np.cumsum([0, *(part.sum() for part in opens)])
+            self.first = np.flatnonzero(np.concatenate([*opens, [True]]))
+            self.text_of = np.repeat(np.arange(len(self), dtype=np.int32), np.diff(self.first))
+        found = len(self), self.num_vectors, {dim for _, dim in shapes}
+        stated = self.meta["count"], self.meta.get("vectors", self.meta["count"]), {self.dim}
+        if found != stated or (self.first is not None and self.first[-1] != self.num_vectors):
             raise UserError(
                 f"{folder}: the shards do not hold what meta.json states — remove the folder and encode again"
             )
-        self._ids, self._index = {}, None
 
     def _shape(self, path) -> tuple[int, int]:
         if not self.sparse:
@@ -681,17 +703,22 @@ class Embeddings:
         return _read_sparse(self.paths[shard]) if self.sparse else np.load(self.paths[shard], mmap_mode="r")
 
     def __len__(self) -> int:
-        return int(self.starts[-1])
+        return int(self.text_starts[-1])
+
+    def _vector_ids(self, shard: int) -> np.ndarray:
+        return np.array([line for _, line in lines(self.paths[shard].with_suffix(".ids.txt"))])
 
     def _shard_ids(self, shard: int) -> np.ndarray:
+        """Of its texts."""
         if shard not in self._ids:
-            self._ids[shard] = np.array([line for _, line in lines(self.paths[shard].with_suffix(".ids.txt"))])
+            ids = self._vector_ids(shard)
+            self._ids[shard] = ids if self.first is None else ids[_opens(ids)]
         return self._ids[shard]
 
     def ids(self, rows) -> list[str]:
         rows = np.asarray(rows, dtype=np.int64)
-        shards = np.searchsorted(self.starts, rows, side="right") - 1
-        return [str(self._shard_ids(s)[r - self.starts[s]]) for r, s in zip(rows, shards, strict=True)]
+        shards = np.searchsorted(self.text_starts, rows, side="right") - 1
+        return [str(self._shard_ids(s)[r - self.text_starts[s]]) for r, s in zip(rows, shards, strict=True)]
 
     def rows(self, ids: Iterable[str]) -> np.ndarray:
         """(len(ids),) int64 rows, -1 for an unknown id."""
@@ -702,8 +729,8 @@ class Embeddings:
         return find_rows(ids, *self._index)
 
     def blocks(self, start: int, stop: int, size: int) -> Iterator[tuple[int, np.ndarray | csr_matrix]]:
-        """(first row, (n, D) view of at most `size` rows) over rows [start, stop); a shard is held only while its
-        blocks are read."""
+        """(place of the first, (n, D) view of at most `size`) over the vectors [start, stop); a shard is held only
+        while its blocks are read."""
         for shard in range(len(self.paths)):
             low, high = max(start, self.starts[shard]), min(stop, self.starts[shard + 1])
             if low < high:
@@ -712,7 +739,7 @@ class Embeddings:
                     yield int(row), array[row - self.starts[shard] : min(row + size, high) - self.starts[shard]]
 
     def take(self, rows) -> np.ndarray | csr_matrix:
-        """(len(rows), D) float32 of the given rows, in their order."""
+        """(len(rows), D) float32: the vectors of these places, in their order."""
         rows = np.asarray(rows, dtype=np.int64)
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         if self.sparse:

@@ -6,10 +6,13 @@ the cut, so the same on every run; row -1 and score -inf where there are fewer t
 corpus. With W processes each searches its own range of rows, and all of them get the merged lists; the score matrix is
 never kept.
 
+A text of several chunks (ANCE's MaxP) has a vector for each. Its score is that of its best one. Each of the k best
+texts has one among the k·M best vectors, if none has more than M: a search goes so deep, and is as exact as any other.
+
 A score and a row are held as one int64 key whose order is the order of the results (see `pack`). Keys are unique, so
 the k largest are the k best passages whatever selects them, and merging lists is sorting keys.
 
-Shapes: Q queries, N passages, D dimensions, k depth, W processes.
+Shapes: Q queries, N passages, D dimensions, k depth, M chunks of a passage at most, W processes.
 """
 
 import mmap
@@ -123,6 +126,16 @@ def _scan(scores, first_row, keys, counts, bars, k):
                         counts[q], bars[q] = _push(line[i], bits[j, q], first_row + j, keys[q], counts[q], bars[q], k)
 
 
+def best_of_texts(keys: Tensor, text_of: np.ndarray, k: int) -> Tensor:
+    """Keys (Q, k·M) of vectors, best first -> (Q, k) of the texts that they belong to, each with the best of its
+    scores."""
+    scores, rows = unpack(keys)
+    texts = torch.from_numpy(np.where(rows < 0, -1, text_of[rows]).astype(np.int64))
+    texts, at = texts.sort(dim=1, stable=True)  # the best of a text stays its first
+    again = torch.nn.functional.pad(texts[:, 1:] == texts[:, :-1], (1, 0))
+    return top_keys(pack(torch.from_numpy(scores).gather(1, at), texts.masked_fill(again, -1)), k)
+
+
 def merge(keys: Tensor, k: int, accelerator) -> Tensor:
     """Keys (Q, k) that each process found in its rows -> the best (Q, k) of all, the same on every process."""
     if accelerator is None or accelerator.num_processes == 1:
@@ -166,18 +179,21 @@ def scan_device(scores: Tensor, first_row: int, best: Tensor, k: int) -> Tensor:
 
 class Dense:
     """Inner-product search over a folder of embeddings: exact, by blocks over the memory-mapped shards, or through any
-    faiss factory string, with search parameters after a colon (IVF4096,Flat:nprobe=32  HNSW32:efSearch=128  PQ48)."""
+    faiss factory string, with search parameters after a colon (IVF4096,Flat:nprobe=32  HNSW32:efSearch=128  PQ48).
+
+    `search` and `score` count texts; what they call counts vectors (see Embeddings), up to best_of_texts."""
 
     def __init__(self, corpus: Embeddings, accelerator=None, factory: str | None = None, seed: int = 0):
-        assert len(corpus) <= ROW_MASK, "a row has 32 bits of a key"
+        assert corpus.num_vectors <= ROW_MASK, "a row has 32 bits of a key"
         self.corpus, self.accelerator = corpus, accelerator
         rank, self.world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-        self.start, self.stop = len(corpus) * rank // self.world, len(corpus) * (rank + 1) // self.world
+        edges = [len(corpus) * r // self.world for r in (rank, rank + 1)]  # a text is not split between processes
+        self.start, self.stop = edges if corpus.first is None else corpus.first[edges].tolist()
         self.device = accelerator.device if accelerator else torch.device("cpu")
         self.approximate = self._build(factory, seed) if factory else None
 
     def _blocks(self, size: int, what: str) -> Iterator[tuple[int, np.ndarray]]:
-        """The blocks of this process's rows. Pages that were read are given back at once: a shard that stays mapped
+        """The blocks of this process's vectors. Pages that were read are given back at once: a shard that stays mapped
         would count as ours until its end."""
         shown, total = not self.accelerator or self.accelerator.is_main_process, self.stop - self.start
         with tqdm(total=total, desc=what, unit=" rows", leave=False, disable=not shown, delay=5) as bar:
@@ -188,8 +204,9 @@ class Dense:
                     block._mmap.madvise(mmap.MADV_DONTNEED)
 
     def search(self, queries: np.ndarray, k: int, at_a_time: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """queries (Q, D) -> (scores (Q, k) float32, rows (Q, k) int64), the same on every process. `at_a_time` queries
-        to a pass over the corpus; None: as many as keep the lists of all processes within 128 MB."""
+        """queries (Q, D) -> (scores (Q, k) float32, rows (Q, k) int64) of distinct texts, the same on every process.
+        `at_a_time` queries to a pass over the corpus; None: as many as keep the lists of all processes within 128 MB.
+        """
         if queries.ndim != 2 or queries.shape[1] != self.corpus.dim:
             raise UserError(
                 f"{self.corpus.folder}: vectors of {self.corpus.dim} dimensions, but queries of "
@@ -201,13 +218,14 @@ class Dense:
                 f"query vector {int(np.isfinite(queries).all(1).argmin())} is not finite — encode the queries again"
             )
         scores, rows = np.empty((len(queries), k), dtype=np.float32), np.empty((len(queries), k), dtype=np.int64)
-        at_a_time = at_a_time or min(max(KEYS_AT_A_TIME // (k * self.world), 256), 1 << 16)
+        exact = self._search_device if self.device.type == "cuda" else self._search_cpu
+        find, depth = exact if self.approximate is None else self._search_faiss, k * self.corpus.max_chunks
+        at_a_time = at_a_time or min(max(KEYS_AT_A_TIME // (depth * self.world), 256), 1 << 16)
         for at in range(0, len(queries), at_a_time):
             part = torch.from_numpy(np.ascontiguousarray(queries[at : at + at_a_time], dtype=np.float32))
-            if self.approximate is not None:
-                keys = self._search_faiss(part, k)
-            else:
-                keys = self._search_device(part, k) if self.device.type == "cuda" else self._search_cpu(part, k)
+            keys = find(part, depth)
+            if self.corpus.max_chunks > 1:
+                keys = torch.cat([best_of_texts(tile, self.corpus.text_of, k) for tile in keys.split(QUERY_TILE)])
             scores[at : at + at_a_time], rows[at : at + at_a_time] = unpack(merge(keys, k, self.accelerator))
         return scores, rows
 
@@ -266,6 +284,7 @@ class Dense:
         infinity is none."""
         if not np.isfinite(scores).all():
             row += int(np.isfinite(scores).argmin())
+            row = row if self.corpus.text_of is None else self.corpus.text_of[row]
             raise UserError(
                 f"{self.corpus.folder}: the vector of {self.corpus.ids([row])[0]} is not finite or too large — "
                 "encode the corpus again"
@@ -283,7 +302,7 @@ class Dense:
         if not index.is_trained:  # on the same sample everywhere, so that the parts are parts of one index
             inverted = faiss.try_extract_index_ivf(index)
             wanted = max(1 << 16, 64 * inverted.nlist if inverted else 0)
-            sample = np.random.default_rng(seed).permutation(len(self.corpus))[:wanted]
+            sample = np.random.default_rng(seed).permutation(self.corpus.num_vectors)[:wanted]
             try:
                 index.train(self.corpus.take(np.sort(sample)))
             except RuntimeError as error:
@@ -309,4 +328,13 @@ class Dense:
 
     def score(self, queries: np.ndarray, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The scores of given rows: queries (Q, D), for each an array of rows -> for each a float32 array."""
-        return [self.corpus.take(r) @ q.astype(np.float32) for q, r in zip(queries, rows, strict=True)]
+        return [self._score(q.astype(np.float32), r) for q, r in zip(queries, rows, strict=True)]
+
+    def _score(self, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        first = self.corpus.first
+        if first is None or not len(rows):
+            return self.corpus.take(rows) @ query
+        counts = first[rows + 1] - first[rows]
+        starts = np.cumsum(counts) - counts
+        vectors = np.arange(counts.sum()) + np.repeat(first[rows] - starts, counts)
+        return np.maximum.reduceat(self.corpus.take(vectors) @ query, starts)

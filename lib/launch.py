@@ -1,12 +1,15 @@
 """How every script starts, speaks, stops and goes on: arguments, Accelerator, output folder, log, resume state."""
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,8 +18,10 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+from torch import Tensor
 from tqdm import tqdm
 
+from lib.dist import all_gather
 from lib.files import UserError, lines, read_json, write_json, write_lines
 
 PACKAGES = (
@@ -37,9 +42,12 @@ class _Parser(transformers.HfArgumentParser):
         raise UserError(f"{message} — see --help")
 
 
+COUNTS = "per_device_batch_size", "gradient_accumulation_steps", "log_every", "save_every", "refresh_every"
+
+
 def parse_args(cls):
-    """The dataclass of a script's arguments from the command line. Unknown and abbreviated flags are errors; --help
-    shows the script's docstring."""
+    """The dataclass of a script's arguments from the command line. Unknown and abbreviated flags are errors, and so is
+    less than 1 for COUNTS; --help shows the script's docstring."""
     script = sys.modules["__main__"]
     parser = _Parser(
         cls,
@@ -50,6 +58,9 @@ def parse_args(cls):
     args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         raise UserError(f"unknown argument {unknown[0]} — see --help")
+    for name in COUNTS:
+        if getattr(args, name, 1) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: counts from 1 — give a larger number")
     return args
 
 
@@ -71,7 +82,8 @@ def run(main) -> None:
         bars = list(getattr(tqdm, "_instances", ()))
         for bar in bars:  # the last one drawn may stand lines below the first
             bar.close()
-        print(("\r" if bars else "") + f"{place}: {error}", file=sys.stderr)  # on a line of its own
+        message = str(error).rstrip().rpartition("lib.files.UserError: ")[2]  # a loader worker's has its traceback
+        print(("\r" if bars else "") + f"{place}: {message}", file=sys.stderr)  # on a line of its own
         sys.exit(1)
 
 
@@ -191,6 +203,24 @@ def echo(accelerator, heading: str, facts: dict) -> None:
     accelerator.print(end="", flush=True)
 
 
+def begin(accelerator, args, heading: str, facts: dict, preview: Callable, numbers: int, ignore: tuple = ()) -> bool:
+    """The last thing before a training run: claim its folder and echo the facts. False if it is complete, or if this
+    is a dry run, which shows preview() too.
+
+    numbers: how many, in fp32, the run will leave on disk   ignore: arguments that do not change the result, beside
+    those that every training script has"""
+    facts = {**facts, "versions": ", ".join(f"{name} {version}" for name, version in versions().items())}
+    if args.dry_run:
+        echo(accelerator, f"dry run: {heading}", {**facts, **preview(), "disk": f"{numbers * 4 / 1e9:.2f} GB"})
+        return False
+    ignore = "log_every", "save_every", "num_workers", "report_to", *ignore
+    if claim_output(args, accelerator, resume=args.resume, ignore=ignore):
+        accelerator.print(f"{args.output_dir} is complete")
+        return False
+    echo(accelerator, heading, facts)
+    return True
+
+
 def describe(accelerator) -> str:
     """Device, processes and precision really in use."""
     device = (
@@ -200,6 +230,12 @@ def describe(accelerator) -> str:
     )
     precision = accelerator.mixed_precision.replace("no", "fp32")
     return f"{accelerator.num_processes} process(es) on {device}, precision {precision}"
+
+
+def loss_scale(accelerator) -> float:
+    """What accelerator.backward multiplies a loss by."""
+    scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
+    return scale / accelerator.gradient_accumulation_steps
 
 
 class RunLog:
@@ -215,12 +251,43 @@ class RunLog:
             accelerator.init_trackers("bottleneck")
 
     def write(self, step: int, values: dict, bar=None) -> None:
-        self.accelerator.log(values, step=step)
+        """A value may be a list, which the console leaves out and a tracker gets as name/0, name/1, ..."""
+        lists = {k: v for k, v in values.items() if isinstance(v, list)}
+        flat = {f"{k}/{i}": v for k, numbers in lists.items() for i, v in enumerate(numbers)}
+        self.accelerator.log({k: v for k, v in values.items() if k not in lists} | flat, step=step)
         if self.accelerator.is_main_process:
             with open(self.path, "a") as stream:
                 stream.write(json.dumps({"step": step, **values}) + "\n")
-            shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+            shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items() if k not in lists}
+            shown = "  ".join(f"{k} {v}" for k, v in shown.items())
             (bar.write if bar is not None else print)(f"step {step:>6}  {shown}")
+
+
+class Means:
+    """Running means between two log lines, over micro-steps and processes, and the time they took. Numbers stay on the
+    device until they are taken."""
+
+    def __init__(self):
+        self.totals, self.count, self.clock = {}, 0, time.perf_counter()
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        self.count += 1
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, 0) + value
+
+    def take(self) -> tuple[dict[str, float], float]:
+        """(means, seconds per micro-step) since the last call; on all processes."""
+        means = all_gather(torch.stack([*self.totals.values()])[None]).mean(0) / self.count
+        found = dict(zip(self.totals, means.tolist(), strict=True)), (time.perf_counter() - self.clock) / self.count
+        self.__init__()
+        return found
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What happens inside takes no time."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
 
 
 def save_state(output_dir, step: int, accelerator, model, optimizer, extra: dict) -> None:
@@ -235,6 +302,7 @@ def save_state(output_dir, step: int, accelerator, model, optimizer, extra: dict
             "optimizer": optimizer.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
             "extra": extra,
+            "launched": _launched(accelerator),
         }
         torch.save(state, folder / ".tmp-state.pt")
         os.replace(folder / ".tmp-state.pt", folder / "state.pt")
@@ -242,13 +310,22 @@ def save_state(output_dir, step: int, accelerator, model, optimizer, extra: dict
 
 
 def load_state(output_dir, accelerator, model, optimizer) -> tuple[int, dict]:
-    """(step, extra) of the last save_state, put into model, optimizer and scaler; (0, {}) if there is none yet."""
+    """(step, extra) of the last save_state, put into model, optimizer and scaler; (0, {}) if there is none yet.
+    UserError: the run had other processes or another precision."""
     path = Path(output_dir) / "state" / "state.pt"
     if not path.is_file():
         return 0, {}
     state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["launched"] != _launched(accelerator):
+        raise UserError(
+            f"{output_dir}: the run had {state['launched']}, now {_launched(accelerator)} — resume it as it was"
+        )
     accelerator.unwrap_model(model).load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     return state["step"], state["extra"]
+
+
+def _launched(accelerator) -> str:
+    return f"{accelerator.num_processes} process(es), precision {accelerator.mixed_precision}"

@@ -115,6 +115,12 @@ def flops(reps: Tensor, counts: Tensor) -> Tensor:
     return (total / all_gather(counts.sum()[None]).sum().clamp(min=1)).square().sum()
 
 
+def sparsity(q_reps: Tensor, p_reps: Tensor, real: Tensor, passages_per_query: int) -> dict[str, Tensor]:
+    """FLOPS and numbers of terms of queries (B, V) and of passages (B·P, V), of which `real` (B·P,) bool count."""
+    values = {"q_flops": flops(q_reps, torch.ones_like(real[: len(q_reps)])), "p_flops": flops(p_reps, real)}
+    return values | count_terms(q_reps, p_reps[::passages_per_query], p_reps[real])
+
+
 def count_terms(q_reps: Tensor, positives: Tensor, p_reps: Tensor) -> dict[str, Tensor]:
     """Mean numbers of terms: of queries (B, V), of passages (n, V), and of those that a query shares with its positive
     (B, V)."""

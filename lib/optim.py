@@ -1,6 +1,9 @@
-"""Parameter groups and the learning rate."""
+"""Parameter groups, the learning rate, a step, and LAMB."""
 
-from torch import nn
+import math
+
+import torch
+from torch import Tensor, nn
 
 
 def lr_at(step: int, peak: float, warmup_steps: int, max_steps: int) -> float:
@@ -19,3 +22,70 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (arXiv 1904.00962) as ANCE, SEED-Encoder and COCO-DR train with it. A tensor p with the gradient g goes
+
+        m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g²       without bias correction
+        u = m / (sqrt(v) + eps) + weight_decay p
+        p = p - lr r u,  r = min(|p|, 10) / |u|              r = 1 where a norm is 0
+
+    Most others correct the bias, clip the gradient inside, bound r itself, or take r = 1 for what does not decay.
+    A group's tensors are worked on together and their norms stay on the device, so that no step waits for it; a group
+    may have its own lr, betas, eps and weight_decay, and lies on one device. Tensors without a gradient are passed
+    over. fp32."""
+
+    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            grads, (beta1, beta2) = [p.grad for p in params], group["betas"]
+            m, v = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq"))
+            torch._foreach_lerp_(m, grads, 1 - beta1)
+            torch._foreach_mul_(v, beta2)
+            torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
+            u = torch._foreach_sqrt(v)
+            torch._foreach_add_(u, group["eps"])
+            torch._foreach_reciprocal_(u)  # and not m / u, which would be a second tensor of the size of the model
+            torch._foreach_mul_(u, m)
+            if group["weight_decay"]:
+                torch._foreach_add_(u, params, alpha=group["weight_decay"])
+            weight_norms, norms = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(u))
+            ratios = weight_norms.clamp(max=10) / norms
+            ratios = torch.where((weight_norms > 0) & (norms > 0), ratios, 1.0)
+            torch._foreach_addcmul_(params, u, (-group["lr"] * ratios).unbind())
+        return loss
+
+
+def make_optimizer(name: str, groups: list[dict], lr: float) -> torch.optim.Optimizer:
+    """adamw (betas 0.9 and 0.999, eps 1e-8) or lamb; the groups state their weight_decay."""
+    return Lamb(groups, lr=lr) if name == "lamb" else torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+def descend(
+    accelerator, model: nn.Module, optimizer, loss: Tensor, lr: float, max_grad_norm: float
+) -> tuple[Tensor, bool]:
+    """After the backward pass of a micro-step: clip the gradient (0 = not), step, clear. Returns (its norm before, are
+    loss and gradient finite); if not, nothing is stepped. An infinite gradient of fp16 is left to the scaler, which
+    passes over the step. Within an accumulated step only the loss is looked at, and the norm is 0."""
+    norm = torch.zeros_like(loss)
+    if accelerator.sync_gradients:
+        norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    finite = bool(torch.isfinite(loss if accelerator.scaler else loss + norm))
+    if finite:
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm, finite

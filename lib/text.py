@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.files import FIELD
+
 
 def step_seed(seed: int, *parts: int) -> int:
     """A seed in [0, 2**63) for what happens at (step, rank, row, ...): random choices are functions of their place,
@@ -27,35 +29,47 @@ def step_seed(seed: int, *parts: int) -> int:
 
 @dataclass
 class TextFormat:
-    """How a checkpoint wants its texts; stored with it, read by every later stage."""
+    """How a checkpoint wants its texts; stored with it, read by every later stage.
+
+    With max_chunks > 1 a passage is cut into up to so many chunks, which are encoded apart; its score is the highest
+    of its chunks (ANCE's MaxP, arXiv 2007.00808). Deliberate deviation: each chunk has special tokens of its own. The
+    official code folds one sequence of 2048 tokens, of which only the first chunk begins with [CLS]."""
 
     title: Literal["none", "space", "sep"] = "space"  # left out | title + " " + text | title + [SEP] + text
     query_prompt: str = ""
     passage_prompt: str = ""
     max_query_length: int = 64  # tokens, special tokens included
-    max_passage_length: int = 256
+    max_passage_length: int = 256  # of each chunk
+    max_chunks: int = 1  # of a passage
+    max_characters: int = 0  # of a passage with its title, prompt apart; the rest is cut off (ANCE 10000); 0 = all
 
     def max_length(self, kind: str) -> int:
         return self.max_query_length if kind == "query" else self.max_passage_length
+
+    def chunks(self, kind: str) -> int:
+        """M, how many chunks a text may have."""
+        return 1 if kind == "query" else self.max_chunks
 
     def prompt(self, kind: str) -> str:
         return self.query_prompt if kind == "query" else self.passage_prompt
 
 
 def join_title(title: str, text: str, how: str, tokenizer) -> str:
-    """Title and text as one string. An empty title leaves no separator behind (RetroMAE's pre-processing leaves a
-    leading [SEP])."""
-    if how == "none" or not title.strip():
-        return text or title
-    return f"{title}{tokenizer.sep_token if how == 'sep' else ' '}{text}" if text.strip() else title
+    """Title and text as one string; a title of several fields (url and title of a document) gives several parts. What
+    is empty leaves no separator behind (RetroMAE's pre-processing leaves a leading [SEP])."""
+    parts = [part for part in title.split(FIELD) if part.strip()]
+    if how == "none" or not parts:
+        return text or " ".join(parts)
+    return (tokenizer.sep_token if how == "sep" else " ").join([*parts, text] if text.strip() else parts)
 
 
 def format_texts(rows: Sequence[tuple[str, str]], kind: str, form: TextFormat, tokenizer) -> list[str]:
-    """(title, text) pairs -> the strings that are tokenised: prompt, then title and text joined. Queries have no
-    title."""
+    """(title, text) pairs -> the strings that are tokenised: prompt, then title and text joined, cut to
+    max_characters. Queries have no title and are not cut."""
     if kind == "query":
         return [form.query_prompt + text for _, text in rows]
-    return [form.passage_prompt + join_title(title, text, form.title, tokenizer) for title, text in rows]
+    end = form.max_characters or None
+    return [form.passage_prompt + join_title(title, text, form.title, tokenizer)[:end] for title, text in rows]
 
 
 def to_ids(strings: Sequence[str], tokenizer, max_length: int) -> list[list[int]]:
@@ -66,6 +80,26 @@ def to_ids(strings: Sequence[str], tokenizer, max_length: int) -> list[list[int]
         list(strings), truncation=True, max_length=max_length, return_attention_mask=False, return_token_type_ids=False
     )
     return encoded["input_ids"]
+
+
+def chunk_ids(strings: Sequence[str], tokenizer, max_length: int, max_chunks: int) -> list[list[list[int]]]:
+    """For each string the ids of its chunks, 1 to `max_chunks`: consecutive tokens, in each chunk between special
+    tokens; all but the last have `max_length`. What is left over is dropped. Several chunks need a fast tokenizer."""
+    if max_chunks == 1 or not strings:
+        return [[one] for one in to_ids(strings, tokenizer, max_length)]
+    encoded = tokenizer(
+        list(strings),
+        truncation=True,
+        max_length=max_length,
+        return_overflowing_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    chunks = [[] for _ in strings]
+    for row, ids in zip(encoded["overflow_to_sample_mapping"], encoded["input_ids"], strict=True):
+        if len(chunks[row]) < max_chunks:
+            chunks[row].append(ids)
+    return chunks
 
 
 def pad(ids: Sequence[Sequence[int]], tokenizer, width: int = 0) -> dict[str, Tensor]:

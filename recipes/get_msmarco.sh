@@ -1,22 +1,32 @@
 #!/usr/bin/env bash
-# Fetch MS MARCO passage ranking and TREC Deep Learning 2019 and 2020 from their official places, and check every line count.
+# Fetch MS MARCO passage (and document) ranking and TREC Deep Learning 2019 and 2020 from their official places; check every line count.
 #
-#     bash recipes/get_msmarco.sh [OUT] [--titles] [--bm25_negatives]      OUT: default data/msmarco
+#     bash recipes/get_msmarco.sh [OUT] [--titles] [--bm25_negatives] [--triples] [--id_triples] [--documents]
 #     bash recipes/get_msmarco.sh [OUT] --check                            only count the lines of what is there
 #
+# OUT                default data/msmarco
 # --titles           the titles of the passages too, as RocketQA made them; OUT/corpus.tsv joins them: pid TAB title TAB text
-# --bm25_negatives   the official BM25 triples (5 GB), as OUT/train.negatives.tsv (mine_negatives.py --bm25 makes such a file too)
+# --bm25_negatives   the official BM25 triples (2 GB), as OUT/train.negatives.tsv (mine_negatives.py --bm25 makes such a file too)
+# --triples          a tenth of them as texts, ANCE's warm-up (8 GB, unpacked 27): OUT/triples.train.small.tsv
+# --id_triples       all of them as ids (2 GB, unpacked 6): OUT/triples.train.ids.tsv, qid TAB positive pid TAB negative pid
+# --documents        document ranking too (8 GB, unpacked 22): OUT/documents, its files named as the passages' are
 #
 # Licence: MS MARCO is for non-commercial research only; its terms stand on https://microsoft.github.io/msmarco/. TREC's judgments are
 # in the public domain. By fetching you accept the terms.
 # Not tried: this script was written without access to these servers. Addresses and names of members are those the project pages
 # give; what does not answer or does not have the expected number of lines stops it with its name. Call it again to go on.
+# The counts of the triples and of the documents stand on the project pages and, counted from the files, in ir_datasets' metadata;
+# they agree but for the documents' judgments of train and dev: one a query there (367,013 and 5,193, taken here), 384,597 and 5,478
+# on the pages, which do not list 2020qrels-docs.txt. Verified nowhere: the member's name in triples.train.small.tar.gz.
 set -euo pipefail
-out=data/msmarco titles="" triples="" check=""
+out=data/msmarco titles="" negatives="" triples="" id_triples="" documents="" check=""
 for argument in "$@"; do
     case $argument in
         --titles) titles=1 ;;
-        --bm25_negatives) triples=1 ;;
+        --bm25_negatives) negatives=1 ;;
+        --triples) triples=1 ;;
+        --id_triples) id_triples=1 ;;
+        --documents) documents=1 ;;
         --check) check=1 ;;
         -*) sed -n '4,5p' "$0" >&2; exit 1 ;;
         *) out=$argument ;;
@@ -31,7 +41,7 @@ stop() { echo "get_msmarco: $*" >&2; exit 1; }
 have() { # FILE LINES: is it there, with so many lines?
     [ -f "$out/$1" ] || return 1
     local found
-    found=$(wc -l <"$out/$1" | tr -d ' ')
+    found=$(LC_ALL=C grep -ac '' "$out/$1" || true) # unlike wc it counts a last line without its newline
     [ "$found" = "$2" ] || stop "$out/$1: $found lines, not $2 — remove it and call again; if that repeats, its source has changed"
     echo "$out/$1: $2 lines"
 }
@@ -75,20 +85,24 @@ joined() { # pid TAB title TAB text; both files are in the order of the ids
     awk -F '\t' 'NR == FNR { title[$1] = $2; next } { print $1 "\t" title[$1] "\t" $2 }' "$out/titles.tsv" "$out/collection.tsv"
 }
 
-negatives() { # qid TAB pid,pid,... out of qid TAB positive TAB negative, of which the lines of a query stand together
-    unpacked $marco/qidpidtriples.train.full.2.tsv.gz | tr -d '\r' |
+ids() { # qid TAB positive TAB negative
+    unpacked $marco/qidpidtriples.train.full.2.tsv.gz | tr -d '\r'
+}
+
+negatives() { # qid TAB pid,pid,... out of those, of which the lines of a query stand together
+    ids |
         awk -F '\t' '$1 == last { printf ",%s", $3; next } { if (last) print ""; printf "%s\t%s", $1, $3; last = $1 } END { print "" }'
 }
 
 make() { # FILE LINES COMMAND...: the file out of a command's output, unless it is there
     if have "$1" "$2"; then return; fi
     [ -z "$check" ] || { echo "$out/$1: not there"; return; }
+    mkdir -p "$out/download" "$(dirname "$out/$1")"
     "${@:3}" >"$out/$1.part"
     mv "$out/$1.part" "$out/$1"
     have "$1" "$2"
 }
 
-mkdir -p "$out/download"
 make collection.tsv 8841823 member $marco/collectionandqueries.tar.gz collection.tsv
 make qrels.train.tsv 532761 plain $marco/qrels.train.tsv
 make queries.train.tsv 502939 judged
@@ -100,5 +114,24 @@ make qrels.dl19.txt 9260 plain $trec/2019qrels-pass.txt
 make top1000.dl19.tsv 189877 unpacked $marco/msmarco-passagetest2019-top1000.tsv.gz
 make queries.dl20.tsv 200 unpacked $marco/msmarco-test2020-queries.tsv.gz
 make qrels.dl20.txt 11386 plain $trec/2020qrels-pass.txt
+make top1000.dl20.tsv 190699 unpacked $marco/msmarco-passagetest2020-top1000.tsv.gz
 if [ -n "$titles$check" ]; then make corpus.tsv 8841823 joined; fi
-if [ -n "$triples$check" ]; then make train.negatives.tsv 400782 negatives; fi
+if [ -n "$negatives$check" ]; then make train.negatives.tsv 400782 negatives; fi
+if [ -n "$triples$check" ]; then
+    make triples.train.small.tsv 39780811 member $marco/triples.train.small.tar.gz triples.train.small.tsv
+fi
+if [ -n "$id_triples$check" ]; then make triples.train.ids.tsv 397768673 ids; fi
+if [ -n "$documents$check" ]; then
+    make documents/corpus.tsv 3213835 unpacked $marco/msmarco-docs.tsv.gz
+    make documents/queries.train.tsv 367013 unpacked $marco/msmarco-doctrain-queries.tsv.gz
+    make documents/qrels.train.tsv 367013 unpacked $marco/msmarco-doctrain-qrels.tsv.gz
+    make documents/queries.dev.tsv 5193 unpacked $marco/msmarco-docdev-queries.tsv.gz
+    make documents/qrels.dev.tsv 5193 unpacked $marco/msmarco-docdev-qrels.tsv.gz
+    make documents/top100.dev.trec 519300 unpacked $marco/msmarco-docdev-top100.gz
+    make documents/queries.dl19.tsv 200 unpacked $marco/msmarco-test2019-queries.tsv.gz
+    make documents/qrels.dl19.txt 16258 plain $trec/2019qrels-docs.txt
+    make documents/top100.dl19.trec 20000 unpacked $marco/msmarco-doctest2019-top100.gz
+    make documents/queries.dl20.tsv 200 unpacked $marco/msmarco-test2020-queries.tsv.gz
+    make documents/qrels.dl20.txt 9098 plain $trec/2020qrels-docs.txt
+    make documents/top100.dl20.trec 20000 unpacked $marco/msmarco-doctest2020-top100.gz
+fi

@@ -58,9 +58,4 @@ rerank=(-m recipes.rerank --corpus "$corpus" "${train[@]}" --negatives "$out/neg
 "${launch[@]}" "${rerank[@]}" --task score --model "$out/teacher" --depth 100 --output_dir "$out/scores"
 finetune 3 "$out/negatives-stage2" 100 24 2 0.008 --teacher_scores "$out/scores/scores.tsv" --kl_weight 1 --contrastive_weight 0.2
 
-encode 3 "$corpus" passage corpus
-for set in dev dl19 dl20; do
-    encode 3 "$data/queries.$set.tsv" query $set
-    "${launch[@]}" evaluate.py --queries_embeddings "$out/stage3-$set" --corpus_embeddings "$out/stage3-corpus" \
-        --qrels "$data"/qrels.$set.t* --relevance_level $([ $set = dev ] && echo 1 || echo 2) --output_dir "$out/evaluation-$set"
-done
+bash recipes/msmarco_eval.sh "$out/stage3" "$data" "$out"

@@ -28,7 +28,6 @@ N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16
 import math
 import os
 import sys
-import time
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -48,8 +47,7 @@ from transformers.hf_argparser import HfArg
 
 from lib import launch
 from lib.attention import economize
-from lib.data import Groups, StepSampler, known_rows
-from lib.dist import all_gather
+from lib.data import Groups, known_rows, load
 from lib.encoder import VERSION, align, checkpoint_folder, fingerprint, model_hash, positions
 from lib.files import (
     UserError,
@@ -64,7 +62,7 @@ from lib.files import (
     write_scores,
 )
 from lib.losses import in_batch_accuracy, info_nce
-from lib.optim import lr_at, parameter_groups
+from lib.optim import descend, lr_at, parameter_groups
 from lib.text import join_title, pad, step_seed, token_batches
 
 
@@ -304,31 +302,21 @@ def train(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dic
         "batch": f"{B} queries x {W} process(es) x {accumulation} accumulated = {W * B * accumulation} per step",
         **groups.notes,
         "steps": f"{max_steps}, {len(groups) / (W * B * accumulation):.2f} per epoch, {warmup_steps} of warm-up",
-        "disk": f"{weights * 4 * 4 / 1e9:.2f} GB",  # checkpoint, and state with two moments
     }
-    if args.dry_run:
-        return launch.echo(accelerator, "dry run: training a cross-encoder", facts)
-    ignore = "log_every", "save_every", "num_workers", "report_to"
-    if launch.claim_output(args, accelerator, resume=args.resume, ignore=ignore):
-        return accelerator.print(f"{args.output_dir} is complete")
-    launch.echo(accelerator, "training a cross-encoder", facts)
+    numbers = weights * 4  # checkpoint, and state with two moments
+    if not launch.begin(accelerator, args, "training a cross-encoder", facts, dict, numbers):
+        return
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # ---- resume
-    step, extra = launch.load_state(args.output_dir, accelerator, model, optimizer)
-    launched = f"{W} process(es), precision {accelerator.mixed_precision}"
-    if extra and extra["launched"] != launched:
-        raise UserError(f"{args.output_dir}: the run had {extra['launched']}, now {launched} — resume it as it was")
+    step, _ = launch.load_state(args.output_dir, accelerator, model, optimizer)
     micro_step = step * accumulation
-    sampler = StepSampler(len(groups), B, rank, W, args.seed, start=micro_step)
-    how = {"num_workers": args.num_workers, "pin_memory": device.type == "cuda"}
-    batches = iter(DataLoader(groups, batch_sampler=sampler, collate_fn=collate, **how))
+    batches = load(groups, collate, groups.sampler(B, rank, W, micro_step), args.num_workers, device)
 
-    log, totals, summed = launch.RunLog(accelerator, args.output_dir, step), 0, 0
+    log, means = launch.RunLog(accelerator, args.output_dir, step), launch.Means()
     bar = tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process)
     model.train()
-    clock = time.perf_counter()
     while step < max_steps:
         # ---------------------------------------------------------------------------------------- one training step
         batch = send_to_device(next(batches), device, non_blocking=True)
@@ -337,31 +325,25 @@ def train(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dic
             loss, accuracy = listwise_loss(model(batch["batches"])[batch["order"]], batch["mask"])
             accelerator.backward(loss)
             loss = loss.detach()
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_at(step, args.learning_rate, warmup_steps, max_steps)
-            checked = loss + norm if accelerator.sync_gradients and not accelerator.scaler else loss
-            if not torch.isfinite(checked):  # fp16: the scaler itself passes over a step whose gradient overflows
+            lr = lr_at(step, args.learning_rate, warmup_steps, max_steps)
+            norm, finite = descend(accelerator, model, optimizer, loss, lr, args.max_grad_norm)
+            if not finite:
                 what = f"loss or gradient not finite for queries {', '.join(pairs.queries.ids(batch['query_rows']))}"
                 raise UserError(f"step {step + 1}: {what} — lower --learning_rate")
-            optimizer.step()
-            optimizer.zero_grad()
         # -------------------------------------------------------------------------------- log, save: once per step
-        micro_step, summed = micro_step + 1, summed + 1
-        totals = totals + torch.stack([loss, accuracy])  # stays on the device until it is logged
+        micro_step += 1
+        means.add({"loss": loss, "accuracy": accuracy})
         if not accelerator.sync_gradients:
             continue
         step += 1
         last_step = step == max_steps
         bar.update()
         if step % args.log_every == 0 or last_step:
-            values = dict(zip(("loss", "accuracy"), (all_gather(totals[None]).mean(0) / summed).tolist(), strict=True))
-            speed = summed * W * B / (time.perf_counter() - clock)
-            log.write(step, {**values, "lr": group["lr"], "grad_norm": norm.item(), "queries/s": speed}, bar)
-            totals, summed, clock = 0, 0, time.perf_counter()
+            values, seconds = means.take()
+            values |= {"lr": lr, "grad_norm": norm.item(), "queries/s": W * B / seconds}
+            log.write(step, values, bar)
         if step % args.save_every == 0 and not last_step:
-            launch.save_state(args.output_dir, step, accelerator, model, optimizer, {"launched": launched})
+            launch.save_state(args.output_dir, step, accelerator, model, optimizer, {})
     bar.close()
     if accelerator.is_main_process:
         data = ", ".join([args.corpus, args.queries, args.qrels, args.negatives])

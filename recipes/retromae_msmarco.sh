@@ -43,9 +43,4 @@ encode "$out/stage1" "$data/queries.train.tsv" query "$out/stage1-train"
     --corpus "$corpus" --qrels "$data/qrels.train.tsv" --depth 200 --output_dir "$out/negatives-stage1"
 finetune "$out/negatives-stage1/negatives.tsv" "$out/stage2"
 
-encode "$out/stage2" "$corpus" passage "$out/stage2-corpus"
-for set in dev dl19 dl20; do
-    encode "$out/stage2" "$data/queries.$set.tsv" query "$out/stage2-$set"
-    "${launch[@]}" evaluate.py --queries_embeddings "$out/stage2-$set" --corpus_embeddings "$out/stage2-corpus" \
-        --qrels "$data"/qrels.$set.t* --relevance_level $([ $set = dev ] && echo 1 || echo 2) --output_dir "$out/evaluation-$set"
-done
+bash recipes/msmarco_eval.sh "$out/stage2" "$data" "$out"

@@ -38,9 +38,4 @@ rerank=(-m recipes.rerank --corpus "$corpus" "${train[@]}" --negatives "$out/neg
     --flops_passages 0.008 --max_query_length 256 --max_passage_length 256 --learning_rate 2e-5 --max_steps 150000 "${warm[@]}" \
     --output_dir "$out/model" --resume "${short[@]}"
 
-"${launch[@]}" encode.py --model "$out/model" --input "$corpus" --kind passage --output_dir "$out/corpus"
-for set in dev dl19 dl20; do
-    "${launch[@]}" encode.py --model "$out/model" --input "$data/queries.$set.tsv" --kind query --output_dir "$out/$set"
-    "${launch[@]}" evaluate.py --queries_embeddings "$out/$set" --corpus_embeddings "$out/corpus" --qrels "$data"/qrels.$set.t* \
-        --relevance_level $([ $set = dev ] && echo 1 || echo 2) --output_dir "$out/evaluation-$set"
-done
+bash recipes/msmarco_eval.sh "$out/model" "$data" "$out"

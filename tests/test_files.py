@@ -29,7 +29,7 @@ CORPUS_FORMS = {
     "beir.jsonl": "".join(json.dumps({"_id": i, "title": t, "text": x}) + "\n" for i, t, x in CORPUS),
     "tevatron.jsonl.gz": "".join(json.dumps({"docid": i, "title": t, "text": x}) + "\n" for i, t, x in CORPUS),
     "three.tsv": "".join(f"{i}\t{t}\t{x}\n" for i, t, x in CORPUS),
-    "documents.tsv.gz": "".join(f"{i}\thttp://u/{i}\t{t}\t{x}\r\n" for i, t, x in CORPUS),
+    "three.tsv.gz": "".join(f"{i}\t{t}\t{x}\r\n" for i, t, x in CORPUS),
     "bom.tsv": "\ufeff" + "".join(f"{i}\t{t}\t{x}\n" for i, t, x in CORPUS),
 }
 
@@ -42,6 +42,16 @@ def test_every_corpus_format_gives_the_same_texts(tmp_path, name):
     assert texts[2] == CORPUS[2][1:] and texts.ids([2, 0]) == ["x-1", "7"]
     assert texts.rows(["9", "nowhere", "7"]).tolist() == [1, -1, 0]
     assert pickle.loads(pickle.dumps(texts))[1] == ("", "Bees fly.")  # as a spawned worker gets it
+
+
+def test_documents_keep_their_url_beside_the_title(tmp_path):
+    put(tmp_path / "d.tsv.gz", "D1\thttp://u/1\tAnts\tAnts sleep.\r\nD2\thttp://u/2\t\tBees fly.\r\n", compress=True)
+    expected = [("D1", "http://u/1\x1fAnts", "Ants sleep."), ("D2", "http://u/2\x1f", "Bees fly.")]
+    assert list(files.open_texts(tmp_path / "d.tsv.gz").stream()) == expected
+    files.write_texts(tmp_path / "again.jsonl", expected)
+    assert list(files.read_texts(tmp_path / "again.jsonl")) == expected
+    with pytest.raises(UserError, match="D3 has neither title nor text"):
+        list(files.read_texts(put(tmp_path / "empty.tsv", "D3\t\t\t \n")))
 
 
 def test_parquet_and_save_to_disk_equal_jsonl(tmp_path):

@@ -169,7 +169,7 @@ def test_it_learns_and_best_is_what_its_score_says(arguments, call, tiny_collect
 
 def test_best_is_not_overwritten_by_a_worse_or_an_equal_one(arguments, call, tiny_collection, tmp_path, monkeypatch):
     scores, saved = iter([0.1, 0.5, 0.5, 0.2, 0.6, 0.3]), []
-    monkeypatch.setattr(finetune_biencoder, "mrr_at_k", lambda *_: next(scores))
+    monkeypatch.setattr(finetune_biencoder, "dev_mrr", lambda *_, **__: next(scores))
     monkeypatch.setattr(
         finetune_biencoder, "save_encoder", lambda model, folder, card: saved.append((Path(folder).name, card))
     )

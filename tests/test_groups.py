@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.data import GroupCollator, Groups, StepSampler, preview, read_dev, rerank
+from lib.data import GroupCollator, Groups, StepSampler, open_dev, preview, rerank
 from lib.files import UserError, open_texts, read_negatives, read_qrels, write_scores
 from lib.optim import parameter_groups
 from lib.text import TextFormat
@@ -167,7 +167,8 @@ def test_batch_agrees_with_the_groups(tiny):
 
 def test_rerank_orders_by_score(tiny, tiny_collection):
     groups, collate = tiny
-    qrels, candidates = read_dev(groups.queries, groups.corpus, tiny_collection.qrels, tiny_collection.candidates)
+    files = tiny_collection.queries, tiny_collection.qrels, tiny_collection.candidates
+    _, qrels, candidates = open_dev(groups.corpus, *files, True)
 
     def encoder(query, passage):  # the vector of a passage is its length, that of a query 1
         lengths = [None if side is None else side["attention_mask"].sum(1, keepdim=True) for side in (query, passage)]

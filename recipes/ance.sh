@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# ANCE (arXiv 2007.00808, figure 1): a trainer, and a miner that at the same time makes new negatives with its newest checkpoint.
+#
+#     bash recipes/ance.sh train|mine|both DATA MODEL OUT [flags for finetune_biencoder.py ...]
+#
+# train      fine-tunes MODEL on the newest negatives in OUT/generations (there must be one)       OUT/model, `done` last
+# mine       newest checkpoint -> vectors of the corpus, of the dev queries and of a slice of the training queries -> negatives ->
+#            a generation, until the trainer is done. The first generation is MODEL's own
+# both       the first generation, then the two side by side on this machine
+#
+# DATA       corpus.*, queries.train.*, qrels.train.*, queries.dev.*, qrels.dev.* as recipes/get_msmarco.sh leaves them
+# The two share OUT and nothing else: run them on other GPUs (CUDA_VISIBLE_DEVICES, TRAIN_LAUNCH, MINE_LAUNCH) or machines, kill either
+# and start it again by the same command; several generations may be skipped, or used for long.
+#
+# LAUNCH     how scripts are started, default "accelerate launch"; TRAIN_LAUNCH and MINE_LAUNCH for either side
+# STEPS      between checkpoints for the miner, default 10000 (ANCE); flags after OUT may not have --save_every
+# SLICES     of the training queries, one per generation, default 5 (ANCE); DEPTH 200 and NEGATIVES 20 (ANCE): 20 drawn from the
+#            first 200; POLL 30 seconds
+#
+# Deviations from the official code: all judged positives are left out of the negatives (theirs: one); negatives of a query are drawn
+# anew for each visit, and its visits are spread over the epoch; a slice is every n-th judged query, whatever the process count.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ $# -ge 4 ] && [[ $1 =~ ^(train|mine|both)$ ]] || { sed -n '4,12p' "$0" >&2; exit 1; }
+role=$1 data=$2 model=$3 out=$4
+flags=("${@:5}")
+read -ra train_launch <<<"${TRAIN_LAUNCH:-${LAUNCH:-accelerate launch}}"
+read -ra mine_launch <<<"${MINE_LAUNCH:-${LAUNCH:-accelerate launch}}"
+corpus=$(ls "$data"/corpus.* | head -1) queries=$(ls "$data"/queries.train.* | head -1) qrels=$(ls "$data"/qrels.train.* | head -1)
+dev_queries=$(ls "$data"/queries.dev.* | head -1) dev_qrels=$(ls "$data"/qrels.dev.* | head -1)
+generations=$out/generations
+mkdir -p "$generations"
+
+train() {
+    "${train_launch[@]}" finetune_biencoder.py --model "$model" --corpus "$corpus" --queries "$queries" --qrels "$qrels" \
+        --negatives_dir "$generations" --save_every "${STEPS:-10000}" --keep_checkpoints 2 --output_dir "$out/model" --resume "${flags[@]}"
+}
+
+over() { [ -f "$out/model/done" ]; }
+
+one_generation() { # STEP CHECKPOINT: made in a folder of its own; a miner that was killed in it goes on where it stopped
+    local work=$out/mining/step-$1 step=$1
+    for other in "$out"/mining/*; do
+        if [ "$other" != "$work" ]; then rm -rf "$other"; fi
+    done
+    if [ ! -d "$work/checkpoint" ]; then # the trainer may remove its own at any time
+        mkdir -p "$work"
+        rm -rf "$work/copy"
+        cp -r "$2" "$work/copy" || return 0
+        mv "$work/copy" "$work/checkpoint"
+    fi
+    python -m recipes.generations --task slice --negatives_dir "$generations" --queries "$queries" --qrels "$qrels" \
+        --slices "${SLICES:-5}" --output_dir "$work/slice"
+    local encode=("${mine_launch[@]}" encode.py --model "$work/checkpoint")
+    if over; then return; fi
+    "${encode[@]}" --input "$corpus" --kind passage --output_dir "$work/corpus"
+    if over; then return; fi
+    "${encode[@]}" --input "$dev_queries" --kind query --output_dir "$work/dev"
+    "${encode[@]}" --input "$work/slice/queries.jsonl" --kind query --output_dir "$work/queries"
+    "${mine_launch[@]}" evaluate.py --queries_embeddings "$work/dev" --corpus_embeddings "$work/corpus" --qrels "$dev_qrels" \
+        --metrics RR@10 nDCG@10 Hole@10 --depth 100 --output_dir "$work/evaluation"
+    if over; then return; fi
+    "${mine_launch[@]}" mine_negatives.py --queries_embeddings "$work/queries" --corpus_embeddings "$work/corpus" --corpus "$corpus" \
+        --qrels "$work/slice/qrels.tsv" --depth "${DEPTH:-200}" --num_negatives "${NEGATIVES:-20}" --sample uniform \
+        --output_dir "$work/negatives"
+    python -m recipes.generations --task publish --negatives_dir "$generations" --negatives "$work/negatives/negatives.tsv" \
+        --step "$step" --checkpoint "$2" --metrics "$work/evaluation/metrics.json"
+    rm -rf "$work"
+}
+
+mine() { # [ROUNDS]: until the trainer is done, or so many generations
+    local rounds=${1:-0} found
+    while ! over; do
+        found=$(python -m recipes.generations --task next --negatives_dir "$generations" --run "$out/model" --initial "$model" --poll "${POLL:-30}")
+        if [ -z "$found" ]; then break; fi
+        IFS=$'\t' read -r step checkpoint <<<"$found"
+        one_generation $((step)) "$checkpoint"
+        rounds=$((rounds - 1))
+        if [ $rounds = 0 ]; then break; fi
+    done
+    if over; then rm -rf "$out/mining"; fi
+}
+
+case $role in
+    train) train ;;
+    mine) mine ;;
+    both)
+        if ! ls "$generations"/generation-*/manifest.json >/dev/null 2>&1; then mine 1; fi
+        set -m # the miner and what it starts are one group, which goes with the trainer
+        mine &
+        miner=$!
+        trap 'kill -- -$miner 2>/dev/null || true' EXIT
+        train
+        wait $miner
+        ;;
+esac

@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# Evaluation on MS MARCO as ANCE and SEED-Encoder do it: dev, TREC DL 2019 and 2020, full ranking and re-ranking, in one table.
+#
+#     bash recipes/msmarco_eval.sh MODEL DATA [OUT] [--documents] [flags for encode.py ...]
+#
+# MODEL        a checkpoint, or the word bm25 (the flags are then evaluate.py's: --k1, --b)
+# DATA         what recipes/get_msmarco.sh fetches; sets and candidates that are not there are passed over
+# OUT          default runs/msmarco-<name of the model>; call it again to go on where it stopped. Leaves OUT/table.tsv
+# --documents  rank the documents in DATA/documents (get_msmarco.sh --documents); OUT's default then ends in -documents
+# LAUNCH       how the scripts are started, default "accelerate launch" with what `accelerate config` says
+#
+# Full ranking searches the corpus (with titles where corpus.tsv is there; bm25 without, as published), 1000 passages or 100
+# documents deep; re-ranking orders the official candidates, top1000.* or top100.*. Relevant is, but for nDCG which takes the
+# grades, what has grade 2 or more on the passages of TREC DL, 1 or more elsewhere. Differences from the notebook of ANCE and its kin:
+#   1. A judged query without a result counts 0; theirs are averages over the queries of the run.
+#   2. Hole@10 is the mean over queries of the share of the first 10 that nobody judged; theirs pools the queries. The two are equal
+#      where every query has 10 results.
+#   3. AP is over the whole list, as TREC reports it; theirs over the first 10.
+#   4. Their MRR on TREC DL takes every judged passage but pid 0 as relevant, whatever its grade.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ $# -ge 2 ] || { sed -n '4,10p' "$0" >&2; exit 1; }
+model=$1 data=$2 documents="" flags=()
+for argument in "${@:3}"; do
+    case $argument in
+        --documents) documents=1 ;;
+        *) flags+=("$argument") ;;
+    esac
+done
+out=runs/msmarco-$(basename "$model")${documents:+-documents}
+case ${flags[0]:--} in
+    -*) ;;
+    *) out=${flags[0]} flags=("${flags[@]:1}") ;;
+esac
+read -ra launch <<<"${LAUNCH:-accelerate launch}"
+
+depth=1000 top=top1000 level=2 metrics=(RR@10 nDCG@10 AP R@1000 Hole@10)
+if [ -n "$documents" ]; then
+    data=$data/documents depth=100 top=top100 level=1 metrics=(RR@10 RR@100 nDCG@10 AP R@100 Hole@10)
+fi
+
+first() { # FILE ...: the first of them that is there
+    local file
+    for file in "$@"; do
+        if [ -f "$file" ]; then echo "$file"; return; fi
+    done
+}
+encode() { # TEXTS KIND NAME
+    "${launch[@]}" encode.py --model "$model" --input "$1" --kind "$2" --output_dir "$out/$3" "${flags[@]}"
+}
+evaluate() { # NAME [flags ...]
+    "${launch[@]}" evaluate.py "${source[@]}" --qrels "$qrels" --relevance_level $relevant --depth $depth \
+        --metrics "${metrics[@]}" --output_dir "$out/evaluation-$1" "${@:2}"
+    evaluated+=("$1")
+}
+
+corpus=$(first "$data"/{corpus,collection}.tsv)
+if [ "$model" = bm25 ]; then corpus=$(first "$data"/{collection,corpus}.tsv); fi
+[ -n "$corpus" ] || { echo "$data: no corpus.tsv or collection.tsv in it — give what get_msmarco.sh fetched" >&2; exit 1; }
+evaluated=()
+for set in dev dl19 dl20; do
+    queries=$data/queries.$set.tsv qrels=$(first "$data/qrels.$set".{tsv,txt}) relevant=$level
+    if [ ! -f "$queries" ] || [ -z "$qrels" ]; then continue; fi
+    if [ $set = dev ]; then relevant=1; fi
+    if [ "$model" = bm25 ]; then
+        source=(--bm25 --queries "$queries" --corpus "$corpus" --bm25_index "$out/bm25" "${flags[@]}")
+    else
+        if [ ${#evaluated[@]} = 0 ]; then encode "$corpus" passage corpus; fi
+        encode "$queries" query queries-$set
+        source=(--queries_embeddings "$out/queries-$set" --corpus_embeddings "$out/corpus")
+    fi
+    evaluate $set
+    candidates=$(first "$data/$top.$set"{,.tsv,.trec})
+    if [ -n "$candidates" ]; then evaluate $set-reranked --candidates "$candidates"; fi
+done
+[ ${#evaluated[@]} -gt 0 ] || { echo "$data: no queries of dev, dl19 or dl20 with their qrels — see get_msmarco.sh" >&2; exit 1; }
+
+python - "$out" "${evaluated[@]}" <<'END'
+import pathlib, sys
+from lib.files import read_json, write_lines
+out, rows = pathlib.Path(sys.argv[1]), []
+for name in sys.argv[2:]:
+    [part] = read_json(out / f"evaluation-{name}" / "metrics.json")["splits"].values()
+    at, _, reranked = name.partition("-")
+    rows.append([at, reranked or "full", str(part["queries"]), *(f"{value:.4f}" for value in part["metrics"].values())])
+rows.insert(0, ["set", "ranking", "queries", *part["metrics"]])
+write_lines(out / "table.tsv", map("\t".join, rows))
+print()
+for at, ranking, *numbers in rows:
+    print(f"{at:<8}{ranking:<10}" + "".join(f"{number:>9}" for number in numbers))
+END

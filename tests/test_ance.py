@@ -1,0 +1,241 @@
+"""pytest tests/test_ance.py — finetune_biencoder.py on triples, refreshed negatives, documents and weighted groups."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lib.files import read_negatives, read_qrels, write_negatives
+from lib.generations import publish
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def train(script, tiny_collection, tiny_model_dir, tmp_path):
+    """train(*flags, name=value, ...) -> the folder of a finished run of some seconds; name=None leaves a flag out."""
+
+    def run(*flags, fails=False, **changes):
+        files = {name: getattr(tiny_collection, name) for name in ("corpus", "queries", "qrels")}
+        texts = {"model": tiny_model_dir, "pooling": "cls", "max_query_length": 16, "max_passage_length": 32}
+        steps = {"passages_per_query": 3, "per_device_batch_size": 4, "learning_rate": 1e-3, "max_steps": 12}
+        how = {"loss": "triplet", "log_every": 1, "save_every": 4, "num_workers": 0, "output_dir": tmp_path / "out"}
+        options = files | texts | steps | how | changes
+        words = [w for k, v in options.items() if v is not None for w in (f"--{k}", v)]
+        status, shown, errors = script("finetune_biencoder", *words, *flags)
+        if fails:
+            assert status == 1
+            return errors
+        assert status == 0, errors
+        return Path(options["output_dir"])
+
+    return run
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same(one, other, atol=0.0):
+    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
+    for name in one | other:
+        if atol and "key.bias" in name:  # its gradient is 0 but for rounding, which Adam blows up
+            continue
+        torch.testing.assert_close(one[name], other[name], atol=atol, rtol=0, msg=name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# warm-up
+
+
+@pytest.mark.parametrize("kind", ["texts", "ids"])
+def test_warm_up_on_triples_resumes_where_it_was(kind, train, tiny_collection, tmp_path, monkeypatch):
+    """The stream is read again up to the step; texts and ids of the same passages train the same model."""
+    corpus = {r["_id"]: r for r in map(json.loads, tiny_collection.corpus.read_text().splitlines())}
+    queries = dict(line.split("\t") for line in tiny_collection.queries.read_text().splitlines())
+    negatives = dict(read_negatives(tiny_collection.negatives))
+    rows = [(q, p, n) for q, judged in read_qrels(tiny_collection.qrels).items() for p in judged for n in negatives[q]]
+    if kind == "texts":
+        rows = [(queries[q], corpus[p]["text"], corpus[n]["text"]) for q, p, n in rows]
+    (tmp_path / "triples.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
+    how = {"triples": tmp_path / "triples.tsv", "qrels": None, "negatives": None, "optimizer": "lamb"}
+    how |= {"weight_decay": 0.0, "title": "none", "learning_rate": 1e-2, "projection": 8}
+    if kind == "texts":
+        how |= {"corpus": None, "queries": None}
+    whole = train(**how, output_dir=tmp_path / "whole")
+    import lib.launch
+
+    saved = []
+
+    def stop(*args):
+        lib_save(*args)
+        saved.append(args[1])
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    lib_save = lib.launch.save_state
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lib.launch, "save_state", stop)
+        train(**how)
+    assert saved == [4, 8]
+    same(whole, train("--resume", **how))
+    assert all(0 < line["loss"] < 5 for line in log_of(whole))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# refreshed negatives
+
+
+def generations(folder, collection, *steps):
+    """One generation per step: the n-th has two negatives of every query, and skips every third one."""
+    listed = list(read_negatives(collection.negatives))
+    for number, step in enumerate(steps):
+        part = [(q, pids[number : number + 2]) for at, (q, pids) in enumerate(listed) if at % 3 != number]
+        write_negatives(folder / f"n{number}.tsv", part)
+        publish(folder / "generations", folder / f"n{number}.tsv", {"step": step})
+
+
+def test_the_newest_generation_of_its_own_past_is_used_and_a_resume_replays_it(
+    train, tiny_collection, tmp_path, monkeypatch
+):
+    generations(tmp_path, tiny_collection, 0, 3, 9)
+    how = {"negatives_dir": tmp_path / "generations", "refresh_every": 2, "keep_checkpoints": 2}
+    whole = train(**how, output_dir=tmp_path / "whole")
+    steps = [(line["step"], line["generation"], line["lag"]) for line in log_of(whole)]
+    assert steps == [(s, *((1, s) if s <= 4 else (2, s - 3) if s <= 10 else (3, s - 9))) for s in range(1, 13)]
+    assert (whole / "generations.tsv").read_text() == "0\t1\n2\t1\n4\t2\n6\t2\n8\t2\n10\t3\n"
+    names = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    assert names == ["checkpoint-00000004", "checkpoint-00000008"]
+    assert (whole / "checkpoints" / names[0] / "modules.json").is_file()
+
+    shutil.copytree(whole, tmp_path / "out")  # as a run that was killed after step 11, with its last state of step 8
+    for name in ("done", "model.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    generations(tmp_path, tiny_collection, 9, 9)  # which did not exist when the first run looked
+    again = train("--resume", **how)
+    same(whole, again)
+    assert [line["generation"] for line in log_of(again)] == [g for _, g, _ in steps]
+    new = train(**how, output_dir=tmp_path / "new")
+    assert log_of(new)[-1]["generation"] == 5
+
+
+def test_queries_that_were_not_mined_are_left_out(train, tiny_collection, tmp_path, capfd):
+    generations(tmp_path, tiny_collection, 0)
+    asked = train(negatives_dir=tmp_path / "generations", max_steps=3)
+    assert json.loads((asked / "args.json").read_text())["arguments"]["negatives"] is None
+    errors = train(fails=True, negatives_dir=tmp_path / "nothing", output_dir=tmp_path / "x")
+    assert "no generation of negatives for step 0 — publish one" in errors and not (tmp_path / "x").exists()
+    errors = train(fails=True, negatives_dir=tmp_path / "generations", max_steps=0, output_dir=tmp_path / "x")
+    assert "has no epochs — give --max_steps" in errors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# groups of queries
+
+
+@pytest.fixture
+def clusters(tiny_collection, tmp_path):
+    """Three groups, one of a single query."""
+    qids = list(read_qrels(tiny_collection.qrels))
+    rows = [(qid, 0 if at == 0 else 1 + at % 2) for at, qid in enumerate(qids)]
+    (tmp_path / "clusters.tsv").write_text("".join(f"{qid}\t{cluster}\n" for qid, cluster in rows))
+    return {"clusters": tmp_path / "clusters.tsv", "negatives": tiny_collection.negatives}
+
+
+def without_dropout(model, folder):
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    AutoModelForMaskedLM.from_pretrained(model, **none).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["idro", "greedy"])
+def test_two_processes_weight_groups_like_one(kind, train, clusters, tiny_model_dir, tmp_path, tiny_collection):
+    how = clusters | {"model": without_dropout(tiny_model_dir, tmp_path / "model"), "dro": kind, "dro_layers": 1}
+    how |= {"max_steps": 6, "dro_ema": 0.5, "dro_rho": 0.5, "learning_rate": 1e-4}
+    one = train(**how, per_device_batch_size=8, output_dir=tmp_path / "one")
+    weights = [line["group_weights"] for line in log_of(one)]
+    assert len({tuple(w) for w in weights}) == 6 and all(len(w) == 3 for w in weights)
+    arguments = json.loads((one / "args.json").read_text())["arguments"]
+    arguments |= {"per_device_batch_size": 4, "log_every": 1, "num_workers": 0, "output_dir": str(tmp_path / "two")}
+    words = [w for k, v in arguments.items() if v is not None and not isinstance(v, bool) for w in (f"--{k}", str(v))]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    words = ["--rdzv_endpoint=localhost:0", str(ROOT / "finetune_biencoder.py"), *words]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*launch, *words], capture_output=True, text=True, env=environment)
+    assert (tmp_path / "two" / "done").is_file(), done.stderr
+    assert "2 process(es)" in done.stdout
+    for line, other in zip(log_of(one), log_of(tmp_path / "two"), strict=True):
+        assert other["group_weights"] == pytest.approx(line["group_weights"], rel=1e-4)
+        assert other["loss"] == pytest.approx(line["loss"], rel=1e-4)
+    same(one, tmp_path / "two", atol=2e-5)
+
+
+def test_weights_survive_a_resume(train, clusters, tmp_path):
+    how = clusters | {"dro": "idro", "dro_form": "paper", "dro_eps": 0.0, "dro_rho": 1.0, "dro_layers": 2}
+    how |= {"gradient_accumulation_steps": 2, "loss": "own_group"}
+    whole = train(**how, output_dir=tmp_path / "whole")
+    shutil.copytree(whole, tmp_path / "out")
+    for name in ("done", "model.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    again = train("--resume", **how)
+    same(whole, again)
+    lines = [[line["group_weights"] for line in log_of(folder)] for folder in (whole, again)]
+    assert lines[0] == lines[1] and all(sum(w) == pytest.approx(1) for w in lines[0])
+
+
+def test_dro_is_refused_where_no_loss_belongs_to_a_query(train, clusters, tmp_path):
+    for changes in ({"loss": "info_nce"}, {"chunk_size": 4}, {"head": "sparse", "pooling": None}):
+        assert "--dro: no loss belongs to one query" in train(fails=True, **clusters | {"dro": "idro"} | changes)
+    assert "give it with --clusters, or neither" in train(fails=True, dro="idro", negatives=clusters["negatives"])
+    assert "--dro_layers 9: the model has 2 layers" in train(fails=True, dro="idro", dro_layers=9, **clusters)
+    lines = clusters["clusters"].read_text().splitlines()
+    clusters["clusters"].write_text("\n".join(lines[:-2]) + "\n")
+    assert "no cluster for query" in train(fails=True, dro="greedy", **clusters)
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# documents
+
+
+def test_documents_train_by_their_best_chunk(train, script, tiny_collection, tmp_path):
+    """The loss that a run logs is the one of a loop over documents and their chunks."""
+    how = {"max_chunks": 3, "max_passage_length": 16, "negatives": tiny_collection.negatives, "title": "sep"}
+    files = {
+        "queries": tiny_collection.queries,
+        "qrels": tiny_collection.qrels,
+        "candidates": tiny_collection.candidates,
+    }
+    dev = {f"dev_{name}": path for name, path in files.items()}
+    folder = train(**how, **dev, max_steps=4, eval_every=2)
+    assert json.loads((folder / "bottleneck.json").read_text())["max_chunks"] == 3
+    logged = log_of(folder)[-1]["dev_mrr@10"]
+    for kind, source in (("query", tiny_collection.queries), ("passage", tiny_collection.corpus)):
+        out = tmp_path / kind
+        status, _, errors = script("encode", "--model", folder, "--input", source, "--kind", kind, "--output_dir", out)
+        assert status == 0, errors
+    ids = list(itertools.chain(*(p.read_text().split() for p in sorted((tmp_path / "passage").glob("*.ids.txt")))))
+    assert len(ids) > len(set(ids)) == 40
+    flags = [
+        "--queries_embeddings",
+        tmp_path / "query",
+        "--corpus_embeddings",
+        tmp_path / "passage",
+        "--metrics",
+        "RR@10",
+    ]
+    flags += ["--qrels", tiny_collection.qrels, "--candidates", tiny_collection.candidates]
+    status, _, errors = script("evaluate", *flags, "--output_dir", tmp_path / "evaluation")
+    assert status == 0, errors
+    (part,) = json.loads((tmp_path / "evaluation/metrics.json").read_text())["splits"].values()
+    assert part["metrics"]["RR@10"] == pytest.approx(logged, abs=0.03)  # vectors are stored in float16

@@ -1,0 +1,149 @@
+"""pytest tests/test_dro.py — group-robust training: weights by the formulas, gradients of groups by autograd."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel
+
+from lib.dro import GroupGradients, GroupWeights, cvar_weights
+from lib.files import UserError
+
+
+def weights(groups, kind="idro", form="official", alpha=0.25, ema=0.1, rho=0.05, eps=0.01):
+    return GroupWeights(range(groups), kind, form, alpha, ema, rho, eps)
+
+
+class Given:
+    """Gradients of groups, as GroupGradients gives their products: of sum_q factor_q · l_q."""
+
+    def __init__(self, dro, vectors):
+        self.dro, self.vectors = dro, torch.tensor(vectors, dtype=torch.float64)
+
+    def products(self, groups, present):
+        scaled = (self.dro.factors * self.dro.present)[present][:, None] * self.vectors
+        return scaled @ scaled.T
+
+
+LOSSES, GROUPS = torch.tensor([1.0, 3.0, 0.5, 0.5]), torch.tensor([0, 0, 1, 2])  # means 2, 0.5, 0.5
+VECTORS = [[3.0, 4.0], [4.0, 3.0], [0.0, -2.0]]  # cosines: 01 0.96, 02 -0.8, 12 -0.6
+
+
+def test_official_weights_on_a_worked_example():
+    dro = weights(3)
+    assert dro.loss(LOSSES, GROUPS).item() == pytest.approx((2 + 0.5 + 0.5) / 3)
+    cosines = [[1, 0.96, -0.8], [0.96, 1, -0.6], [-0.8, -0.6, 1]]
+    means, h = [2, 0.5, 0.5], [1 / 3] * 3
+    for _ in range(2):  # the second step starts from weights that differ
+        gains = [[(means[i] * means[j]) ** 0.25 * cosines[i][j] for j in range(3)] for i in range(3)]
+        exponents = [0.05 / 3 * sum(row) for row in gains]
+        new = [h[i] ** 0.1 * math.exp(exponents[i]) for i in range(3)]
+        h = [max(x / sum(new), 0.01) for x in new]
+        dro.update(Given(dro, VECTORS), GROUPS)
+        assert dro.h.tolist() == pytest.approx(h, abs=1e-6)
+        assert dro.loss(LOSSES, GROUPS).item() == pytest.approx(sum(w * m for w, m in zip(h, means, strict=True)))
+    assert h[0] > h[1] > h[2]
+
+
+def test_paper_weights_on_a_worked_example():
+    dro, h = weights(3, form="paper", eps=0.0), [1 / 3] * 3
+    products, means = [[25, 24, -8], [24, 25, -6], [-8, -6, 4]], [2, 0.5, 0.5]
+    for scale in (1.0, 1024.0):  # fp16's scaler is divided out
+        share = [w * m**0.25 for w, m in zip(h, means, strict=True)]
+        expected = sum(s * m for s, m in zip(share, means, strict=True)) / sum(share)
+        assert dro.loss(LOSSES, GROUPS).item() == pytest.approx(expected)
+        exponents = [
+            0.05 / 3 * sum((means[i] * means[j]) ** 0.25 * products[i][j] for j in range(3)) for i in range(3)
+        ]
+        new = [h[i] * math.exp(exponents[i]) for i in range(3)]
+        h = [x / sum(new) for x in new]
+        given = Given(dro, VECTORS)
+        given.vectors = given.vectors * scale
+        dro.update(given, GROUPS, scale)
+        assert dro.h.tolist() == pytest.approx(h, abs=1e-6)
+
+
+def test_absent_groups_keep_their_weight_and_the_others_share_theirs():
+    dro = weights(5)
+    dro.h = torch.tensor([0.1, 0.3, 0.2, 0.3, 0.1], dtype=torch.float64)
+    dro.loss(LOSSES, torch.tensor([4, 4, 1, 0]))
+    dro.update(Given(dro, [VECTORS[1], VECTORS[2], VECTORS[0]]), None)
+    assert dro.h[[2, 3]].tolist() == [0.2, 0.3] and dro.h.sum().item() == pytest.approx(1)
+    assert dro.h[4] > dro.h[0]  # the same before, a higher loss
+
+
+def test_a_step_that_overflows_leaves_the_weights_alone():
+    dro = weights(3)
+    dro.loss(LOSSES, GROUPS)
+    dro.update(Given(dro, [[math.inf, 0.0]] * 3), GROUPS)
+    assert dro.h.tolist() == [1 / 3] * 3
+
+
+def test_greedy_puts_the_weight_on_the_worst_share_of_the_queries():
+    found = cvar_weights(torch.tensor([2.0, 1.0, 3.0]), torch.tensor([0.3, 0.5, 0.2]), 0.4, 0.01)
+    assert found.tolist() == pytest.approx([0.5 / 0.3, 0.01, 2.5])
+    dro = weights(3, "greedy", alpha=0.5, ema=0.5)
+    assert dro.loss(LOSSES, GROUPS).item() == pytest.approx(5 / 4)  # h = 1: the plain mean
+    dro.update(None, GROUPS)
+    assert dro.losses.tolist() == [1, 0.25, 0.25] and dro.counts.tolist() == [1.5, 1, 1]
+    assert dro.h.tolist() == pytest.approx([2, (1 - (3 / 7) / 0.5) / (2 / 7), 0.01])
+    assert dro.loss(LOSSES, GROUPS).item() == pytest.approx((2 * 4 + 0.5 * 0.5 + 0.01 * 0.5) / 4)
+    again = weights(3, "greedy", alpha=0.5, ema=0.5)
+    again.load(json.loads(json.dumps(dro.state())))
+    for one in (dro, again):
+        one.loss(LOSSES.flip(0), GROUPS)
+        one.update(None, GROUPS)
+    assert dro.state() == again.state()
+
+
+@pytest.mark.parametrize("wrong", [{"alpha": 0}, {"ema": 2}, {"eps": 0.5}, {"rho": -1}])
+def test_settings_that_cannot_work_are_refused(wrong):
+    with pytest.raises(UserError, match="--dro_alpha .* — mend them"):
+        weights(3, **wrong)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+def test_products_are_those_of_the_gradients_that_autograd_gives_each_group(kind):
+    """Texts of several chunks of different lengths, padded; dropout off; one backward pass against one per group."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 40, "pad_token_id": 1}
+    if kind == "distilbert":
+        sizes = {"vocab_size": 50, "dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32, "pad_token_id": 1}
+    model = AutoModel.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    watch = GroupGradients(model, 2)
+    layers = (model.transformer if kind == "distilbert" else model.encoder).layer[1:]
+    chunks = []
+    for rows, length in ((4, 9), (5, 6), (3, 12)):
+        ids, mask = torch.randint(2, 50, (rows, length)), torch.ones(rows, length, dtype=torch.long)
+        mask[1, length // 2 :] = 0
+        chunks.append({"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask})
+    groups = torch.tensor([3, 0, 0, 4, 3, 3, 0, 4, 4, 0, 3, 4])
+    present = torch.tensor([True, False, False, True, True])
+    target = torch.randn(12, 16)
+
+    def losses():
+        reps = torch.cat([model(**chunk).last_hidden_state[:, 0] for chunk in chunks])
+        return (reps * target).sum(1)
+
+    losses().sum().backward()
+    found = watch.products(groups, present)
+    assert not any(watch.calls.values()), "what was kept is forgotten"
+    weights = [p for layer in layers for p in layer.parameters()]
+    rows = []
+    for group in (0, 3, 4):
+        grads = torch.autograd.grad(losses()[groups == group].sum(), weights, allow_unused=True)
+        rows.append(torch.cat([g.flatten() for g in grads if g is not None]))
+    expected = torch.stack(rows) @ torch.stack(rows).T
+    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-6 * expected.abs().max().item())
+
+
+def test_layers_that_cannot_be_watched_are_refused():
+    model = AutoModel.from_config(AutoConfig.for_model("bert", num_hidden_layers=2, hidden_size=24))
+    with pytest.raises(UserError, match="the model has 2 layers"):
+        GroupGradients(model, 3)
+    model.encoder.layer[1].extra = nn.Embedding(3, 4)
+    with pytest.raises(UserError, match="Embedding is neither Linear nor LayerNorm"):
+        GroupGradients(model, 1)

@@ -38,43 +38,24 @@ train() {
 
 over() { [ -f "$out/model/done" ]; }
 
-one_generation() { # STEP CHECKPOINT: made in a folder of its own; a miner that was killed in it goes on where it stopped
-    local work=$out/mining/step-$1 step=$1
-    for other in "$out"/mining/*; do
-        if [ "$other" != "$work" ]; then rm -rf "$other"; fi
-    done
-    if [ ! -d "$work/checkpoint" ]; then # the trainer may remove its own at any time
-        mkdir -p "$work"
-        rm -rf "$work/copy"
-        cp -r "$2" "$work/copy" || return 0
-        mv "$work/copy" "$work/checkpoint"
-    fi
-    python -m recipes.generations --task slice --negatives_dir "$generations" --queries "$queries" --qrels "$qrels" \
-        --slices "${SLICES:-5}" --output_dir "$work/slice"
-    local encode=("${mine_launch[@]}" encode.py --model "$work/checkpoint")
-    if over; then return; fi
-    "${encode[@]}" --input "$corpus" --kind passage --output_dir "$work/corpus"
-    if over; then return; fi
-    "${encode[@]}" --input "$dev_queries" --kind query --output_dir "$work/dev"
-    "${encode[@]}" --input "$work/slice/queries.jsonl" --kind query --output_dir "$work/queries"
-    "${mine_launch[@]}" evaluate.py --queries_embeddings "$work/dev" --corpus_embeddings "$work/corpus" --qrels "$dev_qrels" \
-        --metrics RR@10 nDCG@10 Hole@10 --depth 100 --output_dir "$work/evaluation"
-    if over; then return; fi
-    "${mine_launch[@]}" mine_negatives.py --queries_embeddings "$work/queries" --corpus_embeddings "$work/corpus" --corpus "$corpus" \
-        --qrels "$work/slice/qrels.tsv" --depth "${DEPTH:-200}" --num_negatives "${NEGATIVES:-20}" --sample uniform \
-        --output_dir "$work/negatives"
-    python -m recipes.generations --task publish --negatives_dir "$generations" --negatives "$work/negatives/negatives.tsv" \
-        --step "$step" --checkpoint "$2" --metrics "$work/evaluation/metrics.json"
-    rm -rf "$work"
-}
+tool() { python -m recipes.generations --negatives_dir "$generations" --work "$out/mining" --task "$@"; }
 
-mine() { # [ROUNDS]: until the trainer is done, or so many generations
-    local rounds=${1:-0} found
+mine() { # [ROUNDS]: generations until the trainer is done, or so many; after a kill it goes on where it stopped
+    local rounds=${1:-0} work encode
     while ! over; do
-        found=$(python -m recipes.generations --task next --negatives_dir "$generations" --run "$out/model" --initial "$model" --poll "${POLL:-30}")
-        if [ -z "$found" ]; then break; fi
-        IFS=$'\t' read -r step checkpoint <<<"$found"
-        one_generation $((step)) "$checkpoint"
+        work=$(tool next --run "$out/model" --initial "$model" --queries "$queries" --qrels "$qrels" --slices "${SLICES:-5}" --poll "${POLL:-30}")
+        if [ -z "$work" ]; then break; fi
+        encode=("${mine_launch[@]}" encode.py --model "$work/checkpoint")
+        "${encode[@]}" --input "$corpus" --kind passage --output_dir "$work/corpus"
+        if over; then break; fi
+        "${encode[@]}" --input "$dev_queries" --kind query --output_dir "$work/dev"
+        "${encode[@]}" --input "$work/queries.jsonl" --kind query --output_dir "$work/queries"
+        "${mine_launch[@]}" evaluate.py --queries_embeddings "$work/dev" --corpus_embeddings "$work/corpus" --qrels "$dev_qrels" \
+            --metrics RR@10 nDCG@10 Hole@10 --depth 100 --output_dir "$work/evaluation"
+        "${mine_launch[@]}" mine_negatives.py --queries_embeddings "$work/queries" --corpus_embeddings "$work/corpus" --corpus "$corpus" \
+            --qrels "$work/qrels.tsv" --depth "${DEPTH:-200}" --num_negatives "${NEGATIVES:-20}" --sample uniform \
+            --output_dir "$work/negatives"
+        tool publish
         rounds=$((rounds - 1))
         if [ $rounds = 0 ]; then break; fi
     done

@@ -1,8 +1,7 @@
 """pytest tests/test_generations.py — generations of negatives: published whole, found, adopted, replayed."""
 
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ from lib.generations import (
     read_generations,
     remove_old_checkpoints,
 )
+from recipes import generations
 
 MAIN = SimpleNamespace(is_main_process=True)
 
@@ -102,31 +102,57 @@ def test_checkpoints_are_found_newest_first_and_the_old_ones_go(tmp_path):
     assert left == ["checkpoint-00000020", "checkpoint-00000100", "checkpoint-00000200"]
 
 
-def call(*flags):
-    command = [sys.executable, "-m", "recipes.generations", *map(str, flags)]
-    return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+@pytest.fixture
+def tool(tmp_path, tiny_collection, tiny_model_dir, capsys, monkeypatch):
+    """tool("next", ...) -> what recipes/generations.py prints, stripped."""
+
+    def call(task, *flags):
+        files = ["--queries", tiny_collection.queries, "--qrels", tiny_collection.qrels, "--slices", 3]
+        how = ["--negatives_dir", tmp_path / "generations", "--work", tmp_path / "mining", "--run", tmp_path / "run"]
+        how += ["--initial", tiny_model_dir, "--poll", 0, *files]
+        monkeypatch.setattr("sys.argv", ["generations.py", "--task", task, *map(str, [*how, *flags])])
+        generations.main()
+        return capsys.readouterr().out.strip()
+
+    return call
 
 
-def test_the_tools_of_the_miner(tmp_path, negatives, tiny_collection):
-    folder, files = tmp_path / "g", ["--queries", tiny_collection.queries, "--qrels", tiny_collection.qrels]
-    found = call("--task", "next", "--negatives_dir", folder, "--run", tmp_path, "--initial", "M")
-    assert found.stdout == "0\tM\n"
-    qids = []
+def mined(work, qids):
+    (work / "negatives").mkdir()
+    (work / "evaluation").mkdir()
+    (work / "negatives/negatives.tsv").write_text("".join(f"{qid}\tp1\n" for qid in qids))
+    (work / "evaluation/metrics.json").write_text('{"splits": {"dev": {"metrics": {"RR@10": 0.25}}}}')
+
+
+def test_the_miner_takes_slices_in_turn_and_finishes_what_it_began(tool, tmp_path, tiny_collection, tiny_model_dir):
+    seen = []
     for number in range(3):
-        out = tmp_path / f"slice{number}"
-        done = call("--task", "slice", "--negatives_dir", folder, *files, "--slices", 3, "--output_dir", out)
-        assert f"slice {number + 1} of 3" in done.stdout, done.stderr
-        listed = [qid for qid, _, _ in read_texts(out / "queries.jsonl")]
-        assert listed == list(read_qrels(out / "qrels.tsv"))
-        qids += listed
-        publish(folder, negatives, {"step": number})
-    assert sorted(qids) == sorted(read_qrels(tiny_collection.qrels)) and len(set(qids)) == len(qids)
-    (tmp_path / "metrics.json").write_text('{"splits": {"dev": {"metrics": {"RR@10": 0.25}}}}')
-    flags = ["--negatives", negatives, "--step", 7, "--checkpoint", "C", "--metrics", tmp_path / "metrics.json"]
-    done = call("--task", "publish", "--negatives_dir", folder, *flags)
-    assert "generation-0004: 1 queries, of step 7  RR@10 0.2500" in done.stdout, done.stderr
-    manifest = json.loads((folder / "generation-0004/manifest.json").read_text())
-    assert manifest == {"generation": 4, "step": 7, "checkpoint": "C", "queries": 1, "dev": {"RR@10": 0.25}}
-    (tmp_path / "done").touch()
-    assert call("--task", "next", "--negatives_dir", folder, "--run", tmp_path).stdout == ""
-    assert "--task next needs --run — see --help" in call("--task", "next", "--negatives_dir", folder).stderr
+        work = Path(tool("next"))
+        assert work.name == f"step-{8 * number:08d}" and (work / "checkpoint/config.json").is_file()
+        listed = [qid for qid, _, _ in read_texts(work / "queries.jsonl")]
+        assert listed == list(read_qrels(work / "qrels.tsv"))
+        checkpoint = checkpoint_path(tmp_path / "run", 8 * number + 8)
+        checkpoint.mkdir(parents=True)
+        for name in ("bottleneck.json", "config.json"):
+            (checkpoint / name).write_text("{}")
+        assert tool("next") == str(work), "a newer checkpoint waits until this one is mined"
+        mined(work, listed)
+        assert f"of step {8 * number}  RR@10 0.2500" in tool("publish") and not work.exists()
+        seen += listed
+    assert sorted(seen) == sorted(read_qrels(tiny_collection.qrels)) and len(set(seen)) == len(seen)
+    manifest = json.loads((tmp_path / "generations/generation-0003/manifest.json").read_text())
+    path = str(checkpoint_path(tmp_path / "run", 16))
+    dev = {"RR@10": 0.25}
+    assert manifest == {"generation": 3, "step": 16, "checkpoint": path, "queries": len(listed), "dev": dev}
+    work = Path(tool("next"))
+    shutil.copytree(work, tmp_path / "kept")
+    mined(work, listed)
+    tool("publish")
+    shutil.copytree(tmp_path / "kept", work)  # killed before it could be removed
+    (tmp_path / "run/done").touch()
+    assert tool("next") == ""
+    with pytest.raises(UserError, match="--slices 99: of 20 judged queries"):
+        (tmp_path / "run/done").unlink()
+        shutil.rmtree(tmp_path / "generations")
+        shutil.rmtree(tmp_path / "mining")
+        tool("next", "--slices", 99)

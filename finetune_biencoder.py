@@ -1,31 +1,30 @@
 """Fine-tune a bi-encoder: queries and passages share one encoder, a score is the dot product of their vectors.
 
     info_nce   softmax over the passages of the batch on all processes: DPR (arXiv 2004.04906), RetroMAE (2205.12035)
+    own_group  the same over the passages of the query's own group alone
     triplet    -log softmax over (positive, negative) pairs, no in-batch negatives: ANCE (2007.00808)
     distilled  --teacher_scores with --kl_weight (RetroMAE, LexMAE) or --margin_mse_weight (SPLADE) on the own group
-    own_group  the softmax over the passages of the query's own group alone
     sparse     --head sparse: a weight per term of the vocabulary, and the FLOPS regulariser: SPLADE-max (2109.10086),
                LexMAE (2208.14754)
     MaxP       --max_chunks: the best chunk of a document is its score: ANCE
     robust     --dro: groups of queries (--clusters) are weighted: COCO-DR (2210.15212), lib/dro.py
-    warm-up    --triples: positives and BM25 negatives as published triples of texts or ids: ANCE
-    refreshed  --negatives_dir: the newest of the generations that a miner adds meanwhile: ANCE, lib/generations.py
 
 A group is 1 positive + n negatives, drawn anew each epoch from the first --negatives_depth of each query's list in a
-file that mine_negatives.py writes. Deliberate deviations from the official code of these papers:
+file that mine_negatives.py writes, or in the newest generation that a miner has added to --negatives_dir meanwhile
+(ANCE, lib/generations.py); --triples are groups as published (ANCE's warm-up). Deliberate deviations from the papers'
+official code:
   1. Passages of other processes carry gradient: W processes of batch B train like one of W·B (RetroMAE has 1/W of it).
   2. Judged positives of a query and exact copies of them are never its negatives, neither drawn nor, where they stand
      in the batch for another query, in the softmax; --no_mask_positives restores the papers' softmax.
   3. A list shorter than the group is filled with masked columns (RetroMAE: random passages, LexMAE: repeats).
-  4. Each judged positive is an example, shuffled over the epoch, its negatives drawn anew each time (ANCE: one per
-     query, and its triplets in a row, so that a batch holds one or two queries).
+  4. Each judged positive is an example, shuffled over the epoch (ANCE: one per query, its triplets in a row).
   5. FLOPS is of the batch of all processes (LexMAE, SPLADE: of each GPU's own); of one micro-step if accumulated.
   6. A pair without a teacher score stops the run (RetroMAE: a missing file silently switches distillation off).
-  7. DRO's statistics are of all processes, absent groups keep their weight, its loss is a mean (lib/dro.py).
+  7. Each chunk of MaxP begins with [CLS] (ANCE: the first); what DRO does otherwise is in lib/dro.py.
 
 Reads   --model (ours, sentence-transformers, or Hugging Face with --pooling) and the files of lib/files.py
 Writes  --output_dir: the checkpoint, and best/ by MRR@10 on the development set, each also a sentence-transformers
-        folder; log.jsonl, args.json, state/ to --resume from, `done` last
+        folder; log.jsonl, args.json, state/ to --resume from, `done` last; checkpoints/, generations.tsv for a miner
 
 CPU toy   python finetune_biencoder.py --model M --corpus C --queries Q --qrels R --passages_per_query 1 --output_dir O
 1 GPU     accelerate launch --mixed_precision bf16 finetune_biencoder.py ... --negatives negatives.tsv
@@ -50,7 +49,7 @@ from lib.data import GroupCollator, Groups, dev_mrr, load, open_dev, preview
 from lib.dist import all_gather, all_gather_with_grad
 from lib.dro import GroupGradients, GroupWeights
 from lib.encoder import load_encoder, save_encoder
-from lib.files import UserError, open_texts, write_lines
+from lib.files import UserError, open_texts
 from lib.generations import Generation, Refresh, checkpoint_path, remove_old_checkpoints
 from lib.gradcache import contrastive_backward
 from lib.optim import descend, lr_at, make_optimizer, parameter_groups
@@ -142,26 +141,23 @@ class Args:
 
 def check(args, candidates: int) -> None:
     """UserError where flags contradict each other. candidates: passages that a query is compared with."""
-    own = args.negatives or args.negatives_dir or args.teacher_scores or args.clusters or args.qrels
-    distilled, stream = bool(args.kl_weight or args.margin_mse_weight), args.triples or args.negatives_dir
+    judged, distilled = args.corpus and args.queries and args.qrels, bool(args.kl_weight or args.margin_mse_weight)
+    own = args.qrels or args.negatives or args.negatives_dir or args.teacher_scores or args.clusters
+    stream = args.triples or args.negatives_dir
     shared = args.loss == "info_nce" or args.head == "sparse" or args.chunk_size or args.gradient_checkpointing
+    unfit = bool(args.teacher_scores) != distilled or (distilled and args.passages_per_query < 2)
     wrong = {
-        "what to train on — give --corpus, --queries and --qrels, or --triples": not args.triples
-        and not (args.corpus and args.queries and args.qrels),
-        "--triples has its positives and negatives — leave --qrels, --negatives, --negatives_dir, --teacher_scores, "
-        "--clusters out": args.triples and own,
-        "a stream of triples or of negatives has no epochs — give --max_steps": stream and not args.max_steps,
-        "to distil, give --teacher_scores, --negatives and --kl_weight or --margin_mse_weight — or none": (
-            bool(args.teacher_scores) != distilled or (distilled and args.passages_per_query < 2)
-        ),
+        "what to train on — give --corpus, --queries and --qrels, or --triples": not (judged or args.triples),
+        "--triples come with all of --qrels, --negatives, --clusters — leave those out": args.triples and own,
+        "triples and refreshed negatives have no epochs — give --max_steps": stream and not args.max_steps,
+        "to distil, give --teacher_scores, --negatives and --kl_weight or --margin_mse_weight — or none": unfit,
         f"--loss {args.loss}: no negatives — raise --passages_per_query or --per_device_batch_size": candidates < 2,
         "--dro weights groups of queries — give it with --clusters, or neither": bool(args.dro) != bool(args.clusters),
         "--dro: no loss belongs to one query with in-batch negatives, FLOPS or a batch encoded in parts — give --loss "
         "triplet or own_group, no --head sparse, --chunk_size, --gradient_checkpointing": args.dro and shared,
     }
-    for message, holds in wrong.items():
-        if holds:
-            raise UserError(message)
+    if found := [message for message, holds in wrong.items() if holds]:
+        raise UserError(found[0])
 
 
 def main():
@@ -197,8 +193,8 @@ def main():
     # ---- model, optimizer, prepare
     torch.manual_seed(args.seed)  # of a new projection
     overrides = {name: getattr(args, name) for name in TextFormat.__dataclass_fields__}
-    head = {name: getattr(args, name) for name in ("head", "exclude_special_tokens", "allow_new_head")}
-    head = {"projection": args.projection, "normalize": args.normalize, **head}
+    head = "projection", "normalize", "head", "exclude_special_tokens", "allow_new_head"
+    head = {name: getattr(args, name) for name in head}
     model = load_encoder(args.model, args.pooling, overrides, **head)
     dim, form = model.dim, model.format
     economize(model.backbone, args.gradient_checkpointing)
@@ -207,8 +203,7 @@ def main():
     gradients = GroupGradients(model.backbone, args.dro_layers) if args.dro == "idro" else None
     chunked = 0 < args.chunk_size < B * P * form.max_chunks
     chunk_rows = args.chunk_size if chunked else 16 if device.type == "cpu" else 64  # short chunks pad less
-    collator = TripleCollator if args.triples else GroupCollator
-    collate = collator(groups, model.tokenizer, form, chunk_rows)
+    collate = (TripleCollator if args.triples else GroupCollator)(groups, model.tokenizer, form, chunk_rows)
     weights = sum(p.numel() for p in model.parameters())
     facts = {
         "model": f"{args.model}, {weights / 1e6:.1f} M weights, {model.pooling} pooling, {dim} dimensions",
@@ -257,15 +252,9 @@ def main():
             stats["contrastive"] = loss
         loss = args.contrastive_weight * loss
         if args.teacher_scores:
-            own, scale = (
-                losses.group_columns(positives, P),
-                args.temperature / (args.student_temperature or args.temperature),
-            )
-            pair = (
-                scores.gather(1, own) * scale,
-                batch["teacher_scores"] / args.teacher_temperature,
-                mask.gather(1, own),
-            )
+            own = losses.group_columns(positives, P)
+            student = scores.gather(1, own) * (args.temperature / (args.student_temperature or args.temperature))
+            pair = student, batch["teacher_scores"] / args.teacher_temperature, mask.gather(1, own)
             stats["kl"], stats["margin_mse"] = losses.kl_divergence(*pair), losses.margin_mse(*pair)
             loss = loss + args.kl_weight * stats["kl"] + args.margin_mse_weight * stats["margin_mse"]
         loss = dro.loss(loss, batch["clusters"]) if dro else loss.mean()
@@ -351,9 +340,7 @@ def main():
 
     # ---- save
     save(out)
-    if accelerator.is_main_process:
-        write_lines(out / "done", [])
-    accelerator.end_training()
+    launch.finish(accelerator, out)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ import math
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -48,8 +47,8 @@ from transformers.hf_argparser import HfArg
 
 from lib.attention import economize
 from lib.data import BlockCollator, StepSampler, load, open_corpora
-from lib.files import UserError, write_lines
-from lib.launch import RunLog, begin, describe, load_state, make_accelerator, parse_args, run, save_state
+from lib.files import UserError
+from lib.launch import RunLog, begin, describe, finish, load_state, make_accelerator, parse_args, run, save_state
 from lib.lm import load_decoder, load_lm, max_positions, read_architecture, save_checkpoint, stated_title
 from lib.mae import MLM, SEED, CoCondenser, Condenser, DupMAE, LexMAE, RetroMAE, span_backward
 from lib.optim import descend, lr_at, parameter_groups
@@ -287,9 +286,7 @@ def main():
         metrics = {"steps": step, **values}
         card = {"base": origin, "data": ", ".join(args.corpus), "command": " ".join(sys.argv), "metrics": metrics}
         save_checkpoint(accelerator.unwrap_model(model), tokenizer, args.output_dir, title, card)
-        write_lines(Path(args.output_dir) / "done", [])
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    finish(accelerator, args.output_dir)
 
 
 if __name__ == "__main__":

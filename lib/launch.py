@@ -327,5 +327,13 @@ def load_state(output_dir, accelerator, model, optimizer) -> tuple[int, dict]:
     return state["step"], state["extra"]
 
 
+def finish(accelerator, output_dir) -> None:
+    """The last thing of a training run: `done`."""
+    if accelerator.is_main_process:
+        write_lines(Path(output_dir) / "done", [])
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 def _launched(accelerator) -> str:
     return f"{accelerator.num_processes} process(es), precision {accelerator.mixed_precision}"

@@ -349,9 +349,7 @@ def train(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dic
         data = ", ".join([args.corpus, args.queries, args.qrels, args.negatives])
         card = {"base": args.model, "data": data, "command": " ".join(sys.argv), "metrics": {"steps": step, **values}}
         save_cross_encoder(accelerator.unwrap_model(model), args.output_dir, card)
-        write_lines(Path(args.output_dir) / "done", [])
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    launch.finish(accelerator, args.output_dir)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

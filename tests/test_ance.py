@@ -133,7 +133,7 @@ def test_queries_that_were_not_mined_are_left_out(train, tiny_collection, tmp_pa
     errors = train(fails=True, negatives_dir=tmp_path / "nothing", output_dir=tmp_path / "x")
     assert "no generation of negatives for step 0 — publish one" in errors and not (tmp_path / "x").exists()
     errors = train(fails=True, negatives_dir=tmp_path / "generations", max_steps=0, output_dir=tmp_path / "x")
-    assert "has no epochs — give --max_steps" in errors
+    assert "have no epochs — give --max_steps" in errors
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,64 @@
+"""What weighting groups of queries costs: steps of finetune_biencoder.py with --dro idro against the same without.
+
+    python -m bench.dro --model DIR --corpus FILE --queries FILE --qrels FILE --negatives FILE
+
+Both train with triplets on the same queries, one negative each, no loader processes; queries belong to --groups
+groups at random, so that nearly all are in every batch of 64. Each run is a process of its own, in turns. Printed: the
+median time of a step without the first two, the peak of resident memory, and how many groups a batch has on average.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+
+from bench.finetune import ROOT, peak_of, prepare
+from lib.files import read_qrels, write_lines
+
+
+def run(args, folder: Path, weighted: bool) -> tuple[list[float], float]:
+    """(seconds of each step, peak MB)"""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    command = f"""--model {args.model} --corpus {args.corpus} --queries {args.queries} --qrels {folder}/qrels.tsv
+        --negatives {folder}/negatives.tsv --passages_per_query {args.group} --per_device_batch_size {args.batch}
+        --max_steps {args.steps} --max_query_length 32 --max_passage_length {args.max_length} --loss triplet
+        --num_workers 0 --log_every 1 --output_dir {folder}/out"""
+    command += f" --dro idro --clusters {folder}/clusters.tsv --dro_layers {args.layers}" if weighted else ""
+    peak = peak_of(ROOT / "finetune_biencoder.py", *command.split())
+    log = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
+    return [args.batch / line["queries/s"] for line in log], peak
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "corpus", "queries", "qrels", "negatives"):
+        parser.add_argument(f"--{name}")
+    sizes = {"batch": 64, "group": 2, "max_length": 128, "steps": 6, "rounds": 3, "groups": 50, "layers": 3}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    seconds, peaks = {False: [], True: []}, {False: [], True: []}
+    with tempfile.TemporaryDirectory() as folder:
+        folder, draw = Path(folder), random.Random(0)
+        prepare(args, folder)
+        qids = list(read_qrels(folder / "qrels.tsv"))
+        clusters = [*range(args.groups), *(draw.randrange(args.groups) for _ in qids[args.groups :])]
+        write_lines(folder / "clusters.tsv", (f"{qid}\t{c}" for qid, c in zip(qids, clusters, strict=True)))
+        for _ in range(args.rounds):
+            for weighted in (False, True):
+                times, peak = run(args, folder, weighted)
+                seconds[weighted] += times[2:]
+                peaks[weighted].append(peak)
+    plain, weighted = (statistics.median(seconds[kind]) for kind in (False, True))
+    present = args.groups * (1 - (1 - 1 / args.groups) ** args.batch)
+    print(f"{args.batch} queries x {args.group} passages, about {present:.0f} of {args.groups} groups in a batch")
+    print(f"plain {plain:.3f} s/step, weighted {weighted:.3f} s/step: {weighted / plain:.2f}x")
+    memory = [statistics.median(peaks[kind]) for kind in (False, True)]
+    print(f"peak memory {memory[0]:.0f} MB, {memory[1]:.0f} MB: {memory[1] / memory[0]:.2f}x")
+
+
+if __name__ == "__main__":
+    main()

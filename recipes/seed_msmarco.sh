@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SEED-Encoder (arXiv 2102.09206): pre-training with the weak decoder, then, with the authors' values, warm-up on BM25 triples and
 # ANCE (recipes/ance.sh) with its projection head, evaluation. Published: on the passages of dev MRR@10 0.329 and R@1000 0.953
-# after the warm-up, 0.334 and 0.961 after ANCE; on documents MRR@100 0.394 on dev.
+# after the warm-up, 0.334 and 0.961 after ANCE; on documents MRR 0.394 on dev, at 10 they say, at 100 by their code.
 #
 #     bash recipes/seed_msmarco.sh [DATA] [OUT]
 #
@@ -14,14 +14,14 @@
 # WINDOW   2 (three decoder layers, the default) or 8 (one): the two published checkpoints
 #
 # The pre-training's corpus, optimizer, rates and steps were never published; masks, decoder, window, loss weights and length are theirs.
-# The miner gets a checkpoint every 10,000 steps, as in the authors' repository. (A README of theirs for Hugging Face's checkpoints says
-# --save_steps 100000000, with which negatives are never refreshed, and starts ANCE from its own results; both are slips.)
+# The miner gets a checkpoint every 10,000 steps (STEPS of recipes/ance.sh), and both parts start from the warm-up, as in the authors'
+# repository. Copies of its README have --save_steps 100000000, with which no checkpoint is written and negatives are never refreshed, and
+# start from ANCE's own final checkpoints.
 # Deviations, beside those of recipes/ance.sh:
 #   1. It goes on from BERT, on MS MARCO's passages: theirs is from scratch, on Wikipedia and BookCorpus, with a vocabulary of its own.
 #   2. AdamW at 1e-4, 8 epochs, batch 8 x 64 are ours.
-#   3. Learning rates fall to zero at the step of the published checkpoint; theirs would at 1,000,000 (warm-up: two epochs, 273,437).
+#   3. Learning rates fall to zero at the step of the published checkpoint; theirs would at 1,000,000 (warm-up: two epochs, 273,436).
 #   4. Triples are shuffled, 32,768 at a time; theirs come in the order of the file.
-#   5. A part's first negatives are found with texts as the warm-up has them: 128 tokens, documents without url and title.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 data=${1:-data/msmarco} out=${2:-runs/seed_msmarco} parts=${PARTS:-passages}

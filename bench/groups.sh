@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Group-robust training against plain training at equal steps, over three seeds, on every group's own queries.
+#
+#     bash bench/groups.sh DATA MODEL OUT [flags for finetune_biencoder.py ...]
+#
+# DATA   corpus.jsonl; queries.train.jsonl, qrels.train.tsv and clusters.tsv (`qid TAB cluster`); queries.test.jsonl, and a
+#        qrels.NAME.tsv for each group's test queries
+# DRO    flags of the robust run, default "--dro idro"; SEEDS default "0 1 2"
+# Each model re-ranks the first 20 passages of BM25. Printed for every group: MRR@10 of both, means over the seeds, and their difference
+# with a bootstrap interval over queries, each of which counts with the mean over its seeds.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ $# -ge 3 ] || { sed -n '4,8p' "$0" >&2; exit 1; }
+data=$1 model=$2 out=$3 flags=("${@:4}")
+read -ra robust <<<"${DRO:---dro idro}"
+texts=(--corpus "$data/corpus.jsonl") train=(--queries "$data/queries.train.jsonl" --qrels "$data/qrels.train.tsv")
+tests=() 
+for file in "$data"/qrels.*.tsv; do if [ "$file" != "$data/qrels.train.tsv" ]; then tests+=("$file"); fi; done
+python mine_negatives.py --bm25 "${texts[@]}" "${train[@]}" --depth 30 --bm25_index "$out/index" --output_dir "$out/negatives"
+python evaluate.py --bm25 "${texts[@]}" --queries "$data/queries.test.jsonl" --qrels "${tests[@]}" --depth 20 --metrics RR@10 R@20 \
+    --bm25_index "$out/index" --output_dir "$out/candidates"
+awk 'NR == FNR { listed[$3]; next } match($0, /"_id": "[^"]*"/) && substr($0, RSTART + 8, RLENGTH - 9) in listed' \
+    "$out/candidates/run.trec" "$data/corpus.jsonl" >"$out/candidates.jsonl"
+for seed in ${SEEDS:-0 1 2}; do
+    for kind in plain robust; do
+        here=$out/$kind-$seed more=()
+        if [ $kind = robust ]; then more=("${robust[@]}" --clusters "$data/clusters.tsv"); fi
+        python finetune_biencoder.py --model "$model" "${texts[@]}" "${train[@]}" --negatives "$out/negatives/negatives.tsv" \
+            --passages_per_query 2 --negatives_depth 30 --loss triplet --seed $seed "${flags[@]}" "${more[@]}" --output_dir "$here" --resume
+        python encode.py --model "$here" --input "$out/candidates.jsonl" --kind passage --output_dir "$here-corpus"
+        python encode.py --model "$here" --input "$data/queries.test.jsonl" --kind query --output_dir "$here-queries"
+        python evaluate.py --queries_embeddings "$here-queries" --corpus_embeddings "$here-corpus" --candidates "$out/candidates/run.trec" \
+            --allow_unknown --qrels "${tests[@]}" --metrics RR@10 --depth 20 --output_dir "$here-evaluation"
+    done
+done
+python - "$out" ${SEEDS:-0 1 2} <<'END_OF_TABLE'
+import pathlib, sys
+import numpy as np
+from lib.metrics import bootstrap_interval
+values = {}  # group, kind -> qid -> one value per seed
+for kind in ("plain", "robust"):
+    for seed in sys.argv[2:]:
+        table = (pathlib.Path(sys.argv[1]) / f"{kind}-{seed}-evaluation" / "per_query.tsv").read_text().splitlines()[1:]
+        for qid, group, value in (line.split("\t") for line in table):
+            values.setdefault((group, kind), {}).setdefault(qid, []).append(float(value))
+for group in sorted({group for group, _ in values}):
+    plain, robust = (np.array([*values[group, kind].values()]) for kind in ("plain", "robust"))  # (Q, seeds)
+    gap = (robust - plain).mean(1)
+    low, high = bootstrap_interval(gap)
+    seeds = " ".join(f"{x:+.4f}" for x in (robust - plain).mean(0))
+    print(f"{group:<18}{len(plain):>5} queries   plain {plain.mean():.4f}   robust {robust.mean():.4f}   {gap.mean():+.4f} ({low:+.4f} to {high:+.4f}; by seed {seeds})")
+END_OF_TABLE

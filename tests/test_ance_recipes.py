@@ -1,0 +1,153 @@
+"""pytest tests/test_ance_recipes.py — ANCE, SEED-Encoder, COCO-DR from end to end at SCALE=tiny, with their values."""
+
+import json
+import shutil
+
+import pytest
+
+from lib.encoder import load_encoder, save_encoder
+from lib.files import read_json, read_negatives, read_qrels
+from lib.generations import publish
+
+pytestmark = pytest.mark.slow
+RATES = "learning_rate", "warmup_steps", "max_steps", "per_device_batch_size", "gradient_accumulation_steps"
+TEXTS = "title", "max_query_length", "max_passage_length", "max_characters", "max_chunks"
+KIND = "loss", "optimizer", "weight_decay"
+
+
+@pytest.fixture
+def data(tiny_msmarco, tiny_collection):
+    """What get_msmarco.sh --triples --documents leaves, without the sets of TREC; five documents have two chunks or
+    more."""
+    for path in tiny_msmarco.glob("*.dl*"):
+        path.unlink()
+    passages = [line.split("\t") for line in (tiny_msmarco / "corpus.tsv").read_text().splitlines()]
+    texts, negatives = {pid: text for pid, _, text in passages}, dict(read_negatives(tiny_collection.negatives))
+    queries = dict(line.split("\t") for line in tiny_collection.queries.read_text().splitlines())
+    rows = [(q, p, n) for q, judged in read_qrels(tiny_collection.qrels).items() for p in judged for n in negatives[q]]
+    rows = "".join(f"{queries[q]}\t{texts[p]}\t{texts[n]}\n" for q, p, n in rows)
+    (tiny_msmarco / "triples.train.small.tsv").write_text(rows)
+    shutil.copytree(tiny_msmarco, tiny_msmarco / "documents", ignore=shutil.ignore_patterns("corpus.*", "triples.*"))
+    bodies = [text * 100 if row % 8 == 0 else text for row, text in enumerate(texts.values())]
+    rows = "".join(f"{p}\thttp://{p}.org\t{t}\t{b}\n" for (p, t, _), b in zip(passages, bodies, strict=True))
+    (tiny_msmarco / "documents" / "corpus.tsv").write_text(rows)
+    return tiny_msmarco
+
+
+def asked(folder, *names):
+    """The values that a recipe gave a finished run, before those that SCALE=tiny put at the end of the command."""
+    args = read_json(folder / "args.json")
+    assert (folder / "done").is_file()
+    assert args["arguments"]["max_steps"] == 2 and args["arguments"]["per_device_batch_size"] == 4  # the last counts
+    words, first = args["command"], {}
+    for flag, value in zip(words, words[1:], strict=False):
+        first.setdefault(flag, value)
+    return tuple(first.get(f"--{name}") for name in names)
+
+
+def check_warm_up(folder, model, rates, projection):
+    assert asked(folder, *RATES) == (*rates, None) and asked(folder, *TEXTS) == ("none", "128", "128", None, None)
+    assert asked(folder, "model", "pooling", "projection") == (str(model), "cls", projection)
+    assert asked(folder, *KIND) == ("triplet", "lamb", "0")
+
+
+def check_part(folder, data, model, rates, *texts):
+    """Trained from this model with these values, on the negatives of the first generation, and evaluated."""
+    run = folder / "model"
+    assert asked(run, *RATES) == rates and asked(run, *TEXTS) == (texts[0], "64", "512", *texts[1:])
+    assert asked(run, "model", "corpus") == (str(model), str(data / "corpus.tsv"))
+    assert asked(run, *KIND, "passages_per_query") == ("triplet", "lamb", "0", "2")
+    assert asked(run, "save_every", "keep_checkpoints") == ("10000", "2")
+    assert (run / "generations.tsv").read_text() == "0\t1\n" and not (folder / "mining").exists()
+    assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["generation"] == 1
+    check_evaluation(folder, "R@100" if texts[0] == "sep" else "R@1000")
+
+
+def check_evaluation(folder, recall):
+    (part,) = read_json(folder / "evaluation-dev" / "metrics.json")["splits"].values()
+    assert part["queries"] == 20 and recall in part["metrics"] and (folder / "table.tsv").is_file()
+
+
+def mined_before(out, collection, *parts):
+    """First generations, as if the miner had run elsewhere."""
+    for part in parts:
+        publish(out / part / "generations", collection.negatives, {"step": 0})
+
+
+def test_ance_on_passages(recipe, data, tmp_path):
+    out = tmp_path / "out"
+    done = recipe("ance_msmarco.sh", data, out, SCALE="tiny", POLL="1")
+    assert done.returncode == 0, done.stderr
+    check_warm_up(out / "warm-up", out / "pretrained", ("2e-4", "1000", "60000", "32"), "768")
+    rates = "1e-6", "5000", "600000", "8", "2"
+    check_part(out / "passages", data, out / "warm-up", rates, None, None, None)
+    manifest = read_json(out / "passages" / "generations" / "generation-0001" / "manifest.json")
+    assert manifest["step"] == 0 and manifest["queries"] == 4 and "RR@10" in manifest["dev"]
+    assert not (out / "documents").exists()
+
+
+def test_ance_on_documents(recipe, data, tiny_collection, tiny_model_dir, tmp_path):
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    out = tmp_path / "out"
+    wrong = recipe("ance_msmarco.sh", data, out, PARTS="passages document")
+    assert wrong.returncode == 1 and "# PARTS " in wrong.stderr and not out.exists()
+    config = AutoConfig.from_pretrained(tiny_model_dir, max_position_embeddings=512)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "long")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "long")
+    passages = load_encoder(tmp_path / "long", "cls", {"title": "none"}, projection=768)
+    save_encoder(passages, out / "passages" / "model", {})
+    mined_before(out, tiny_collection, "documents", "maxp")
+    done = recipe("ance_msmarco.sh", data, out, SCALE="tiny", POLL="1", PARTS="documents maxp")
+    assert done.returncode == 0, done.stderr
+    start, data = out / "passages" / "model", data / "documents"
+    check_part(out / "documents", data, start, ("5e-6", "3000", "210000", "8", "2"), "sep", "10000", None)
+    check_part(out / "maxp", data, start, ("1e-5", "500", "139000", "2", "8"), "sep", "10000", "4")
+    ids = [(out / part / "corpus" / "shard-00000.ids.txt").read_text().split() for part in ("documents", "maxp")]
+    assert len(ids[0]) == len(set(ids[1])) == 40 and 45 <= len(ids[1]) <= 55
+
+
+def test_seed_encoder(recipe, data, tiny_collection, tmp_path):
+    out = tmp_path / "out"
+    mined_before(out, tiny_collection, "passages", "documents")
+    done = recipe("seed_msmarco.sh", data, out, SCALE="tiny", POLL="1", PARTS="passages documents")
+    assert done.returncode == 0, done.stderr
+    assert read_json(out / "pretrained" / "decoder.json")["objective"] == "seed"
+    check_warm_up(out / "warm-up", out / "pretrained", ("2e-4", "1000", "90000", "32"), "768")
+    start = out / "warm-up"
+    check_part(out / "passages", data, start, ("1e-6", "5000", "440000", "16", None), None, None, None)
+    rates = "5e-6", "3000", "800000", "4", "4"
+    check_part(out / "documents", data / "documents", start, rates, "sep", "10000", None)
+
+
+def test_coco_dr_by_episodes(recipe, data, tiny_beir, tmp_path):
+    out = tmp_path / "out"
+    shutil.rmtree(tiny_beir / "two")
+    done = recipe("coco_dr.sh", tiny_beir, data, out, SCALE="tiny", EPISODES="2", CLUSTERS="3")
+    assert done.returncode == 0, done.stderr
+    check_warm_up(out / "warm-up", out / "coco" / "pretrained", ("2e-4", "1000", "51267", "256"), None)
+    model, clusters = out / "warm-up", []
+    for episode, rate in ((1, 5e-6), (2, 5e-6 * (1 - 45000 / 300000))):
+        here = out / f"episode-{episode}"
+        run = here / "model"
+        assert float(asked(run, "learning_rate")[0]) == pytest.approx(rate, rel=1e-12)
+        assert asked(run, *RATES[1:]) == ("3000", "45000", "64", None)
+        assert asked(run, *TEXTS) == (None, "64", "256", None, None)
+        assert asked(run, *KIND, "passages_per_query") == ("triplet", "lamb", "0", "2")
+        assert asked(run, "model", "clusters") == (str(model), str(here / "clusters" / "clusters.tsv"))
+        names = "dro", "dro_form", "dro_alpha", "dro_ema", "dro_rho", "dro_eps"
+        assert asked(run, *names) == ("idro", "official", "0.25", "0.1", "0.05", "0.01")
+        mining = read_json(here / "negatives" / "args.json")["arguments"]
+        assert [mining[name] for name in ("depth", "num_negatives", "sample")] == [200, 30, "uniform"]
+        assert read_json(here / "corpus" / "meta.json")["max_length"] == 256
+        meta = read_json(here / "queries" / "meta.json")
+        assert (meta["max_length"], meta["dtype"], meta["model"]) == (64, "float32", str(model))
+        clusters.append(read_json(here / "clusters" / "meta.json"))
+        assert len(clusters[-1]["sizes"]) == 3 and sum(clusters[-1]["sizes"]) == 20
+        weights = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["group_weights"]
+        assert len(weights) == 3 and len(set(weights)) > 1 and sum(weights) == pytest.approx(1, abs=0.03)
+        model = run
+    assert clusters[0]["source"]["model_hash"] != clusters[1]["source"]["model_hash"]
+    check_evaluation(here / "msmarco", "R@1000")
+    assert (here / "beir" / "one" / "evaluation" / "metrics.json").is_file()
+    assert read_json(here / "beir" / "one" / "corpus" / "meta.json")["title"] == "space"

@@ -160,8 +160,28 @@ def two_processes(tmp_path):
     return call
 
 
+@pytest.fixture(scope="session")
+def forked_python(tmp_path_factory):
+    """A folder with a `python` that starts in no time, see forked_python.py."""
+    import subprocess
+    import sys
+    import time
+    from pathlib import Path
+
+    folder, script = tmp_path_factory.mktemp("python"), Path(__file__).with_name("forked_python.py")
+    socket = folder / "socket"
+    server = subprocess.Popen([sys.executable, script, "serve", socket], cwd=script.parents[1])
+    while not socket.exists():
+        assert server.poll() is None
+        time.sleep(0.1)
+    (folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{script}" call "{socket}" "$@"\n')
+    (folder / "python").chmod(0o755)
+    yield folder
+    server.kill()
+
+
 @pytest.fixture
-def recipe():
+def recipe(forked_python):
     """recipe("beir.sh", *arguments, SCALE="tiny", ...) -> the finished process of a recipe, with this Python first in
     the PATH and the scripts started by `python`."""
     import subprocess
@@ -169,9 +189,10 @@ def recipe():
     from pathlib import Path
 
     def call(name, *arguments, **environment):
-        here = {"LAUNCH": "python", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        path = f"{forked_python}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         command = ["bash", Path(__file__).parents[1] / "recipes" / name, *map(str, arguments)]
-        return subprocess.run(command, env={**os.environ, **here, **environment}, capture_output=True, text=True)
+        environment = {**os.environ, "LAUNCH": "python", "PATH": path, **environment}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
 
     return call
 

@@ -209,7 +209,7 @@ def test_dro_is_refused_where_no_loss_belongs_to_a_query(train, clusters, tmp_pa
 
 
 def test_documents_train_by_their_best_chunk(train, script, tiny_collection, tmp_path):
-    """The loss that a run logs is the one of a loop over documents and their chunks."""
+    """What a run measures while it trains is what encode.py and evaluate.py find afterwards."""
     how = {"max_chunks": 3, "max_passage_length": 16, "negatives": tiny_collection.negatives, "title": "sep"}
     files = {
         "queries": tiny_collection.queries,

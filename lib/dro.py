@@ -24,10 +24,13 @@ class GroupWeights:
     loss and c of the number of queries, and f = c / sum c: loss = sum over queries h_i l / (W B); then h = 1 / alpha
     for the groups of highest S that make up alpha, the group at the border in proportion, all others eps.
 
-    Deviations: losses, counts and gradients are of the batch of all processes (official: gradients alone; the weights
-    of two processes differ). A group that is not in the batch keeps its weight (official: eps), those that are share
-    what they hold. h begins at 1 / K, and idro's loss is divided by the weight present, so that it stays a mean
-    (official: 1 each, a sum)."""
+    Deviations from the official code:
+      1. Losses, counts and gradients are of the batch of all processes (theirs: gradients alone, so that two processes
+         differ in their weights).
+      2. A group that is not in the batch keeps its weight (theirs: eps); those that are share what they hold.
+      3. h begins at 1 / K, and idro's loss is divided by the weight present, so that it stays a mean (theirs: 1 each,
+         and a sum).
+      4. The weight is not averaged over steps once more (their greedy's weight_ema, 0 in the recipe)."""
 
     def __init__(self, clusters, kind: str, form: str, alpha: float, ema: float, rho: float, eps: float):
         groups = int(max(clusters)) + 1

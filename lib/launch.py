@@ -91,7 +91,7 @@ def make_accelerator(
     gradient_accumulation_steps: int = 1, report_to: str = "none", output_dir=None, deterministic: bool = False
 ) -> Accelerator:
     """The Accelerator, after refusing what would be silently something else: FSDP, DeepSpeed, fp16 on a CPU, processes
-    that do not see each other."""
+    that do not see each other, a tracker that is not there."""
     if deterministic:  # bit-identity on CUDA; the workspace setting must be there before CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -102,6 +102,8 @@ def make_accelerator(
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
+    if report_to != "none" and not accelerator.log_with:  # which Accelerate says to nobody
+        raise UserError(f"--report_to {report_to}: not installed — pip install {report_to}, or leave it out")
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise UserError(
             f"{accelerator.distributed_type.value} is not supported — run `accelerate config` and choose plain "

@@ -130,7 +130,7 @@ class Args:
     # runtime
     seed: int = HfArg(default=42, help="data order, negatives, dropout")
     save_every: int = HfArg(default=1000, help="steps between states to --resume from")
-    keep_checkpoints: int = HfArg(default=0, help="so many last ones of then, in checkpoints/, for a miner")
+    keep_checkpoints: int = HfArg(default=0, help="of these steps the last so many, in checkpoints/, for a miner")
     log_every: int = HfArg(default=20, help="steps between log lines")
     resume: bool = HfArg(default=False, help="go on from the last state")
     num_workers: int = HfArg(default=2, help="loader processes that turn text into ids")
@@ -217,7 +217,7 @@ def main():
         **({"negatives from": f"{used.negatives}, of step {used.step}"} if refresh else {}),
         **({"FLOPS": f"{lambda_p} of passages, {lambda_q} of queries, after {flops_steps} steps"} if sparse else {}),
         **({"DRO": f"{args.dro}, {args.dro_form}, {len(dro.h)} groups"} if dro else {}),
-        "steps": f"{max_steps}, {epochs * max_steps:.2f} epochs, {warmup_steps} of warm-up",
+        "steps": f"{max_steps}{f', {epochs * max_steps:.2f} epochs' if epochs else ''}, {warmup_steps} of warm-up",
     }
     numbers = weights * (4 + bool(dev) + args.keep_checkpoints)  # checkpoint, state with two moments, best/
     if not launch.begin(accelerator, args, "fine-tuning", facts, partial(preview, collate), numbers):

@@ -138,10 +138,6 @@ class GroupGradients:
             self.calls[module].append(call)
             output.register_hook(lambda gradient: call.__setitem__(1, gradient))
 
-    def clear(self) -> None:
-        for calls in self.calls.values():
-            calls.clear()
-
     @torch.no_grad()
     def products(self, groups: Tensor, present: Tensor) -> Tensor:
         """groups (R,): of each text, in the order in which the layers read them since the last call; present (K,)
@@ -154,7 +150,7 @@ class GroupGradients:
                 if world()[1] > 1:
                     dist.all_reduce(table)
                 total = total + table @ table.T
-        self.clear()
+            calls.clear()
         return total.double().cpu()
 
     @staticmethod

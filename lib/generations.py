@@ -126,9 +126,8 @@ class Refresh:
         look, verdict = step - step % self.every, [None, None]
         if accelerator.is_main_process:
             try:
-                if look not in self.decisions:
-                    self._decide(look)
-                verdict[0] = tuple(self._find(self.decisions[look]))
+                known = look in self.decisions
+                verdict[0] = tuple(self._find(self.decisions[look]) if known else self._decide(look))
             except UserError as error:  # the others wait for a word
                 verdict[1] = str(error)
         broadcast_object_list(verdict)
@@ -136,14 +135,17 @@ class Refresh:
             raise UserError(verdict[1])
         return Generation(*verdict[0])
 
-    def _decide(self, look: int) -> None:
-        before = [number for step, number in self.decisions.items() if step < look]
-        number = max([self.newest(look).number, *before])
+    def _decide(self, look: int) -> Generation:
+        before = max((number for step, number in self.decisions.items() if step < look), default=0)
+        generation = self.newest(look)
+        if generation.number < before:  # what was used has been taken away
+            generation = self._find(before)
         with open(self.record, "a") as stream:
-            stream.write(f"{look}\t{number}\n")
+            stream.write(f"{look}\t{generation.number}\n")
             stream.flush()
             os.fsync(stream.fileno())
-        self.decisions[look] = number
+        self.decisions[look] = generation.number
+        return generation
 
     def _find(self, number: int) -> Generation:
         if number == 0 and self.start:

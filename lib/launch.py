@@ -102,7 +102,7 @@ def make_accelerator(
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
-    if report_to != "none" and not accelerator.log_with:  # which Accelerate says to nobody
+    if report_to != "none" and not accelerator.log_with:  # Accelerate warns and goes on
         raise UserError(f"--report_to {report_to}: not installed — pip install {report_to}, or leave it out")
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise UserError(

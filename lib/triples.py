@@ -1,7 +1,9 @@
 """Training triples as MS MARCO publishes them, streamed: ANCE's warm-up on BM25 negatives.
 
-do ants sleep \\t Ants are ... \\t Bees are ...     texts (triples.train.small.tsv)
-q1 \\t 7 \\t 9                                      ids of --queries and --corpus (qidpidtriples.train.*)
+    do ants sleep \\t Ants are ... \\t Bees are ...     texts (triples.train.small.tsv)
+    q1 \\t 7 \\t 9                                      ids of --queries and --corpus (qidpidtriples.train.*)
+
+B triples per device, W processes.
 """
 
 from collections.abc import Iterator

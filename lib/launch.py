@@ -74,7 +74,10 @@ def run(main) -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         main()
-        if torch.distributed.is_initialized():  # a gloo process that just ends may abort in a thread still running
+        # What main() held is gone by now, DDP's reducer above all. Were that the last to hold the process group, it
+        # would wait for gloo's thread while it has the GIL, which the thread may need to drop its last tensor: a hang
+        # at the end of one run in a dozen. A gloo process that just ends may abort in that thread
+        if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
@@ -330,11 +333,13 @@ def load_state(output_dir, accelerator, model, optimizer) -> tuple[int, dict]:
 
 
 def finish(accelerator, output_dir) -> None:
-    """The last thing of a training run: `done`."""
+    """The last thing of a training run: `done`, trackers closed. (Not end_training(), which would destroy the process
+    group under the model: see run.)"""
     if accelerator.is_main_process:
         write_lines(Path(output_dir) / "done", [])
+    for tracker in accelerator.trackers:
+        tracker.finish()
     accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 def _launched(accelerator) -> str:

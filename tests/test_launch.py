@@ -55,6 +55,29 @@ def test_a_wrong_flag_is_one_line_and_exit_1(tmp_path, flags, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_process_group_outlives_what_main_holds(tmp_path, two_processes, monkeypatch):
+    """Or, once in a dozen runs, the end of a run on gloo hangs: see launch.run."""
+    (tmp_path / "script.py").write_text(
+        """
+from torch.distributed import is_initialized
+from lib.launch import finish, make_accelerator, run
+class Held:
+    def __del__(self):
+        print(f"freed, group: {is_initialized()}\\n", end="")
+def main():
+    held, accelerator = Held(), make_accelerator()
+    accelerator.print(f"{accelerator.num_processes} process(es)")
+    finish(accelerator, ".")
+run(main)
+print(f"ended, group: {is_initialized()}\\n", end="")
+"""
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    printed = two_processes(tmp_path / "script.py")
+    assert printed.count("freed, group: True") == 2 and printed.count("ended, group: False") == 2
+    assert (tmp_path / "done").is_file()
+
+
 def test_an_error_under_progress_bars_is_a_line_of_its_own(capfd):
     def main():
         bar = tqdm(total=9)  # as in training, left open by the error

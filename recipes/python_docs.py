@@ -27,6 +27,7 @@ import sys
 import sysconfig
 import warnings
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -225,8 +226,8 @@ def main():
     roots = args.roots or sorted({str(Path(paths[key]).resolve()) for key in ("stdlib", "purelib", "platlib")})
     files = [item for root in roots for item in source_files(Path(root))]
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with context.Pool(min(os.cpu_count() or 1, 8)) as pool:
-        parsed = pool.map(docstrings, files, chunksize=64)
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), context) as pool:
+        parsed = list(pool.map(docstrings, files, chunksize=64))
     counts["files"], counts["files that do not parse"] = len(files), sum(p is None for p in parsed)
 
     entries, names = [], Counter()

@@ -133,23 +133,16 @@ def script(monkeypatch, capfd):
 @pytest.fixture
 def two_processes(tmp_path):
     """two_processes("encode.py", "--model", folder, ...) -> stdout of a run on two gloo processes, as the README
-    starts it."""
+    starts it. This launcher takes localhost by its address; torchrun's c10d rendezvous asks for the name of the
+    machine, and hangs where no hosts file has it."""
     import subprocess
     import sys
     from pathlib import Path
 
     def call(name, *flags):
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-        launcher += [
-            "--main_process_port",
-            "0",
-            "--mixed_precision",
-            "no",
-            "--num_machines",
-            "1",
-            "--dynamo_backend",
-            "no",
-        ]
+        launcher += ["--num_machines", "1", "--main_process_port", "0"]
+        launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
         command = [*launcher, str(Path(__file__).parents[1] / name), *map(str, flags)]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)

@@ -5,8 +5,10 @@ imported what they import, which is nearly all that a stage of a tiny recipe cos
     python tests/forked_python.py call SOCKET ARGS     runs `python ARGS` there; anything but a script of ours or a
                                                        recipe's module is left to the real one
 
-A fork has the working folder, environment, standard streams and exit status of the call; it is not in its process
-group, so tests that kill processes take the real Python.
+A fork has the working folder, environment, standard streams, process group and exit status of the call: who kills the
+group, as recipes/ance.sh does at its end, kills it too. (One that outlived its recipe would hold its output open, and
+whoever reads that to the end would wait for ever.) A single process that is killed by its id is the caller alone, so
+tests that do this take the real Python.
 """
 
 import json
@@ -30,8 +32,9 @@ def serve(path: str) -> None:
 
     sys.path.pop(0)
     server = socket.socket(socket.AF_UNIX)
-    server.bind(path)
+    server.bind(f"{path}.new")
     server.listen()
+    os.rename(f"{path}.new", path)  # from here on it answers
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
     while True:
         connection, _ = server.accept()
@@ -47,6 +50,7 @@ def answer(connection: socket.socket) -> None:
     call, status = json.loads(request), 1
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
+    os.setpgid(0, call["group"])
     os.chdir(call["folder"])
     os.environ.clear()
     os.environ.update(call["environment"])
@@ -59,6 +63,10 @@ def answer(connection: socket.socket) -> None:
         import traceback
 
         traceback.print_exc()
+    import multiprocessing
+
+    for child in multiprocessing.active_children():  # workers of a loader, which an ordinary exit ends
+        child.terminate()
     sys.stdout.flush()
     sys.stderr.flush()
     connection.send(bytes([status]))
@@ -86,7 +94,7 @@ def call(path: str, arguments: list[str]) -> int:
         os.execv(sys.executable, [sys.executable, *arguments])
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
-    request = {"folder": os.getcwd(), "environment": dict(os.environ), "arguments": arguments}
+    request = {"folder": os.getcwd(), "environment": dict(os.environ), "arguments": arguments, "group": os.getpgrp()}
     socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
     status = connection.recv(1)
     return status[0] if status else 137  # it was killed

@@ -2,10 +2,7 @@
 
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -159,7 +156,7 @@ def without_dropout(model, folder):
 
 
 @pytest.mark.parametrize("kind", ["idro", "greedy"])
-def test_two_processes_weight_groups_like_one(kind, train, clusters, tiny_model_dir, tmp_path, tiny_collection):
+def test_two_processes_weight_groups_like_one(kind, train, clusters, tiny_model_dir, tmp_path, two_processes):
     how = clusters | {"model": without_dropout(tiny_model_dir, tmp_path / "model"), "dro": kind, "dro_layers": 1}
     how |= {"max_steps": 6, "dro_ema": 0.5, "dro_rho": 0.5, "learning_rate": 1e-4}
     one = train(**how, per_device_batch_size=8, output_dir=tmp_path / "one")
@@ -168,12 +165,7 @@ def test_two_processes_weight_groups_like_one(kind, train, clusters, tiny_model_
     arguments = json.loads((one / "args.json").read_text())["arguments"]
     arguments |= {"per_device_batch_size": 4, "log_every": 1, "num_workers": 0, "output_dir": str(tmp_path / "two")}
     words = [w for k, v in arguments.items() if v is not None and not isinstance(v, bool) for w in (f"--{k}", str(v))]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
-    words = ["--rdzv_endpoint=localhost:0", str(ROOT / "finetune_biencoder.py"), *words]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*launch, *words], capture_output=True, text=True, env=environment)
-    assert (tmp_path / "two" / "done").is_file(), done.stderr
-    assert "2 process(es)" in done.stdout
+    two_processes("finetune_biencoder.py", *words)
     for line, other in zip(log_of(one), log_of(tmp_path / "two"), strict=True):
         assert other["group_weights"] == pytest.approx(line["group_weights"], rel=1e-4)
         assert other["loss"] == pytest.approx(line["loss"], rel=1e-4)

@@ -75,6 +75,7 @@ class Side:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(660)
 def test_killed_over_and_over_it_ends_with_three_refreshes_and_nothing_half_read(collection, tiny_model_dir, tmp_path):
     draw, out = random.Random(5), tmp_path / "ance"
     texts = ["--max_query_length", 16, "--max_passage_length", 32, "--num_workers", 0, "--loss", "triplet"]

@@ -106,7 +106,7 @@ def test_killed_at_random_moments_it_ends_bit_identical(arguments, call, tiny_co
 
 @pytest.mark.parametrize("head, chunk_size", [("dense", 5), ("sparse", 5), ("sparse", 0)])
 def test_two_processes_train_like_one_with_twice_the_batch(
-    arguments, call, tiny_model_dir, tmp_path, sparse, head, chunk_size
+    arguments, call, tiny_model_dir, tmp_path, sparse, head, chunk_size, two_processes
 ):
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
@@ -118,20 +118,8 @@ def test_two_processes_train_like_one_with_twice_the_batch(
     how = sparse if head == "sparse" else {}
     how |= {"model": tmp_path / "model", "max_steps": 4, "chunk_size": chunk_size, "learning_rate": 1e-3}
     call(arguments(**how, per_device_batch_size=8, output_dir=tmp_path / "one"))
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--rdzv_endpoint=localhost:0",
-        "--rdzv_backend=c10d",
-    ]
-    found = subprocess.run(
-        [*launch, str(ROOT / "finetune_biencoder.py"), *arguments(**how, output_dir=tmp_path / "two")],
-        capture_output=True, text=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr
-    assert "4 queries x 2 process(es) x 1 accumulated = 8 per step" in found.stdout
+    printed = two_processes("finetune_biencoder.py", *arguments(**how, output_dir=tmp_path / "two"))
+    assert "4 queries x 2 process(es) x 1 accumulated = 8 per step" in printed
     sparse_names = ("kl", "margin_mse", "q_flops", "p_flops", "q_terms", "p_terms", "shared_terms")
     for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         for name in ("loss", "accuracy", "masked", "grad_norm", *(sparse_names if head == "sparse" else ())):

@@ -34,8 +34,6 @@ from recipes import rerank
 from recipes.rerank import Collator, PairFormat, Pairs, listwise_loss, load_cross_encoder, save_cross_encoder
 
 ROOT = Path(__file__).parents[1]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-LAUNCH += ["--main_process_port", "0", "--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no"]
 
 
 def config(tokenizer, dropout=0.0):
@@ -223,21 +221,25 @@ def test_killed_and_resumed_it_ends_bit_identical(flags, tiny_model_dir, tmp_pat
     assert whole.read_bytes() == cut.read_bytes() and log_of(tmp_path / "whole") == log_of(tmp_path / "cut")
 
 
-def test_two_processes_score_and_train_like_one(flags, teacher, scored, tmp_path):
+def test_two_processes_score_and_train_like_one(flags, teacher, scored, tmp_path, two_processes, monkeypatch):
     how = {"max_steps": 4, "learning_rate": 1e-3}
     call(flags("train", tmp_path / "one", **how))
     both = flags("score", tmp_path / "scores", model=teacher), flags("train", tmp_path / "two", **how)
     both[1][both[1].index("--per_device_batch_size") + 1] = "4"
-    lines = [
-        "import sys",
-        "from recipes import rerank",
-        f"for words in {both}:",
-    ]  # one launch, as imports take seconds
-    lines += ["    sys.argv = ['rerank.py', *words]", "    rerank.main()"]
-    (tmp_path / "both.py").write_text("\n".join(lines))
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*LAUNCH, tmp_path / "both.py"], capture_output=True, text=True, env=env)
-    assert done.returncode == 0 and done.stdout.count("2 process(es)") == 3, done.stderr
+    (tmp_path / "both.py").write_text(  # one launch, as imports take seconds
+        f"""
+import sys
+from lib.launch import run
+from recipes import rerank
+def main():
+    for words in {both}:
+        sys.argv = ["rerank.py", *words]
+        rerank.main()
+run(main)
+"""
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert two_processes(tmp_path / "both.py").count("2 process(es)") == 3
     for one, other in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         assert one == pytest.approx(other, abs=1e-5)
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))

@@ -33,20 +33,4 @@ for seed in ${SEEDS:-0 1 2}; do
             --allow_unknown --qrels "${tests[@]}" --metrics RR@10 --depth 20 --output_dir "$here-evaluation"
     done
 done
-python - "$out" ${SEEDS:-0 1 2} <<'END_OF_TABLE'
-import pathlib, sys
-import numpy as np
-from lib.metrics import bootstrap_interval
-values = {}  # group, kind -> qid -> one value per seed
-for kind in ("plain", "robust"):
-    for seed in sys.argv[2:]:
-        table = (pathlib.Path(sys.argv[1]) / f"{kind}-{seed}-evaluation" / "per_query.tsv").read_text().splitlines()[1:]
-        for qid, group, value in (line.split("\t") for line in table):
-            values.setdefault((group, kind), {}).setdefault(qid, []).append(float(value))
-for group in sorted({group for group, _ in values}):
-    plain, robust = (np.array([*values[group, kind].values()]) for kind in ("plain", "robust"))  # (Q, seeds)
-    gap = (robust - plain).mean(1)
-    low, high = bootstrap_interval(gap)
-    seeds = " ".join(f"{x:+.4f}" for x in (robust - plain).mean(0))
-    print(f"{group:<18}{len(plain):>5} queries   plain {plain.mean():.4f}   robust {robust.mean():.4f}   {gap.mean():+.4f} ({low:+.4f} to {high:+.4f}; by seed {seeds})")
-END_OF_TABLE
+python -m bench.seeds "$out/{}-{}-evaluation" --base plain --others robust --seeds ${SEEDS:-0 1 2}

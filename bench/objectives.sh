@@ -9,18 +9,21 @@
 # PRETRAIN, FINETUNE   optimizer steps, default 800 and 100        RATE, FINETUNE_RATE   learning rates, default 1e-3 and 5e-4
 # MODEL        start from this checkpoint; default: a fresh BERT of two layers of 128 with a vocabulary of 5000
 # LENGTH       of blocks and passages in tokens, default 64
+# HEAD         flags of the fine-tuned model, default --pooling cls --normalize --temperature 0.05. For another head over the same
+#              pre-trained models, link OUT/*/pretrained into a second OUT
 # Printed: MRR@10 and nDCG@10 of each objective on each test split, and the difference to mlm with an interval over queries (bench/seeds.py)
 #
 # Where `probe_rebuild` stays at its floor of 0.05 and the fine-tuned models at chance, it was too short to say anything.
 # coCondenser has half as many documents as the others have blocks, of two spans each.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ $# -ge 2 ] || { sed -n '4,12p' "$0" >&2; exit 1; }
+[ $# -ge 2 ] || { sed -n '4,14p' "$0" >&2; exit 1; }
 data=$1 out=$2
 flags=("${@:3}")
 corpus=$(ls "$data"/corpus.jsonl* | head -1) queries=$(ls "$data"/queries.jsonl* | head -1)
 read -ra objectives <<<"${OBJECTIVES:-mlm retromae dupmae lexmae seed condenser cocondenser}"
 read -ra seeds <<<"${SEEDS:-0 1}"
+read -ra head <<<"${HEAD:---pooling cls --normalize --temperature 0.05}"
 mkdir -p "$out"
 start=(--model "${MODEL:-}")
 if [ -z "${MODEL:-}" ]; then
@@ -44,8 +47,8 @@ for seed in "${seeds[@]}"; do
         python finetune_biencoder.py --model "$here/pretrained" --corpus "$corpus" --queries "$queries" \
             --qrels "$data/qrels/train.tsv" --negatives "$out/negatives/negatives.tsv" --passages_per_query 2 \
             --per_device_batch_size 64 --max_steps "${FINETUNE:-100}" --learning_rate "${FINETUNE_RATE:-5e-4}" \
-            --pooling cls --normalize --temperature 0.05 --max_query_length 32 --max_passage_length "${LENGTH:-64}" \
-            --seed "$seed" --output_dir "$here/model" --resume
+            "${head[@]}" --max_query_length 32 --max_passage_length "${LENGTH:-64}" --seed "$seed" \
+            --output_dir "$here/model" --resume
         python encode.py --model "$here/model" --input "$out/queries.test.jsonl" --kind query --output_dir "$here/queries"
         python encode.py --model "$here/model" --input "$corpus" --kind passage --output_dir "$here/corpus"
         python evaluate.py --queries_embeddings "$here/queries" --corpus_embeddings "$here/corpus" \

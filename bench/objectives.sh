@@ -9,8 +9,8 @@
 # PRETRAIN, FINETUNE   optimizer steps, default 800 and 100        RATE, FINETUNE_RATE   learning rates, default 1e-3 and 5e-4
 # MODEL        start from this checkpoint; default: a fresh BERT of two layers of 128 with a vocabulary of 5000
 # LENGTH       of blocks and passages in tokens, default 64
-# HEAD         flags of the fine-tuned model, default --pooling cls --normalize --temperature 0.05. For another head over the same
-#              pre-trained models, link OUT/*/pretrained into a second OUT
+# HEAD         flags for fine-tuning, default --pooling cls --normalize --temperature 0.05. Give others a name with AS: the same
+#              pre-trained models are fine-tuned beside what is there
 # Printed: MRR@10 and nDCG@10 of each objective on each test split, and the difference to mlm with an interval over queries (bench/seeds.py)
 #
 # Where `probe_rebuild` stays at its floor of 0.05 and the fine-tuned models at chance, it was too short to say anything.
@@ -24,6 +24,7 @@ corpus=$(ls "$data"/corpus.jsonl* | head -1) queries=$(ls "$data"/queries.jsonl*
 read -ra objectives <<<"${OBJECTIVES:-mlm retromae dupmae lexmae seed condenser cocondenser}"
 read -ra seeds <<<"${SEEDS:-0 1}"
 read -ra head <<<"${HEAD:---pooling cls --normalize --temperature 0.05}"
+as=${AS:+-$AS}
 mkdir -p "$out"
 start=(--model "${MODEL:-}")
 if [ -z "${MODEL:-}" ]; then
@@ -48,14 +49,14 @@ for seed in "${seeds[@]}"; do
             --qrels "$data/qrels/train.tsv" --negatives "$out/negatives/negatives.tsv" --passages_per_query 2 \
             --per_device_batch_size 64 --max_steps "${FINETUNE:-100}" --learning_rate "${FINETUNE_RATE:-5e-4}" \
             "${head[@]}" --max_query_length 32 --max_passage_length "${LENGTH:-64}" --seed "$seed" \
-            --output_dir "$here/model" --resume
-        python encode.py --model "$here/model" --input "$out/queries.test.jsonl" --kind query --output_dir "$here/queries"
-        python encode.py --model "$here/model" --input "$corpus" --kind passage --output_dir "$here/corpus"
-        python evaluate.py --queries_embeddings "$here/queries" --corpus_embeddings "$here/corpus" \
-            --qrels "$data"/qrels/test*.tsv --metrics RR@10 nDCG@10 --depth 100 --output_dir "$here/evaluation"
+            --output_dir "$here/model$as" --resume
+        python encode.py --model "$here/model$as" --input "$out/queries.test.jsonl" --kind query --output_dir "$here/queries$as"
+        python encode.py --model "$here/model$as" --input "$corpus" --kind passage --output_dir "$here/corpus$as"
+        python evaluate.py --queries_embeddings "$here/queries$as" --corpus_embeddings "$here/corpus$as" \
+            --qrels "$data"/qrels/test*.tsv --metrics RR@10 nDCG@10 --depth 100 --output_dir "$here/evaluation$as"
     done
 done
 
 others=()
 for objective in "${objectives[@]}"; do [ "$objective" = mlm ] || others+=("$objective"); done
-python -m bench.seeds "$out/{}-{}/evaluation" --base mlm --others "${others[@]}" --seeds "${seeds[@]}"
+python -m bench.seeds "$out/{}-{}/evaluation$as" --base mlm --others "${others[@]}" --seeds "${seeds[@]}"

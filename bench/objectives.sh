@@ -57,6 +57,4 @@ for seed in "${seeds[@]}"; do
     done
 done
 
-others=()
-for objective in "${objectives[@]}"; do [ "$objective" = mlm ] || others+=("$objective"); done
-python -m bench.seeds "$out/{}-{}/evaluation$as" --base mlm --others "${others[@]}" --seeds "${seeds[@]}"
+python -m bench.seeds "$out/{}-{}/evaluation$as" --base mlm --others "${objectives[@]}" --seeds "${seeds[@]}"

@@ -33,7 +33,7 @@ def main():
     parser.add_argument("--seeds", nargs="+", required=True)
     args = parser.parse_args()
     base = read(args.pattern, args.base, args.seeds)
-    others = {run: read(args.pattern, run, args.seeds) for run in args.others}
+    others = {run: read(args.pattern, run, args.seeds) for run in args.others if run != args.base}
     for key, plain in base.items():
         print(f"\n{key[0]}, {plain.shape[1]} queries, {key[1]}: {args.base} {plain.mean():.4f}")
         for run, values in others.items():

@@ -75,8 +75,8 @@ def run(main) -> None:
     try:
         main()
         # What main() held is gone by now, DDP's reducer above all. Were that the last to hold the process group, it
-        # would wait for gloo's thread while it has the GIL, which the thread may need to drop its last tensor: a hang
-        # at the end of one run in a dozen. A gloo process that just ends may abort in that thread
+        # would wait for gloo's thread while it has the GIL, which the thread may need to drop its last tensor: a run
+        # that hangs at its end, now and then. A gloo process that just ends may abort in that thread
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except UserError as error:

@@ -166,6 +166,7 @@ def test_two_processes_weight_groups_like_one(kind, train, clusters, tiny_model_
     arguments |= {"per_device_batch_size": 4, "log_every": 1, "num_workers": 0, "output_dir": str(tmp_path / "two")}
     words = [w for k, v in arguments.items() if v is not None and not isinstance(v, bool) for w in (f"--{k}", str(v))]
     two_processes("finetune_biencoder.py", *words)
+    assert (tmp_path / "two" / "done").is_file()
     for line, other in zip(log_of(one), log_of(tmp_path / "two"), strict=True):
         assert other["group_weights"] == pytest.approx(line["group_weights"], rel=1e-4)
         assert other["loss"] == pytest.approx(line["loss"], rel=1e-4)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -113,7 +114,6 @@ def test_killed_at_any_moment(encoded, checkpoint, tiny_collection, tmp_path):
     encode(*flags, tmp_path / "whole")
     kills, cut = 0, tmp_path / "cut"
     while not (cut / "meta.json").exists():
-        assert kills < 5, "67 shards are made in so many parts, or it does not go on"
         shards = len(list(cut.glob("*.npy")))
         started = subprocess.Popen(
             command(*flags, cut), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
@@ -122,7 +122,7 @@ def test_killed_at_any_moment(encoded, checkpoint, tiny_collection, tmp_path):
             time.sleep(0.001)
         kills += started.poll() is None
         started.kill()
-        started.wait()
+        assert started.wait() in (0, -signal.SIGKILL)  # one that fails would fail for ever
     assert kills >= 2 and content(cut) == content(tmp_path / "whole")
 
 

@@ -56,7 +56,7 @@ def test_a_wrong_flag_is_one_line_and_exit_1(tmp_path, flags, message):
 
 
 def test_the_process_group_outlives_what_main_holds(tmp_path, two_processes, monkeypatch):
-    """Or, once in a dozen runs, the end of a run on gloo hangs: see launch.run."""
+    """Or a run on gloo may hang at its end: see launch.run."""
     (tmp_path / "script.py").write_text(
         """
 from torch.distributed import is_initialized

@@ -1,6 +1,7 @@
 """pytest tests/test_pretrain.py — the script: from scratch, chained, killed and resumed, on two processes, misused."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -58,7 +59,7 @@ def start(out, **flags):
     """Runs it in a process of its own."""
     words = [sys.executable, ROOT / "pretrain_mae.py", *command(out, **flags)]
     with open(f"{out}.log", "a") as log:  # no pipe: who reads it to the end waits for loader workers too
-        return subprocess.Popen(words, stdout=log, stderr=log)
+        return subprocess.Popen(words, stdout=log, stderr=log, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
 
 
 def scratch(tmp_path, tiny_model_dir, **more):

@@ -1,11 +1,13 @@
 """Train a WordPiece tokenizer as BERT's (lower case) on a corpus, for a model from scratch.
 
 Reads   --corpus (any format of lib/files.py)
-Writes  --output_dir: a Hugging Face tokenizer, for pretrain_mae.py --tokenizer
+Writes  --output_dir: a Hugging Face tokenizer, for pretrain_mae.py --tokenizer; of the same texts the same, each time
 
     python -m recipes.train_tokenizer --corpus corpus.jsonl --output_dir tokenizer --vocab_size 12000
 """
 
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,15 +27,38 @@ class Args:
     max_length: int = HfArg(default=512, help="longest text of the model")
 
 
+def train(texts: Callable[[], Iterable[str]], vocab_size: int) -> dict[str, int]:
+    """BERT's special tokens, up to 1000 characters, each also within a word (##), and what merges of them fill up the
+    vocabulary: entry -> id. Reads the texts twice.
+
+    The library's trainer alone numbers the characters within words, and cuts a long alphabet, in the order of a hash
+    map, which changes from process to process; the numbers settle ties between merges, so that the entries change too
+    (huggingface/tokenizers#1794). Both are therefore given to it."""
+    wordpiece = BertWordPieceTokenizer(lowercase=True)
+    clean, split = wordpiece.normalizer.normalize_str, wordpiece.pre_tokenizer.pre_tokenize_str
+    counts = Counter()
+    for text in texts():
+        counts.update(clean(text))
+    characters = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[:1000]
+    within = [f"##{c}" for c in sorted(characters) if len(split(clean(f"a{c}"))) == 1]  # no full stop, no Chinese
+    wordpiece.train_from_iterator(
+        texts(),
+        vocab_size=vocab_size,
+        initial_alphabet=characters,
+        limit_alphabet=len(characters),
+        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *within],
+        show_progress=False,
+    )
+    return wordpiece.get_vocab()
+
+
 def main():
     args = parse_args(Args)
     if (Path(args.output_dir) / "tokenizer_config.json").is_file():
         return print(f"{args.output_dir}: the tokenizer is complete")
-    wordpiece = BertWordPieceTokenizer(lowercase=True)
-    texts = (f"{title} {text}" for _, title, text in read_texts(args.corpus))
-    wordpiece.train_from_iterator(texts, vocab_size=args.vocab_size, show_progress=False)
-    with atomic(args.output_dir) as folder:  # through the JSON: BERT's order of the special tokens, 0 = [PAD]
-        tokenizer = BertTokenizerFast(vocab=wordpiece.get_vocab(), model_max_length=args.max_length)
+    vocabulary = train(lambda: (f"{title} {text}" for _, title, text in read_texts(args.corpus)), args.vocab_size)
+    with atomic(args.output_dir) as folder:
+        tokenizer = BertTokenizerFast(vocab=vocabulary, model_max_length=args.max_length)
         tokenizer.save_pretrained(folder)
     print(f"{args.output_dir}: {len(tokenizer):,} entries")
 

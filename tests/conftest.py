@@ -81,14 +81,13 @@ def tiny_model_dir(tmp_path_factory, tiny_collection):
     """Plain Hugging Face folder: a random BertForMaskedLM (2 layers of 32, 128 positions) and a WordPiece tokenizer
     trained on the collection."""
     import torch
-    from tokenizers import BertWordPieceTokenizer
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
+    from recipes.train_tokenizer import train
+
     folder = tmp_path_factory.mktemp("model")
-    trained = BertWordPieceTokenizer(lowercase=True)
     texts = [tiny_collection.corpus.read_text(), tiny_collection.queries.read_text()]
-    trained.train_from_iterator(texts, vocab_size=300, min_frequency=1, show_progress=False)
-    tokenizer = BertTokenizerFast(vocab=trained.get_vocab(), model_max_length=128)
+    tokenizer = BertTokenizerFast(vocab=train(lambda: texts, 300), model_max_length=128)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer),

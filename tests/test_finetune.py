@@ -123,8 +123,9 @@ def test_two_processes_train_like_one_with_twice_the_batch(
     sparse_names = ("kl", "margin_mse", "q_flops", "p_flops", "q_terms", "p_terms", "shared_terms")
     for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         for name in ("loss", "accuracy", "masked", "grad_norm", *(sparse_names if head == "sparse" else ())):
-            # Adam makes steps of full size of gradients that are zero but for rounding: an LM head has many
-            rel = 1e-3 if head == "sparse" and one["step"] > 1 else 1e-5
+            # Adam makes steps of full size of gradients that are zero but for rounding: an LM head has many. The rest
+            # differs by rounding alone, which four steps of 1e-3 spread, more on one CPU's kernels than on another's
+            rel = 1e-5 if one["step"] == 1 else 1e-3 if head == "sparse" else 2e-4
             assert two[name] == pytest.approx(one[name], abs=1e-5, rel=rel), (one["step"], name)
     if head == "dense":  # the same is true of the bias of a key
         same_weights(tmp_path / "one", tmp_path / "two", atol=1e-4, without="key.bias")

@@ -245,7 +245,7 @@ run(main)
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name in one:  # but two, whose gradient is zero save for rounding, of which Adam makes steps of full size
         if not name.endswith(("key.bias", "classifier.bias")):
-            torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=0, msg=name)
+            torch.testing.assert_close(one[name], other[name], atol=1e-4, rtol=0, msg=name)
     for name in ("scores.tsv", "meta.json"):
         assert (tmp_path / "scores" / name).read_bytes() == (scored / name).read_bytes()
 

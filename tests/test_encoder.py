@@ -2,7 +2,11 @@
 saved, and what cannot be loaded."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,3 +199,18 @@ def test_packed_weights_give_the_same_vectors(tiny_model_dir, dtype, tolerance):
     assert PackedLinear in kinds and torch.nn.Linear not in kinds
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         torch.testing.assert_close(vectors(packed), vectors(plain), rtol=tolerance, atol=tolerance)
+
+
+def test_packed_weights_on_a_machine_without_bf16():
+    code = """
+import torch
+from lib.packed import product
+assert not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+weight, bias, x = (torch.randn(*size, dtype=torch.bfloat16) for size in ((5, 8), (5,), (3, 8)))
+expected = (x.double() @ weight.double().T + bias.double()).bfloat16()
+torch.testing.assert_close(product(weight, bias)(x), expected)
+"""
+    root = Path(__file__).parents[1]
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=root, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    )

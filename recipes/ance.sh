@@ -21,9 +21,9 @@
 # Deviations from the official code: all judged positives are left out of the negatives (theirs: one); negatives of a query are drawn
 # anew for each visit, and its visits are spread over the epoch; a slice is every n-th judged query, whatever the process count.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ $# -ge 4 ] && [[ $1 =~ ^(train|mine|both)$ ]] || { sed -n '4,12p' "$0" >&2; exit 1; }
-role=$1 data=$2 model=$3 out=$4
+. "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
+[ $# -ge 4 ] && [[ $1 =~ ^(train|mine|both)$ ]] || usage 4,12
+role=$1 data=$(path "$2") model=$(model "$3") out=$(path "$4")
 flags=("${@:5}")
 read -ra train_launch <<<"${TRAIN_LAUNCH:-${LAUNCH:-accelerate launch}}"
 read -ra mine_launch <<<"${MINE_LAUNCH:-${LAUNCH:-accelerate launch}}"

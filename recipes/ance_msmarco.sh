@@ -23,9 +23,9 @@
 #   2. Triples are shuffled, 32,768 at a time; theirs come in the order of the file.
 #   3. MaxP: each chunk has special tokens of its own, and chunks of padding are not indexed.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-data=${1:-data/msmarco} out=${2:-runs/ance_msmarco} parts=${PARTS:-passages}
-[[ $parts =~ ^((passages|documents|maxp)( |$))+$ ]] || { sed -n '10,14p' "$0" >&2; exit 1; }
+. "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
+data=$(path "${1:-data/msmarco}") out=$(path "${2:-runs/ance_msmarco}") parts=${PARTS:-passages}
+[[ $parts =~ ^((passages|documents|maxp)( |$))+$ ]] || usage 10,14
 corpus=$data/corpus.tsv
 mkdir -p "$out"
 . recipes/scale.sh

@@ -8,10 +8,10 @@
 # OUT        default runs/beir-<name of the model>; call it again to go on where it stopped
 # LAUNCH     how the scripts are started, default "accelerate launch" with what `accelerate config` says
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ $# -ge 2 ] || { sed -n '4,9p' "$0" >&2; exit 1; }
-model=$1 folder=$2
-out=${3:-runs/beir-$(basename "$model")}
+. "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
+[ $# -ge 2 ] || usage 4,9
+model=$(model "$1") folder=$(path "$2")
+out=$(path "${3:-runs/beir-$(basename "$model")}")
 flags=("${@:4}")
 read -ra launch <<<"${LAUNCH:-accelerate launch}"
 

@@ -16,9 +16,9 @@
 #   2. --max_length is not published; spans have about 30 tokens, longer sentences are cut here (theirs: a random window).
 #   3. A document of a single span is left out (theirs: paired with itself).
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ $# -ge 1 ] || { sed -n '5,11p' "$0" >&2; exit 1; }
-folder=$1 out=${2:-runs/coco_beir}
+. "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
+[ $# -ge 1 ] || usage 5,11
+folder=$(path "$1") out=$(path "${2:-runs/coco_beir}")
 corpora=()
 for file in "$folder"/*/corpus.jsonl*; do
     [ -f "$file" ] || { echo "$folder: no collection in it — BEIR layout is NAME/corpus.jsonl" >&2; exit 1; }

@@ -24,9 +24,9 @@
 #      negatives in five passes of six.
 #   4. BEIR with 64 and 256 tokens throughout; theirs has 128 for passages but on three collections, and for the queries of ArguAna.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ $# -ge 1 ] || { sed -n '7,16p' "$0" >&2; exit 1; }
-folder=$1 data=${2:-data/msmarco} out=${3:-runs/coco_dr} steps=${EPISODE_STEPS:-45000} K=${CLUSTERS:-50}
+. "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
+[ $# -ge 1 ] || usage 7,16
+folder=$(path "$1") data=$(path "${2:-data/msmarco}") out=$(path "${3:-runs/coco_dr}") steps=${EPISODE_STEPS:-45000} K=${CLUSTERS:-50}
 corpus=$data/corpus.tsv queries=$data/queries.train.tsv qrels=$data/qrels.train.tsv
 mkdir -p "$out"
 . recipes/scale.sh

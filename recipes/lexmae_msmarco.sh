@@ -17,8 +17,8 @@
 #   3. Stage 3 draws from the first 100 mined negatives, not 512: the teacher scores before the training, not beside it.
 #   4. The cross-encoder, for which they give no recipe, is trained with RetroMAE's values, on groups of 16 instead of 65.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-data=${1:-data/msmarco} out=${2:-runs/lexmae_msmarco}
+. "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
+data=$(path "${1:-data/msmarco}") out=$(path "${2:-runs/lexmae_msmarco}")
 corpus=$data/corpus.tsv train=(--queries "$data/queries.train.tsv" --qrels "$data/qrels.train.tsv")
 mkdir -p "$out"
 . recipes/scale.sh

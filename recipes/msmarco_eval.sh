@@ -18,19 +18,19 @@
 #   3. AP is over the whole list, as TREC reports it; theirs over the first 10.
 #   4. Their MRR on TREC DL takes every judged passage but pid 0 as relevant, whatever its grade.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ $# -ge 2 ] || { sed -n '4,10p' "$0" >&2; exit 1; }
-model=$1 data=$2 documents="" flags=()
+. "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
+[ $# -ge 2 ] || usage 4,10
+model=$(model "$1") data=$(path "$2") documents="" flags=()
 for argument in "${@:3}"; do
     case $argument in
         --documents) documents=1 ;;
         *) flags+=("$argument") ;;
     esac
 done
-out=runs/msmarco-$(basename "$model")${documents:+-documents}
+out=$(path "runs/msmarco-$(basename "$model")${documents:+-documents}")
 case ${flags[0]:--} in
     -*) ;;
-    *) out=${flags[0]} flags=("${flags[@]:1}") ;;
+    *) out=$(path "${flags[0]}") flags=("${flags[@]:1}") ;;
 esac
 read -ra launch <<<"${LAUNCH:-accelerate launch}"
 

@@ -7,9 +7,8 @@
 # Nothing is downloaded but Python packages, into the active environment or a .venv made here. Stages that are complete
 # are passed over, and a killed one goes on where it stopped: the same command again. SCALE=tiny: a minute's test of the plumbing.
 set -euo pipefail
-out=${1:-runs/quickstart}
-case $out in /*) ;; *) out=$PWD/$out ;; esac
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
+out=$(path "${1:-runs/quickstart}")
 . recipes/setup.sh
 setup
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false BOTTLENECK_CACHE=${BOTTLENECK_CACHE:-$out/cache}

@@ -15,8 +15,8 @@
 #   1. They start from their checkpoint of Wikipedia and BookCorpus (MODEL=Shitao/RetroMAE), the default here from BERT.
 #   2. Stage 1's negatives are mined by our BM25 from all passages; they take the official BM25 triples.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-data=${1:-data/msmarco} out=${2:-runs/retromae_msmarco}
+. "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
+data=$(path "${1:-data/msmarco}") out=$(path "${2:-runs/retromae_msmarco}")
 corpus=$data/corpus.tsv train=(--queries "$data/queries.train.tsv" --qrels "$data/qrels.train.tsv")
 mkdir -p "$out"
 . recipes/scale.sh

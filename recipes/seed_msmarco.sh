@@ -23,9 +23,9 @@
 #   3. Learning rates fall to zero at the step of the published checkpoint; theirs would at 1,000,000 (warm-up: two epochs, 273,436).
 #   4. Triples are shuffled, 32,768 at a time; theirs come in the order of the file.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-data=${1:-data/msmarco} out=${2:-runs/seed_msmarco} parts=${PARTS:-passages}
-[[ $parts =~ ^((passages|documents)( |$))+$ ]] || { sed -n '6,10p' "$0" >&2; exit 1; }
+. "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
+data=$(path "${1:-data/msmarco}") out=$(path "${2:-runs/seed_msmarco}") parts=${PARTS:-passages}
+[[ $parts =~ ^((passages|documents)( |$))+$ ]] || usage 6,10
 corpus=$data/corpus.tsv triplets=(--loss triplet --optimizer lamb --weight_decay 0)
 mkdir -p "$out"
 . recipes/scale.sh

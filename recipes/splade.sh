@@ -16,8 +16,8 @@
 #   1. Both losses at once, with one BM25 negative per query; there, distillation has no in-batch softmax and negatives of its own.
 #   2. Titles stand before the passages.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-data=${1:-data/msmarco} out=${2:-runs/splade}
+. "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
+data=$(path "${1:-data/msmarco}") out=$(path "${2:-runs/splade}")
 corpus=$data/corpus.tsv train=(--queries "$data/queries.train.tsv" --qrels "$data/qrels.train.tsv")
 mkdir -p "$out"
 . recipes/scale.sh

@@ -8,9 +8,9 @@
 # OUT        call it again to go on where it stopped
 # LAUNCH     how the scripts are started, default "accelerate launch" with what `accelerate config` says
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ $# -ge 3 ] || { sed -n '5,9p' "$0" >&2; exit 1; }
-data=$1 model=$2 out=$3
+. "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
+[ $# -ge 3 ] || usage 5,9
+data=$(path "$1") model=$(model "$2") out=$(path "$3")
 flags=("${@:4}")
 read -ra launch <<<"${LAUNCH:-accelerate launch}"
 corpus=$(ls "$data"/corpus.jsonl* | head -1) queries=$(ls "$data"/queries.jsonl* | head -1)

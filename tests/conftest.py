@@ -174,17 +174,17 @@ def forked_python(tmp_path_factory):
 
 @pytest.fixture
 def recipe(forked_python):
-    """recipe("beir.sh", *arguments, SCALE="tiny", ...) -> the finished process of a recipe, with this Python first in
-    the PATH and the scripts started by `python`."""
+    """recipe("beir.sh", *arguments, SCALE="tiny", ...) -> the finished process of a recipe called in the folder `cwd`,
+    with this Python first in the PATH and the scripts started by `python`."""
     import subprocess
     import sys
     from pathlib import Path
 
-    def call(name, *arguments, **environment):
+    def call(name, *arguments, cwd=None, **environment):
         path = f"{forked_python}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         command = ["bash", Path(__file__).parents[1] / "recipes" / name, *map(str, arguments)]
         environment = {**os.environ, "LAUNCH": "python", "PATH": path, **environment}
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=cwd)
 
     return call
 

@@ -1,6 +1,9 @@
 """The recipes, at SCALE=tiny. Run: python -m pytest tests/test_recipes.py"""
 
 import json
+import os
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,13 +12,29 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_beir_evaluates_every_collection_of_a_folder(recipe, tiny_beir, tmp_path):
-    done = recipe("beir.sh", "bm25", tiny_beir, tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    done = recipe("beir.sh", "bm25", "beir", "out", cwd=tmp_path)  # paths count from where it is called
+    assert done.returncode == 0 and (tmp_path / "out" / "one").is_dir(), done.stderr
     table = [line.split() for line in done.stdout.splitlines()[-3:]]
     assert [row[0] for row in table] == ["one", "two", "average"] and table[0][1:] == table[1][1:]
     assert float(table[2][-3]) == float(table[0][2]) > 0.5
     empty = recipe("beir.sh", "bm25", ROOT / "lib", tmp_path / "x")
     assert empty.returncode == 1 and "no collection in it" in empty.stderr
+    unasked = recipe("beir.sh", cwd=tmp_path)
+    assert unasked.returncode == 1 and "bash recipes/beir.sh MODEL FOLDER" in unasked.stderr
+
+
+def test_paths_are_the_callers_and_names_stay(tmp_path):
+    for name in ("checkpoint", "bm25"):
+        (tmp_path / name).mkdir()
+    script = f"""
+. {shlex.quote(str(ROOT / "recipes" / "paths.sh"))}
+path out; path /out; model checkpoint; model bert-base-uncased; model bm25; echo "$MODEL $TEACHER $PWD"
+"""
+    environment = {**os.environ, "MODEL": "checkpoint", "TEACHER": "org/teacher"}
+    found = subprocess.check_output(["bash", "-c", script], cwd=tmp_path, env=environment, text=True)
+    here = f"{tmp_path}/checkpoint"
+    expected = [f"{tmp_path}/out", "/out", here, "bert-base-uncased", "bm25", f"{here} org/teacher {ROOT}"]
+    assert found.splitlines() == expected
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from lib.dist import all_gather
 from lib.files import UserError, lines, read_json, write_json, write_lines
+from lib.packed import onednn
 
 PACKAGES = (
     "torch",
@@ -122,6 +123,8 @@ def make_accelerator(
         os.environ.get("ACCELERATE_MIXED_PRECISION"),
     ):
         raise UserError("fp16 on a CPU would silently be fp32 — use --mixed_precision bf16 or no")
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and not onednn(torch.bfloat16):
+        accelerator.print("note: this CPU has no bf16 — --mixed_precision no is several times faster", flush=True)
     if accelerator.num_processes == 1 and torch.cuda.device_count() > 1:
         print(
             f"note: one of {torch.cuda.device_count()} GPUs is used — `accelerate launch --num_processes N` uses more",

@@ -11,11 +11,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def onednn(dtype: torch.dtype) -> bool:
+    """Whether this torch has oneDNN, and oneDNN kernels of that dtype for this CPU (bf16: from AVX-512 on)."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")):
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """weight (N, K), bias (N,) -> a function of x (..., K) that gives x @ weight.T + bias (..., N), all of weight's
-    dtype. The plain product where this build of torch has no oneDNN, or the machine no bf16 (before AVX-512)."""
-    onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-    if not onednn or (weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    dtype. The plain product where there is no oneDNN for it."""
+    if not onednn(weight.dtype):
         return lambda x: F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")

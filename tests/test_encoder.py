@@ -201,16 +201,18 @@ def test_packed_weights_give_the_same_vectors(tiny_model_dir, dtype, tolerance):
         torch.testing.assert_close(vectors(packed), vectors(plain), rtol=tolerance, atol=tolerance)
 
 
-def test_packed_weights_on_a_machine_without_bf16():
+def test_packed_weights_on_a_cpu_without_bf16():
     code = """
 import torch
-from lib.packed import product
-assert not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+from lib.launch import make_accelerator
+from lib.packed import onednn, product
+assert onednn(torch.float32) and not onednn(torch.bfloat16)
 weight, bias, x = (torch.randn(*size, dtype=torch.bfloat16) for size in ((5, 8), (5,), (3, 8)))
 expected = (x.double() @ weight.double().T + bias.double()).bfloat16()
 torch.testing.assert_close(product(weight, bias)(x), expected)
+make_accelerator()
 """
-    root = Path(__file__).parents[1]
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd=root, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    )
+    old = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
+    call = [sys.executable, "-c", code]
+    shown = subprocess.check_output(call, cwd=Path(__file__).parents[1], env={**os.environ, **old}, text=True)
+    assert "this CPU has no bf16 — --mixed_precision no" in shown

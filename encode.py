@@ -43,6 +43,7 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from lib.attention import economize
+from lib.data import end_with_parent
 from lib.encoder import SparseBiEncoder, checkpoint_folder, load_encoder, model_hash
 from lib.files import UserError, finish_embeddings, open_texts, read_json, shard_file, write_json, write_shard
 from lib.launch import claim_output, describe, echo, make_accelerator, parse_args, run
@@ -233,7 +234,8 @@ def main():
     mine = missing[rank::W]
     spans = [cut(*shards[s], args.window) for s in mine]
     windows = Windows(texts, list(chain(*spans)), args.kind, form, tokenizer)
-    loader = iter(DataLoader(windows, batch_size=None, num_workers=args.num_workers, collate_fn=tuple))
+    how = {"num_workers": args.num_workers, "worker_init_fn": end_with_parent}
+    loader = iter(DataLoader(windows, batch_size=None, collate_fn=tuple, **how))
     total = sum(shards[s][1] - shards[s][0] for s in mine)
     bar = tqdm(total=total, unit=" texts", disable=not accelerator.is_main_process)
     packed = {"no": torch.float32, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)

@@ -2,12 +2,15 @@
 of (seed, step, row)."""
 
 import json
+import multiprocessing
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
+from multiprocessing.connection import wait
 
 import numpy as np
 import torch
@@ -72,12 +75,20 @@ class StepSampler:
             micro_step += 1
 
 
+def end_with_parent(_worker: int) -> None:
+    """A loader worker's first act (worker_init_fn): to end as soon as the process it works for has, by kill -9 too.
+    What torch watches is the worker's parent: another process under forkserver, by which Python 3.14 starts workers,
+    and already another one if the kill came right after the fork."""
+    died = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (wait([died]), os._exit(1)), daemon=True).start()
+
+
 def load(dataset: Dataset, collate: Callable, sampler, num_workers: int, device) -> Iterator[dict]:
     """Batches without end, made by loader workers. sampler: of batches; None = the dataset yields them whole."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns at every fork of a worker
     how = {"batch_sampler": sampler} if sampler else {"batch_size": None}
-    pin = device.type == "cuda"
-    return iter(DataLoader(dataset, collate_fn=collate, num_workers=num_workers, pin_memory=pin, **how))
+    how |= {"num_workers": num_workers, "worker_init_fn": end_with_parent, "pin_memory": device.type == "cuda"}
+    return iter(DataLoader(dataset, collate_fn=collate, **how))
 
 
 def _permutation(size: int, seed: int, *place: int) -> np.ndarray:
@@ -235,7 +246,7 @@ class Blocks:
         workers = min(cores, 16) if len(self.cutter) > 2 * cores else 0  # tokenizers has threads for a small one
         if workers:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns at every fork
-        parts = DataLoader(self.cutter, batch_size=None, num_workers=workers)
+        parts = DataLoader(self.cutter, batch_size=None, num_workers=workers, worker_init_fn=end_with_parent)
         with tqdm(desc="blocks", total=len(self.texts), unit="text", disable=not progress) as bar:
             for part in parts:
                 np.asarray(part).tofile(rows)

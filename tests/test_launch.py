@@ -1,12 +1,17 @@
 """Arguments, output folders, resume state, sampler. Run: python -m pytest tests/test_launch.py"""
 
+import contextlib
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -188,3 +193,32 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch, tmp_path):
     launch.RunLog(accelerator, tmp_path).write(3, {"loss": 0.5, "group_weights": [0.25, 0.75]})
     assert sent == [(3, {"loss": 0.5, "group_weights/0": 0.25, "group_weights/1": 0.75})]
     assert '"group_weights": [0.25, 0.75]' in (tmp_path / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize("method", sorted({"fork", "forkserver"} & set(multiprocessing.get_all_start_methods())))
+def test_loader_workers_end_with_a_killed_trainer(method, tmp_path):
+    (tmp_path / "trainer.py").write_text(
+        """
+import multiprocessing, os, sys, time, torch
+from torch.utils.data import Dataset
+from lib.data import load
+class Rows(Dataset):
+    def __len__(self): return 3
+    def __getitem__(self, row): return os.getpid()
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    batches = load(Rows(), int, None, 2, torch.device("cpu"))
+    print(next(batches), next(batches), flush=True)
+    time.sleep(600)
+"""
+    )
+    command = [sys.executable, tmp_path / "trainer.py", method]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as trainer:
+        workers = [psutil.Process(int(pid)) for pid in trainer.stdout.readline().split()]
+        trainer.kill()
+    assert len(set(workers)) == 2
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while worker.status() != psutil.STATUS_ZOMBIE:  # pytest's timeout ends a wait in vain
+                time.sleep(0.05)

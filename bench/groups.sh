@@ -9,9 +9,9 @@
 # Each model re-ranks the first 20 passages of BM25. Printed for every group: MRR@10 of both, means over the seeds, and their difference
 # with a bootstrap interval over queries, each of which counts with the mean over its seeds.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ $# -ge 3 ] || { sed -n '4,8p' "$0" >&2; exit 1; }
-data=$1 model=$2 out=$3 flags=("${@:4}")
+. "$(dirname "${BASH_SOURCE[0]}")/../recipes/paths.sh"
+[ $# -ge 3 ] || usage 4,8
+data=$(path "$1") model=$(model "$2") out=$(path "$3") flags=("${@:4}")
 read -ra robust <<<"${DRO:---dro idro}"
 texts=(--corpus "$data/corpus.jsonl") train=(--queries "$data/queries.train.jsonl" --qrels "$data/qrels.train.tsv")
 tests=() 

@@ -8,9 +8,9 @@
 # STEPS, SLICES, DEPTH, NEGATIVES, POLL   of recipes/ance.sh; the trainer and the miner run side by side on this machine
 # The flags need --max_steps. Printed: MRR@10, nDCG@10 and R@100 on test, and the differences to the batch alone and to BM25.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ $# -ge 3 ] || { sed -n '4,9p' "$0" >&2; exit 1; }
-data=$1 model=$2 out=$3 flags=("${@:4}")
+. "$(dirname "${BASH_SOURCE[0]}")/../recipes/paths.sh"
+[ $# -ge 3 ] || usage 4,9
+data=$(path "$1") model=$(model "$2") out=$(path "$3") flags=("${@:4}")
 file() { ls "$data/$1".* | head -1; }
 corpus=$(file corpus) train=(--queries "$(file queries.train)" --qrels "$(file qrels.train)")
 python mine_negatives.py --bm25 "${train[@]}" --corpus "$corpus" --depth "${DEPTH:-200}" --output_dir "$out/negatives"

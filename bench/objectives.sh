@@ -16,9 +16,9 @@
 # Where `probe_rebuild` stays at its floor of 0.05 and the fine-tuned models at chance, it was too short to say anything.
 # coCondenser has half as many documents as the others have blocks, of two spans each.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ $# -ge 2 ] || { sed -n '4,14p' "$0" >&2; exit 1; }
-data=$1 out=$2
+. "$(dirname "${BASH_SOURCE[0]}")/../recipes/paths.sh"
+[ $# -ge 2 ] || usage 4,14
+data=$(path "$1") out=$(path "$2")
 flags=("${@:3}")
 corpus=$(ls "$data"/corpus.jsonl* | head -1) queries=$(ls "$data"/queries.jsonl* | head -1)
 read -ra objectives <<<"${OBJECTIVES:-mlm retromae dupmae lexmae seed condenser cocondenser}"

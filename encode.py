@@ -43,10 +43,9 @@ from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
 from lib.attention import economize
-from lib.data import end_with_parent
 from lib.encoder import SparseBiEncoder, checkpoint_folder, load_encoder, model_hash
 from lib.files import UserError, finish_embeddings, open_texts, read_json, shard_file, write_json, write_shard
-from lib.launch import claim_output, describe, echo, make_accelerator, parse_args, run
+from lib.launch import claim_output, describe, echo, end_with_parent, make_accelerator, parse_args, run
 from lib.packed import pack_linears
 from lib.text import TextFormat, chunk_ids, format_texts, pad, token_batches
 

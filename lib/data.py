@@ -2,15 +2,12 @@
 of (seed, step, row)."""
 
 import json
-import multiprocessing
 import os
 import re
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from multiprocessing.connection import wait
 
 import numpy as np
 import torch
@@ -34,6 +31,7 @@ from lib.files import (
     read_qrels,
     read_scores,
 )
+from lib.launch import end_with_parent
 from lib.metrics import mrr_at_k
 from lib.text import TextFormat, chunk_ids, format_texts, join_title, pad, step_seed, to_ids
 
@@ -73,14 +71,6 @@ class StepSampler:
                 batch.append((int(order[offset]), micro_step, row))
             yield batch
             micro_step += 1
-
-
-def end_with_parent(_worker: int) -> None:
-    """A loader worker's first act (worker_init_fn): to end as soon as the process it works for has, by kill -9 too.
-    What torch watches is the worker's parent: another process under forkserver, by which Python 3.14 starts workers,
-    and already another one if the kill came right after the fork."""
-    died = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (wait([died]), os._exit(1)), daemon=True).start()
 
 
 def load(dataset: Dataset, collate: Callable, sampler, num_workers: int, device) -> Iterator[dict]:

@@ -3,15 +3,18 @@
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -89,6 +92,14 @@ def run(main) -> None:
         message = str(error).rstrip().rpartition("lib.files.UserError: ")[2]  # a loader worker's has its traceback
         print(("\r" if bars else "") + f"{place}: {message}", file=sys.stderr)  # on a line of its own
         sys.exit(1)
+
+
+def end_with_parent(_worker: int = 0) -> None:
+    """The first act of a loader's or pool's worker: to end as soon as the process it works for has, by kill -9 too.
+    torch's workers watch their parent: another process under forkserver, by which Python 3.14 starts them, and already
+    another one if the kill came right after the fork. Those of an executor watch nothing."""
+    died = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (wait([died]), os._exit(1)), daemon=True).start()
 
 
 def make_accelerator(

@@ -37,7 +37,7 @@ import xxhash
 from transformers.hf_argparser import HfArg
 
 from lib.files import UserError, write_json, write_qrels, write_texts
-from lib.launch import parse_args, run
+from lib.launch import end_with_parent, parse_args, run
 
 # tests, other people's code carried along, and what is not meant to be read
 SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "_vendor", "vendor", "_vendored_packages", "_distutils"}
@@ -226,7 +226,7 @@ def main():
     roots = args.roots or sorted({str(Path(paths[key]).resolve()) for key in ("stdlib", "purelib", "platlib")})
     files = [item for root in roots for item in source_files(Path(root))]
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), context) as pool:
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), context, initializer=end_with_parent) as pool:
         parsed = list(pool.map(docstrings, files, chunksize=64))
     counts["files"], counts["files that do not parse"] = len(files), sum(p is None for p in parsed)
 

@@ -47,7 +47,7 @@ from transformers.hf_argparser import HfArg
 
 from lib import launch
 from lib.attention import economize
-from lib.data import Groups, end_with_parent, known_rows, load
+from lib.data import Groups, known_rows, load
 from lib.encoder import VERSION, align, checkpoint_folder, fingerprint, model_hash, positions
 from lib.files import (
     UserError,
@@ -436,7 +436,7 @@ def score(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dic
     accelerator.wait_for_everyone()  # all have listed what is missing before the first adds to it
     mine = missing[rank::W]
     shards = Shards(pairs, query_rows, rows, [spans[s] for s in mine])
-    how = {"num_workers": args.num_workers, "worker_init_fn": end_with_parent}
+    how = {"num_workers": args.num_workers, "worker_init_fn": launch.end_with_parent}
     loader = DataLoader(shards, batch_size=None, collate_fn=list, **how)
     total = sum(spans[s][1] - spans[s][0] for s in mine)
     bar = tqdm(total=total, unit=" pairs", disable=not accelerator.is_main_process)

@@ -196,19 +196,22 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("method", sorted({"fork", "forkserver"} & set(multiprocessing.get_all_start_methods())))
-def test_loader_workers_end_with_a_killed_trainer(method, tmp_path):
+def test_workers_end_with_a_killed_trainer(method, tmp_path):
     (tmp_path / "trainer.py").write_text(
         """
 import multiprocessing, os, sys, time, torch
+from concurrent.futures import ProcessPoolExecutor
 from torch.utils.data import Dataset
 from lib.data import load
+from lib.launch import end_with_parent
 class Rows(Dataset):
     def __len__(self): return 3
     def __getitem__(self, row): return os.getpid()
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[1])
     batches = load(Rows(), int, None, 2, torch.device("cpu"))
-    print(next(batches), next(batches), flush=True)
+    pool = ProcessPoolExecutor(1, initializer=end_with_parent)
+    print(next(batches), next(batches), pool.submit(os.getpid).result(), flush=True)
     time.sleep(600)
 """
     )
@@ -217,7 +220,7 @@ if __name__ == "__main__":
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as trainer:
         workers = [psutil.Process(int(pid)) for pid in trainer.stdout.readline().split()]
         trainer.kill()
-    assert len(set(workers)) == 2
+    assert len(set(workers)) == 3
     for worker in workers:
         with contextlib.suppress(psutil.NoSuchProcess):
             while worker.status() != psutil.STATUS_ZOMBIE:  # pytest's timeout ends a wait in vain

@@ -42,12 +42,22 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from lib.attention import economize
-from lib.encoder import SparseBiEncoder, checkpoint_folder, load_encoder, model_hash
-from lib.files import UserError, finish_embeddings, open_texts, read_json, shard_file, write_json, write_shard
-from lib.launch import claim_output, describe, echo, end_with_parent, make_accelerator, parse_args, run
-from lib.packed import pack_linears
+from lib.checkpoint import checkpoint_folder, load_encoder, model_hash
+from lib.cpu import economize, pack_linears
+from lib.embeddings import finish_embeddings, shard_file, write_shard
+from lib.encoder import SparseBiEncoder
+from lib.files import UserError, read_json, write_json
+from lib.launch import (
+    claim_output,
+    describe,
+    echo,
+    end_with_parent,
+    make_accelerator,
+    parse_args,
+    run,
+)
 from lib.text import TextFormat, chunk_ids, format_texts, pad, token_batches
+from lib.texts import open_texts
 
 
 @dataclass
@@ -55,31 +65,63 @@ class Args:
     # data
     model: str = HfArg(help="checkpoint")
     input: str = HfArg(help="corpus or queries")
-    kind: Literal["query", "passage"] = HfArg(help="decides prompt and length; queries have no title")
+    kind: Literal["query", "passage"] = HfArg(
+        help="decides prompt and length; queries have no title"
+    )
     output_dir: str = HfArg(help="where the vectors go")
     titles: str = HfArg(default=None, help="`pid TAB title` file to join to the corpus")
-    dtype: Literal["float16", "float32"] | None = HfArg(default=None, help="stored; default dense float16, sparse 32")
-    max_terms: int = HfArg(default=0, help="sparse: keep so many of the highest weights of a text; 0 = all")
-    min_weight: float = HfArg(default=0.0, help="sparse: drop weights up to this (Anserini's factor of 100: 0.005)")
+    dtype: Literal["float16", "float32"] | None = HfArg(
+        default=None, help="stored; default dense float16, sparse 32"
+    )
+    max_terms: int = HfArg(
+        default=0, help="sparse: keep so many of the highest weights of a text; 0 = all"
+    )
+    min_weight: float = HfArg(
+        default=0.0, help="sparse: drop weights up to this (Anserini's factor of 100: 0.005)"
+    )
     # model: None = as the checkpoint states
-    pooling: Literal["cls", "mean"] | None = HfArg(default=None, help="needed where the checkpoint states none")
+    pooling: Literal["cls", "mean"] | None = HfArg(
+        default=None, help="needed where the checkpoint states none"
+    )
     normalize: bool = HfArg(default=False, help="unit vectors from a checkpoint that states none")
-    head: Literal["dense", "sparse"] | None = HfArg(default=None, help="sparse: of a masked LM that states none")
-    exclude_special_tokens: bool = HfArg(default=False, help="sparse: of a masked LM that states none (LexMAE)")
-    title: Literal["none", "space", "sep"] | None = HfArg(default=None, help="how titles are joined to texts")
+    head: Literal["dense", "sparse"] | None = HfArg(
+        default=None, help="sparse: of a masked LM that states none"
+    )
+    exclude_special_tokens: bool = HfArg(
+        default=False, help="sparse: of a masked LM that states none (LexMAE)"
+    )
+    title: Literal["none", "space", "sep"] | None = HfArg(
+        default=None, help="how titles are joined to texts"
+    )
     query_prompt: str = HfArg(default=None, help="put before every query")
     passage_prompt: str = HfArg(default=None, help="put before every passage")
     max_length: int = HfArg(default=None, help="tokens of a text of this --kind, or of each chunk")
-    max_chunks: int = HfArg(default=None, help="chunks of a passage, each with a vector of its own (ANCE's MaxP: 4)")
-    max_characters: int = HfArg(default=None, help="cut passages before they become tokens (ANCE 10000); 0 = not")
-    override: bool = HfArg(default=False, help="take the flags above even where the checkpoint states otherwise")
-    trust_remote_code: bool = HfArg(default=False, help="run Python code that the checkpoint brings along")
+    max_chunks: int = HfArg(
+        default=None, help="chunks of a passage, each with a vector of its own (ANCE's MaxP: 4)"
+    )
+    max_characters: int = HfArg(
+        default=None, help="cut passages before they become tokens (ANCE 10000); 0 = not"
+    )
+    override: bool = HfArg(
+        default=False, help="take the flags above even where the checkpoint states otherwise"
+    )
+    trust_remote_code: bool = HfArg(
+        default=False, help="run Python code that the checkpoint brings along"
+    )
     # runtime
-    tokens_per_batch: int = HfArg(default=0, help="rows x longest; 0 = 2048 on a CPU (fits its cache), 65536 on a GPU")
+    tokens_per_batch: int = HfArg(
+        default=0, help="rows x longest; 0 = 2048 on a CPU (fits its cache), 65536 on a GPU"
+    )
     window: int = HfArg(default=8192, help="texts ordered by length at a time")
-    shard_rows: int = HfArg(default=16384, help="texts per shard, the unit of work and of resumption")
-    num_workers: int = HfArg(default=2, help="loader processes per process that turn text into ids; 0 = none")
-    dry_run: bool = HfArg(default=False, help="show the first inputs, truncation, batches and disk, and stop")
+    shard_rows: int = HfArg(
+        default=16384, help="texts per shard, the unit of work and of resumption"
+    )
+    num_workers: int = HfArg(
+        default=2, help="loader processes per process that turn text into ids; 0 = none"
+    )
+    dry_run: bool = HfArg(
+        default=False, help="show the first inputs, truncation, batches and disk, and stop"
+    )
 
 
 class Windows(Dataset):
@@ -88,18 +130,29 @@ class Windows(Dataset):
     lists of lists would cost the main process more to receive than to make."""
 
     def __init__(self, texts, spans: list[tuple[int, int]], kind: str, form: TextFormat, tokenizer):
-        self.texts, self.spans, self.kind, self.form, self.tokenizer = texts, spans, kind, form, tokenizer
+        self.texts, self.spans, self.kind, self.form, self.tokenizer = (
+            texts,
+            spans,
+            kind,
+            form,
+            tokenizer,
+        )
 
     def __len__(self):
         return len(self.spans)
 
     def __getitem__(self, index):
         ids, titles, bodies = zip(*self.texts.stream(*self.spans[index]), strict=True)
-        strings = format_texts(list(zip(titles, bodies, strict=True)), self.kind, self.form, self.tokenizer)
+        strings = format_texts(
+            list(zip(titles, bodies, strict=True)), self.kind, self.form, self.tokenizer
+        )
         longest, most = self.form.max_length(self.kind), self.form.chunks(self.kind)
         chunks = chunk_ids(strings, self.tokenizer, longest, most)
         full = np.array([len(some) == most and len(some[-1]) == longest for some in chunks])
-        ids, tokens = [i for i, some in zip(ids, chunks, strict=True) for _ in some], list(chain.from_iterable(chunks))
+        ids, tokens = (
+            [i for i, some in zip(ids, chunks, strict=True) for _ in some],
+            list(chain.from_iterable(chunks)),
+        )
         lengths = np.fromiter(map(len, tokens), np.int32, len(tokens))
         return ids, full, np.fromiter(chain.from_iterable(tokens), np.int32, lengths.sum()), lengths
 
@@ -114,7 +167,9 @@ def to_csr(reps: torch.Tensor, min_weight: float) -> csr_matrix:
     """(n, V) on any device -> CSR of the weights above `min_weight`. A NaN stays one."""
     row, term = (~(reps <= min_weight)).nonzero(as_tuple=True)
     starts = np.cumsum([0, *np.bincount(row.cpu().numpy(), minlength=len(reps))])
-    return csr_matrix((reps[row, term].cpu().numpy(), term.int().cpu().numpy(), starts), shape=reps.shape)
+    return csr_matrix(
+        (reps[row, term].cpu().numpy(), term.int().cpu().numpy(), starts), shape=reps.shape
+    )
 
 
 def prune(vectors: csr_matrix, max_terms: int) -> csr_matrix:
@@ -136,12 +191,18 @@ def main():
         raise UserError(
             "--window and --shard_rows count from 1, --tokens_per_batch and --num_workers from 0 — mend them"
         )
-    if args.num_workers:  # they are the parallelism; threads of the tokenizer's own would only contend
+    if (
+        args.num_workers
+    ):  # they are the parallelism; threads of the tokenizer's own would only contend
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     budget = args.tokens_per_batch or (2048 if device.type == "cpu" else 65536)
 
     # ---- model and texts
-    overrides = {"title": args.title, "query_prompt": args.query_prompt, "passage_prompt": args.passage_prompt}
+    overrides = {
+        "title": args.title,
+        "query_prompt": args.query_prompt,
+        "passage_prompt": args.passage_prompt,
+    }
     overrides |= {"max_chunks": args.max_chunks, "max_characters": args.max_characters}
     overrides[f"max_{args.kind}_length"] = args.max_length
     with accelerator.main_process_first():
@@ -175,7 +236,11 @@ def main():
         "prompt": form.prompt(args.kind),
         "max_length": form.max_length(args.kind),
         **({"max_chunks": M} if M > 1 else {}),
-        **({"max_characters": form.max_characters} if args.kind == "passage" and form.max_characters else {}),
+        **(
+            {"max_characters": form.max_characters}
+            if args.kind == "passage" and form.max_characters
+            else {}
+        ),
         "input": args.input,
         "input_fingerprint": texts.fingerprint,
         "count": len(texts),
@@ -185,8 +250,12 @@ def main():
         "window": args.window,
         "tokens_per_batch": budget,
     }
-    shards = [(s, min(s + args.shard_rows, len(texts))) for s in range(0, len(texts), args.shard_rows)]
-    _, full, tokens, lengths = Windows(texts, [(0, min(1000, len(texts)))], args.kind, form, tokenizer)[0]
+    shards = [
+        (s, min(s + args.shard_rows, len(texts))) for s in range(0, len(texts), args.shard_rows)
+    ]
+    _, full, tokens, lengths = Windows(
+        texts, [(0, min(1000, len(texts)))], args.kind, form, tokenizer
+    )[0]
     first = tokenizer.decode(tokens[: lengths[0]])
     facts = {
         "model": f"{args.model}, {model.pooling} pooling, {model.dim} dimensions, normalised: {model.normalized}",
@@ -205,7 +274,11 @@ def main():
         batches = len(token_batches(lengths, budget, meta["max_length"])) * times
         disk = f"{len(lengths) * times * model.dim * np.dtype(dtype).itemsize / 1e9:.2f} GB"
         disk = "8 bytes per weight" if sparse else disk
-        echo(accelerator, "dry run", {**facts, "batches": f"about {math.ceil(batches)}", "disk": disk})
+        echo(
+            accelerator,
+            "dry run",
+            {**facts, "batches": f"about {math.ceil(batches)}", "disk": disk},
+        )
         return
 
     # ---- the folder: new, complete, or left by a run that died with the same model, input and settings
@@ -242,7 +315,10 @@ def main():
         pack_linears(model.backbone.base_model, packed)
         economize(model.backbone)
     limited, terms, clock = 0, 0, time.perf_counter()
-    with torch.inference_mode(), accelerator.autocast():  # one context for all batches: weights are cast once
+    with (
+        torch.inference_mode(),
+        accelerator.autocast(),
+    ):  # one context for all batches: weights are cast once
         for shard, parts in zip(mine, spans, strict=True):
             vectors, shard_ids = [], []
             for _ in parts:
@@ -250,20 +326,32 @@ def main():
                 starts = np.cumsum(lengths) - lengths
                 batches, encoded = token_batches(lengths, budget, meta["max_length"]), []
                 for rows, width in batches:
-                    batch = pad([tokens[starts[r] : starts[r] + lengths[r]] for r in rows], tokenizer, width)
+                    batch = pad(
+                        [tokens[starts[r] : starts[r] + lengths[r]] for r in rows], tokenizer, width
+                    )
                     reps = model.encode(send_to_device(batch, device))
                     # a window of rows of V numbers would be a gigabyte
                     encoded.append(to_csr(reps, args.min_weight) if sparse else reps)
                 order = np.argsort(np.concatenate([rows for rows, _ in batches]))
-                window = vstack(encoded, "csr")[order] if sparse else torch.cat(encoded).cpu().numpy()[order]
+                window = (
+                    vstack(encoded, "csr")[order]
+                    if sparse
+                    else torch.cat(encoded).cpu().numpy()[order]
+                )
                 values = window.data if sparse else window
                 with np.errstate(over="ignore"):
                     stored = values.astype(dtype)
                 if not np.isfinite(stored).all():
                     at = int(np.argmin(np.isfinite(stored)))
-                    wrong = ids[np.searchsorted(window.indptr, at, "right") - 1 if sparse else at // model.dim]
+                    wrong = ids[
+                        np.searchsorted(window.indptr, at, "right") - 1
+                        if sparse
+                        else at // model.dim
+                    ]
                     finite = np.isfinite(values).all()
-                    remedy = "add --dtype float32" if finite else "check the checkpoint, or use fp32"
+                    remedy = (
+                        "add --dtype float32" if finite else "check the checkpoint, or use fp32"
+                    )
                     raise UserError(f"{args.input}: the vector of {wrong} is not finite — {remedy}")
                 if sparse:
                     stored = prune(window, args.max_terms) if args.max_terms else window
@@ -274,7 +362,9 @@ def main():
                 bar.update(len(full))
             vectors = vstack(vectors, "csr") if sparse else np.concatenate(vectors)
             if sparse:
-                vectors.data = vectors.data.astype(dtype)  # the last thing done to it: scipy knows no float16
+                vectors.data = vectors.data.astype(
+                    dtype
+                )  # the last thing done to it: scipy knows no float16
             write_shard(folder, shard, vectors, shard_ids)
     seconds = time.perf_counter() - clock
     bar.close()
@@ -286,7 +376,9 @@ def main():
         texts_done, limited, terms = (sum(d[i] for d in done) for i in range(3))
         seconds = max(d[3] for d in done)
         if M > 1:
-            meta["vectors"] = sum(len(np.load(path, mmap_mode="r")) for path in folder.glob("shard-*.npy"))
+            meta["vectors"] = sum(
+                len(np.load(path, mmap_mode="r")) for path in folder.glob("shard-*.npy")
+            )
         finish_embeddings(folder, meta)
         (folder / "progress.json").unlink()
         print(

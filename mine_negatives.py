@@ -30,12 +30,15 @@ import numpy as np
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from lib.data import TeacherScores
-from lib.files import Embeddings, UserError, line_of, open_texts, read_qrels, read_run, write_json, write_lines
-from lib.index import Dense, check_pair
-from lib.inverted import BM25, Sparse
+from lib.bm25 import BM25
+from lib.embeddings import Embeddings
+from lib.files import UserError, line_of, read_qrels, read_run, write_json, write_lines
+from lib.groups import TeacherScores
+from lib.inverted import Sparse
 from lib.launch import claim_output, describe, echo, make_accelerator, parse_args, run, versions
+from lib.search import DenseIndex, check_pair
 from lib.text import step_seed
+from lib.texts import open_texts
 
 QUERIES_AT_A_TIME = 4096
 
@@ -48,25 +51,43 @@ class Args:
     bm25: bool = HfArg(default=False, help="search --corpus for --queries with BM25")
     run: str = HfArg(default=None, help="a run file, TREC or MS MARCO")
     # data
-    corpus: str = HfArg(default=None, help="passage texts: copies of positives are found by their text")
+    corpus: str = HfArg(
+        default=None, help="passage texts: copies of positives are found by their text"
+    )
     queries: str = HfArg(default=None, help="query texts, for --bm25")
     titles: str = HfArg(default=None, help="`pid TAB title` file to join to the corpus")
-    qrels: str = HfArg(default=None, help="training judgments: their queries are mined, grade > 0 is a positive")
+    qrels: str = HfArg(
+        default=None, help="training judgments: their queries are mined, grade > 0 is a positive"
+    )
     output_dir: str = HfArg(default=None, help="where negatives.tsv and audit.json go")
     # search
     depth: int = HfArg(default=200, help="ranks to look at (RetroMAE, ANCE 200; LexMAE 512)")
-    index: str = HfArg(default=None, help="faiss factory string, as IVF4096,Flat; default: exact search")
+    index: str = HfArg(
+        default=None, help="faiss factory string, as IVF4096,Flat; default: exact search"
+    )
     k1: float = HfArg(default=0.9, help="BM25 (Anserini's for passages)")
     b: float = HfArg(default=0.4, help="BM25 (Anserini's for passages)")
-    bm25_index: str = HfArg(default=None, help="folder of the BM25 index, made if absent; default: in --output_dir")
-    sparse_index: str = HfArg(default=None, help="folder of the index of sparse vectors, the same way")
+    bm25_index: str = HfArg(
+        default=None, help="folder of the BM25 index, made if absent; default: in --output_dir"
+    )
+    sparse_index: str = HfArg(
+        default=None, help="folder of the index of sparse vectors, the same way"
+    )
     bits: int = HfArg(default=32, help="of a weight in it: 32 exact, 16 or 8 rounded")
     # choice
-    num_negatives: int = HfArg(default=0, help="negatives kept per query (ANCE 20, COCO-DR 30); 0 = all that are left")
-    sample: Literal["top", "uniform"] = HfArg(default="top", help="the best ones, or uniform over the ranks (ANCE)")
+    num_negatives: int = HfArg(
+        default=0, help="negatives kept per query (ANCE 20, COCO-DR 30); 0 = all that are left"
+    )
+    sample: Literal["top", "uniform"] = HfArg(
+        default="top", help="the best ones, or uniform over the ranks (ANCE)"
+    )
     skip_top: int = HfArg(default=0, help="leave out so many of the first ranks")
-    teacher_scores: str = HfArg(default=None, help="`qid TAB pid TAB score` that the next two filter by (rerank.py)")
-    max_score_margin: float = HfArg(default=None, help="drop what scores above the lowest positive minus this")
+    teacher_scores: str = HfArg(
+        default=None, help="`qid TAB pid TAB score` that the next two filter by (rerank.py)"
+    )
+    max_score_margin: float = HfArg(
+        default=None, help="drop what scores above the lowest positive minus this"
+    )
     max_score_ratio: float = HfArg(
         default=None, help="drop what scores above s - (1 - ratio)·|s|, s the lowest positive"
     )
@@ -89,23 +110,35 @@ def main():
     # ---- setup
     args = parse_args(Args)
     sources = [bool(args.queries_embeddings or args.corpus_embeddings), args.bm25, bool(args.run)]
-    if sum(sources) != 1 or (sources[0] and not (args.queries_embeddings and args.corpus_embeddings)):
-        raise UserError("what to mine from — give --queries_embeddings and --corpus_embeddings, or --bm25, or --run")
+    if sum(sources) != 1 or (
+        sources[0] and not (args.queries_embeddings and args.corpus_embeddings)
+    ):
+        raise UserError(
+            "what to mine from — give --queries_embeddings and --corpus_embeddings, or --bm25, or --run"
+        )
     if not (args.qrels and args.output_dir and args.corpus):
         raise UserError("--corpus, --qrels and --output_dir are needed — see --help")
     if args.bm25 and not args.queries:
         raise UserError("--bm25 searches texts — give --queries")
     if args.depth <= args.skip_top or args.skip_top < 0 or args.num_negatives < 0:
-        raise UserError(f"--depth {args.depth} --skip_top {args.skip_top}: no rank is left — raise --depth")
+        raise UserError(
+            f"--depth {args.depth} --skip_top {args.skip_top}: no rank is left — raise --depth"
+        )
     filtered = args.max_score_margin is not None or args.max_score_ratio is not None
     if args.teacher_scores and not filtered:
-        raise UserError("--teacher_scores filters nothing — give --max_score_margin or --max_score_ratio")
+        raise UserError(
+            "--teacher_scores filters nothing — give --max_score_margin or --max_score_ratio"
+        )
     accelerator = make_accelerator()
     qrels = read_qrels(args.qrels)
-    positives = {qid: [p for p, grade in judged.items() if grade > 0] for qid, judged in qrels.items()}
+    positives = {
+        qid: [p for p, grade in judged.items() if grade > 0] for qid, judged in qrels.items()
+    }
     qids = [qid for qid, pids in positives.items() if pids]
     if not qids:
-        raise UserError(f"{args.qrels}: no passage is judged relevant (grade > 0) — mining needs positives")
+        raise UserError(
+            f"{args.qrels}: no passage is judged relevant (grade > 0) — mining needs positives"
+        )
     with accelerator.main_process_first():
         corpus = open_texts(args.corpus, args.titles)
         queries = open_texts(args.queries) if args.bm25 else None
@@ -120,7 +153,9 @@ def main():
         queries, vectors = Embeddings(args.queries_embeddings), Embeddings(args.corpus_embeddings)
         check_pair(queries, vectors, args.index)
         if vectors.meta["input_fingerprint"] != corpus.fingerprint:
-            raise UserError(f"{vectors.folder}: not the embeddings of {args.corpus} — encode this corpus")
+            raise UserError(
+                f"{vectors.folder}: not the embeddings of {args.corpus} — encode this corpus"
+            )
     if queries is not None:
         query_rows = queries.rows(qids)
         if query_rows.min() < 0:
@@ -138,17 +173,25 @@ def main():
     if args.run:
         stored = read_run(args.run)
         if not stored.keys() & positives.keys():
-            raise UserError(f"{args.run}: none of its queries is judged in {args.qrels} — give matching files")
+            raise UserError(
+                f"{args.run}: none of its queries is judged in {args.qrels} — give matching files"
+            )
 
         def candidates(block):
             lists = []
             for qid in (qids[at] for at in block):
                 entry = stored.get(qid)
                 best = np.argsort(entry.ranks, kind="stable")[: args.depth] if entry else []
-                rows = corpus.rows([entry.pids[at] for at in best]) if entry else np.zeros(0, dtype=np.int64)
+                rows = (
+                    corpus.rows([entry.pids[at] for at in best])
+                    if entry
+                    else np.zeros(0, dtype=np.int64)
+                )
                 if len(rows) and rows.min() < 0:
                     pid = entry.pids[best[int(rows.argmin())]]
-                    raise UserError(f"{line_of(args.run, qid, pid)}: passage {pid} is not in {args.corpus}")
+                    raise UserError(
+                        f"{line_of(args.run, qid, pid)}: passage {pid} is not in {args.corpus}"
+                    )
                 lists.append((entry.scores[best] if entry else np.zeros(0, dtype=np.float32), rows))
             if not own_scores:
                 return lists, None
@@ -168,22 +211,38 @@ def main():
             folder = args.sparse_index or Path(args.output_dir) / "postings"
             index = Sparse.open(vectors, folder, args.bits, accelerator)
         else:
-            index = Dense(vectors, accelerator, args.index, args.seed)
+            index = DenseIndex(vectors, accelerator, args.index, args.seed)
 
         def candidates(block):
-            asked = [queries[row][1] for row in query_rows[block]] if bm25 else queries.take(query_rows[block])
+            asked = (
+                [queries[row][1] for row in query_rows[block]]
+                if bm25
+                else queries.take(query_rows[block])
+            )
             lists = list(zip(*index.search(asked, args.depth), strict=True))
-            return lists, index.score(asked, [positive_rows[qids[at]] for at in block]) if own_scores else None
+            return lists, index.score(
+                asked, [positive_rows[qids[at]] for at in block]
+            ) if own_scores else None
 
-    source = args.run or ("BM25" if args.bm25 else f"{vectors.meta['model']}, {args.index or 'exact search'}")
-    facts = {"candidates": f"the first {args.depth} of {source}", "queries": len(qids), "passages": len(corpus)}
+    source = args.run or (
+        "BM25" if args.bm25 else f"{vectors.meta['model']}, {args.index or 'exact search'}"
+    )
+    facts = {
+        "candidates": f"the first {args.depth} of {source}",
+        "queries": len(qids),
+        "passages": len(corpus),
+    }
     echo(accelerator, "mining", {**facts, "running on": describe(accelerator)})
 
     # ---- mine
     counts, sizes, out = Counter(), [], Path(args.output_dir)
 
     def mined():
-        for start in tqdm(range(0, len(qids), QUERIES_AT_A_TIME), "queries", disable=not accelerator.is_main_process):
+        for start in tqdm(
+            range(0, len(qids), QUERIES_AT_A_TIME),
+            "queries",
+            disable=not accelerator.is_main_process,
+        ):
             block = np.arange(start, min(start + QUERIES_AT_A_TIME, len(qids)))
             lists, positive_scores = candidates(block)
             if not accelerator.is_main_process:
@@ -192,7 +251,10 @@ def main():
                 qid = qids[at]
                 scores, rows = scores[rows >= 0], rows[rows >= 0]
                 positive = np.isin(rows, positive_rows[qid])
-                copy = np.isin(corpus.text_keys[rows], corpus.text_keys[positive_rows[qid]]) & ~positive
+                copy = (
+                    np.isin(corpus.text_keys[rows], corpus.text_keys[positive_rows[qid]])
+                    & ~positive
+                )
                 left, limit = ~positive & ~copy, np.inf
                 if teacher:
                     scores = np.where(left, 0, -np.inf)
@@ -211,9 +273,13 @@ def main():
                 if 0 < args.num_negatives < len(chosen):
                     if args.sample == "uniform":
                         draw = np.random.default_rng(step_seed(args.seed, *qid.encode()))
-                        chosen = chosen[np.sort(draw.choice(len(chosen), args.num_negatives, replace=False))]
+                        chosen = chosen[
+                            np.sort(draw.choice(len(chosen), args.num_negatives, replace=False))
+                        ]
                     chosen = chosen[: args.num_negatives]
-                counts.update(positive=int(positive.sum()), copy=int(copy.sum()), too_high=int(too_high.sum()))
+                counts.update(
+                    positive=int(positive.sum()), copy=int(copy.sum()), too_high=int(too_high.sum())
+                )
                 sizes.append(len(chosen))
                 if len(chosen):
                     yield f"{qid}\t{','.join(corpus.ids(chosen))}"

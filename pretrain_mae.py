@@ -45,12 +45,39 @@ from accelerate.utils import send_to_device
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
 
-from lib.attention import economize
-from lib.data import BlockCollator, StepSampler, load, open_corpora
+from lib.blocks import BlockCollator, open_corpora
+from lib.checkpoint import (
+    load_decoder,
+    load_lm,
+    max_positions,
+    read_architecture,
+    save_checkpoint,
+    stated_title,
+)
+from lib.cpu import economize
 from lib.files import UserError
-from lib.launch import RunLog, begin, describe, finish, load_state, make_accelerator, parse_args, run, save_state
-from lib.lm import load_decoder, load_lm, max_positions, read_architecture, save_checkpoint, stated_title
-from lib.mae import MLM, SEED, CoCondenser, Condenser, DupMAE, LexMAE, RetroMAE, span_backward
+from lib.launch import (
+    RunLog,
+    begin,
+    describe,
+    finish,
+    load_state,
+    make_accelerator,
+    parse_args,
+    run,
+    save_state,
+)
+from lib.loader import StepSampler, load
+from lib.objectives import (
+    MLM,
+    SEED,
+    CoCondenser,
+    Condenser,
+    DupMAE,
+    LexMAE,
+    RetroMAE,
+    span_backward,
+)
 from lib.optim import descend, lr_at, parameter_groups
 from lib.probe import Probe
 from lib.text import step_seed
@@ -61,75 +88,126 @@ class Args:
     # data
     corpus: list[str] = HfArg(help="texts to learn from: one or several of FILE or NAME=FILE")
     output_dir: str = HfArg(help="where the checkpoint goes")
-    model: str = HfArg(default=None, help="checkpoint to start from; its decoder too, if of the same objective")
+    model: str = HfArg(
+        default=None, help="checkpoint to start from; its decoder too, if of the same objective"
+    )
     model_config: str = HfArg(
         default=None, help="instead: JSON of a model to start from scratch (model_type and sizes)"
     )
     tokenizer: str = HfArg(default=None, help="tokenizer of --model_config")
-    balance: float = HfArg(default=1.0, help="temperature between corpora: 1 = by their size, large = equal shares")
+    balance: float = HfArg(
+        default=1.0, help="temperature between corpora: 1 = by their size, large = equal shares"
+    )
     titles: str = HfArg(default=None, help="`pid TAB title` file to join to the only corpus")
     title: Literal["none", "space", "sep"] | None = HfArg(
         default=None, help="how to join; else as the checkpoint does, else by a space"
     )
-    max_length: int = HfArg(default=512, help="tokens of a block (RetroMAE 512, on MS MARCO 150; LexMAE 144)")
+    max_length: int = HfArg(
+        default=512, help="tokens of a block (RetroMAE 512, on MS MARCO 150; LexMAE 144)"
+    )
     # objective
-    objective: Literal["mlm", "retromae", "dupmae", "lexmae", "seed", "condenser", "cocondenser"] = HfArg(
-        default="retromae", help="see above. Options that only some of them have, their defaults in brackets:"
+    objective: Literal[
+        "mlm", "retromae", "dupmae", "lexmae", "seed", "condenser", "cocondenser"
+    ] = HfArg(
+        default="retromae",
+        help="see above. Options that only some of them have, their defaults in brackets:",
     )
     encoder_mask_ratio: float | None = HfArg(
-        default=None, help="share of tokens hidden from the encoder (0.3; seed, condenser, cocondenser 0.15)"
+        default=None,
+        help="share of tokens hidden from the encoder (0.3; seed, condenser, cocondenser 0.15)",
     )
     mask: Literal["whole_word", "token"] | None = HfArg(
-        default=None, help="what the encoder's mask hides at a time (whole_word; lexmae, seed token)"
+        default=None,
+        help="what the encoder's mask hides at a time (whole_word; lexmae, seed token)",
     )
-    decoder_mask_ratio: float | None = HfArg(default=None, help="retromae, dupmae, lexmae: share hidden there (0.5)")
-    decoder_masks: int | None = HfArg(default=None, help="retromae, dupmae: masks per text (256; FlagEmbedding 128)")
+    decoder_mask_ratio: float | None = HfArg(
+        default=None, help="retromae, dupmae, lexmae: share hidden there (0.5)"
+    )
+    decoder_masks: int | None = HfArg(
+        default=None, help="retromae, dupmae: masks per text (256; FlagEmbedding 128)"
+    )
     query_stream: Literal["raw", "normed"] | None = HfArg(
-        default=None, help="retromae (raw), dupmae (normed): decoder queries as RetroMAE's code or FlagEmbedding's"
+        default=None,
+        help="retromae (raw), dupmae (normed): decoder queries as RetroMAE's code or FlagEmbedding's",
     )
-    bow: Literal["official", "paper"] | None = HfArg(default=None, help="dupmae: loss of the code (official) or paper")
-    bow_weight: float | None = HfArg(default=None, help="dupmae: weight of that loss (0.1; paper 1)")
-    decoder_layers: int | None = HfArg(default=None, help="lexmae, [co]condenser (2), seed (3; 1 with a window of 8)")
-    attention_window: int | None = HfArg(default=None, help="seed: tokens the decoder reads, its input counted (2)")
-    skip_from: int | None = HfArg(default=None, help="[co]condenser: layer whose states the head reads (half way)")
-    late_mlm: bool | None = HfArg(default=None, help="[co]condenser: MLM loss of the last layer too (true)")
+    bow: Literal["official", "paper"] | None = HfArg(
+        default=None, help="dupmae: loss of the code (official) or paper"
+    )
+    bow_weight: float | None = HfArg(
+        default=None, help="dupmae: weight of that loss (0.1; paper 1)"
+    )
+    decoder_layers: int | None = HfArg(
+        default=None, help="lexmae, [co]condenser (2), seed (3; 1 with a window of 8)"
+    )
+    attention_window: int | None = HfArg(
+        default=None, help="seed: tokens the decoder reads, its input counted (2)"
+    )
+    skip_from: int | None = HfArg(
+        default=None, help="[co]condenser: layer whose states the head reads (half way)"
+    )
+    late_mlm: bool | None = HfArg(
+        default=None, help="[co]condenser: MLM loss of the last layer too (true)"
+    )
     spans: Literal["coco", "cocondenser"] | None = HfArg(
         default=None, help="cocondenser: whose rule cuts documents that do not come in spans (coco)"
     )
-    span_tokens: int | None = HfArg(default=None, help="cocondenser: tokens of a span by COCO-DR's rule (30)")
-    chunk_size: int | None = HfArg(default=None, help="cocondenser: GradCache, documents at a time; 0 = all (0)")
-    encoder_dropout: bool = HfArg(default=True, help="dropout in the encoder; COCO-DR's code has it off")
+    span_tokens: int | None = HfArg(
+        default=None, help="cocondenser: tokens of a span by COCO-DR's rule (30)"
+    )
+    chunk_size: int | None = HfArg(
+        default=None, help="cocondenser: GradCache, documents at a time; 0 = all (0)"
+    )
+    encoder_dropout: bool = HfArg(
+        default=True, help="dropout in the encoder; COCO-DR's code has it off"
+    )
     # optimisation
     per_device_batch_size: int = HfArg(
-        default=32, help="blocks, or documents of two spans, per process and micro-step (RetroMAE 32, on MS MARCO 128)"
+        default=32,
+        help="blocks, or documents of two spans, per process and micro-step (RetroMAE 32, on MS MARCO 128)",
     )
-    gradient_checkpointing: bool = HfArg(default=False, help="encode twice to keep less: a fifth more time")
+    gradient_checkpointing: bool = HfArg(
+        default=False, help="encode twice to keep less: a fifth more time"
+    )
     gradient_accumulation_steps: int = HfArg(default=1, help="micro-steps per optimizer step")
     optimizer: Literal["adamw"] = HfArg(default="adamw", help="betas 0.9 and 0.999, eps 1e-8")
     learning_rate: float = HfArg(default=1e-4, help="peak (RetroMAE 1e-4)")
     weight_decay: float = HfArg(default=0.01, help="not on biases and norms (RetroMAE 0.01)")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (RetroMAE 1); 0 = none")
-    num_epochs: float = HfArg(default=8.0, help="passes over the blocks (RetroMAE 8, on MS MARCO 20)")
+    num_epochs: float = HfArg(
+        default=8.0, help="passes over the blocks (RetroMAE 8, on MS MARCO 20)"
+    )
     max_steps: int = HfArg(default=0, help="optimizer steps; wins over --num_epochs")
-    warmup_ratio: float = HfArg(default=0.1, help="share of linear warm-up before the linear decay (RetroMAE 0.1)")
+    warmup_ratio: float = HfArg(
+        default=0.1, help="share of linear warm-up before the linear decay (RetroMAE 0.1)"
+    )
     warmup_steps: int = HfArg(default=None, help="wins over --warmup_ratio")
     # runtime
     seed: int = HfArg(default=42, help="data order, masks, dropout, new weights")
-    probe_every: int = HfArg(default=0, help="steps between probes of the bottleneck (lib/probe.py); 0 = none")
+    probe_every: int = HfArg(
+        default=0, help="steps between probes of the bottleneck (lib/probe.py); 0 = none"
+    )
     probe_queries: str = HfArg(default=None, help="queries for its zero-shot recall@100")
     probe_qrels: str = HfArg(default=None, help="their judgments in the corpus")
     save_every: int = HfArg(default=1000, help="steps between states to --resume from")
     log_every: int = HfArg(default=20, help="steps between log lines")
     resume: bool = HfArg(default=False, help="go on from the last state")
     num_workers: int = HfArg(default=2, help="loader processes that turn text into ids")
-    report_to: Literal["none", "tensorboard", "wandb"] = HfArg(default="none", help="tracker beside log.jsonl")
+    report_to: Literal["none", "tensorboard", "wandb"] = HfArg(
+        default="none", help="tracker beside log.jsonl"
+    )
     deterministic: bool = HfArg(default=False, help="bit-identical reruns on CUDA")
-    dry_run: bool = HfArg(default=False, help="show the first inputs, blocks, batch, steps and disk, and stop")
+    dry_run: bool = HfArg(
+        default=False, help="show the first inputs, blocks, batch, steps and disk, and stop"
+    )
 
 
-OBJECTIVES = {cls.objective: cls for cls in (MLM, RetroMAE, DupMAE, LexMAE, SEED, Condenser, CoCondenser)}
+OBJECTIVES = {
+    cls.objective: cls for cls in (MLM, RetroMAE, DupMAE, LexMAE, SEED, Condenser, CoCondenser)
+}
 PAIR_OPTIONS = {"spans", "span_tokens", "chunk_size"}  # of cocondenser's data and step
-OPTIONS = PAIR_OPTIONS.union(*(cls.options() for cls in OBJECTIVES.values()))  # None is the objective's default
+OPTIONS = PAIR_OPTIONS.union(
+    *(cls.options() for cls in OBJECTIVES.values())
+)  # None is the objective's default
 
 
 def mean_loss(accelerator, terms):
@@ -137,7 +215,10 @@ def mean_loss(accelerator, terms):
     DDP takes the mean of the gradients of W processes, so W times the local sum, divided by the labels of all, is the
     mean over the batch of the world."""
     sums = torch.stack(
-        [torch.stack([t.loss.detach(), t.loss.new_tensor(t.labels), t.correct.float()]) for t in terms.values()]
+        [
+            torch.stack([t.loss.detach(), t.loss.new_tensor(t.labels), t.correct.float()])
+            for t in terms.values()
+        ]
     )
     sums = accelerator.reduce(sums, "sum")  # (terms, 3)
     labels = sums[:, 1].clamp(min=1)  # a batch of texts without ordinary tokens has no label
@@ -150,7 +231,9 @@ def main():
     # ---- setup
     args = parse_args(Args)
     accumulation = args.gradient_accumulation_steps
-    accelerator = make_accelerator(accumulation, args.report_to, args.output_dir, args.deterministic)
+    accelerator = make_accelerator(
+        accumulation, args.report_to, args.output_dir, args.deterministic
+    )
     rank, W, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     B = args.per_device_batch_size
     config, tokenizer = read_architecture(args.model, args.model_config, args.tokenizer)
@@ -158,11 +241,17 @@ def main():
         raise UserError(
             f"--max_length {args.max_length}: the model has {max_positions(config)} positions — choose 4 to that"
         )
-    if bool(args.probe_queries) != bool(args.probe_qrels) or (args.probe_queries and not args.probe_every):
-        raise UserError("the probe is incomplete — give --probe_queries and --probe_qrels together, and --probe_every")
+    if bool(args.probe_queries) != bool(args.probe_qrels) or (
+        args.probe_queries and not args.probe_every
+    ):
+        raise UserError(
+            "the probe is incomplete — give --probe_queries and --probe_qrels together, and --probe_every"
+        )
     for name in ("encoder_mask_ratio", "decoder_mask_ratio"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: a share of the tokens — choose it between 0 and 1")
+            raise UserError(
+                f"--{name} {getattr(args, name)}: a share of the tokens — choose it between 0 and 1"
+            )
     for name in ("decoder_masks", "decoder_layers", "attention_window", "span_tokens"):
         if (1 if getattr(args, name) is None else getattr(args, name)) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: counts from 1 — give a larger number")
@@ -172,7 +261,9 @@ def main():
         raise UserError(f"--{name}: {args.objective} has no such option — leave it out")
 
     if pairs and W * B < 2:
-        raise UserError("--per_device_batch_size 1: the other spans of a contrast are of other documents — raise it")
+        raise UserError(
+            "--per_device_batch_size 1: the other spans of a contrast are of other documents — raise it"
+        )
 
     # ---- data
     title = args.title or stated_title(args.model) or "space"
@@ -180,11 +271,19 @@ def main():
     cut = tokenizer, args.max_length, title, rule, options.pop("span_tokens", 30)
     chunk_size = options.pop("chunk_size", 0)
     with accelerator.main_process_first():
-        blocks = open_corpora(args.corpus, args.titles, cut, args.seed, args.balance, accelerator.is_main_process)
+        blocks = open_corpora(
+            args.corpus, args.titles, cut, args.seed, args.balance, accelerator.is_main_process
+        )
         collate = BlockCollator(tokenizer, args.max_length)
-        probe = Probe(blocks, collate, args.probe_queries, args.probe_qrels) if args.probe_every else None
+        probe = (
+            Probe(blocks, collate, args.probe_queries, args.probe_qrels)
+            if args.probe_every
+            else None
+        )
     max_steps = args.max_steps or math.ceil(args.num_epochs * len(blocks) / (W * B * accumulation))
-    warmup_steps = round(args.warmup_ratio * max_steps) if args.warmup_steps is None else args.warmup_steps
+    warmup_steps = (
+        round(args.warmup_ratio * max_steps) if args.warmup_steps is None else args.warmup_steps
+    )
 
     # ---- model, optimizer, prepare
     torch.manual_seed(args.seed)  # of new weights
@@ -215,13 +314,17 @@ def main():
     ignore = "probe_every", "probe_queries", "probe_qrels"
     if not begin(accelerator, args, "pre-training", facts, preview, numbers, ignore):
         return
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True
+    )
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # ---- resume
     step, _ = load_state(args.output_dir, accelerator, model, optimizer)
     micro_step = step * accumulation
-    sampler = StepSampler(len(blocks), B, rank, W, args.seed, start=micro_step, epoch_order=blocks.order)
+    sampler = StepSampler(
+        len(blocks), B, rank, W, args.seed, start=micro_step, epoch_order=blocks.order
+    )
     batches = load(blocks, collate, sampler, args.num_workers, device)
 
     # ---- train
@@ -249,7 +352,9 @@ def main():
                 loss, sums = mean_loss(accelerator, terms)
                 accelerator.backward(loss)
             lr = lr_at(step, args.learning_rate, warmup_steps, max_steps)
-            norm, finite = descend(accelerator, model, optimizer, loss.detach(), lr, args.max_grad_norm)
+            norm, finite = descend(
+                accelerator, model, optimizer, loss.detach(), lr, args.max_grad_norm
+            )
             if not finite:
                 pids = ", ".join(blocks.ids(batch["examples"].tolist()))
                 raise UserError(
@@ -257,7 +362,10 @@ def main():
                 )
         # -------------------------------------------------------------------------------- log, save: once per step
         micro_step += 1
-        totals, tokens = totals + sums.double(), tokens + batch["tokens"]  # stay on the device until they are logged
+        totals, tokens = (
+            totals + sums.double(),
+            tokens + batch["tokens"],
+        )  # stay on the device until they are logged
         if not accelerator.sync_gradients:
             continue
         step += 1
@@ -266,11 +374,21 @@ def main():
         if step % args.log_every == 0 or last_step:
             values = {}
             for name, (loss_sum, labels, correct) in zip(terms, totals.tolist(), strict=True):
-                values |= {f"{name}_loss": loss_sum / max(labels, 1), f"{name}_accuracy": correct / max(labels, 1)}
-            values = {"loss": sum(t.weight * values[f"{name}_loss"] for name, t in terms.items()), **values}
+                values |= {
+                    f"{name}_loss": loss_sum / max(labels, 1),
+                    f"{name}_accuracy": correct / max(labels, 1),
+                }
+            values = {
+                "loss": sum(t.weight * values[f"{name}_loss"] for name, t in terms.items()),
+                **values,
+            }
             values |= {"lr": lr, "grad_norm": norm.item()}
-            spent = time.perf_counter() - clock  # of this process, as are its tokens and how long it waited for data
-            log.write(step, {**values, "tokens/s": W * tokens / spent, "waited": waited / spent}, bar)
+            spent = (
+                time.perf_counter() - clock
+            )  # of this process, as are its tokens and how long it waited for data
+            log.write(
+                step, {**values, "tokens/s": W * tokens / spent, "waited": waited / spent}, bar
+            )
             totals, tokens, waited, clock = 0, 0, 0.0, time.perf_counter()
         if probe and accelerator.is_main_process and (step % args.probe_every == 0 or last_step):
             pause = time.perf_counter()
@@ -284,7 +402,12 @@ def main():
     # ---- save
     if accelerator.is_main_process:
         metrics = {"steps": step, **values}
-        card = {"base": origin, "data": ", ".join(args.corpus), "command": " ".join(sys.argv), "metrics": metrics}
+        card = {
+            "base": origin,
+            "data": ", ".join(args.corpus),
+            "command": " ".join(sys.argv),
+            "metrics": metrics,
+        }
         save_checkpoint(accelerator.unwrap_model(model), tokenizer, args.output_dir, title, card)
     finish(accelerator, args.output_dir)
 

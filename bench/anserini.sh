@@ -69,8 +69,9 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import vstack
 
-from lib.files import Embeddings, RunList, finish_embeddings, read_json, read_run, write_shard
-from lib.index import check_pair
+from lib.embeddings import Embeddings, finish_embeddings, write_shard
+from lib.files import RunList, read_json, read_run
+from lib.search import check_pair
 from lib.inverted import Sparse
 from recipes.export_anserini import quantise
 

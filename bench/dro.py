@@ -26,17 +26,31 @@ def run(args, folder: Path, weighted: bool) -> tuple[list[float], float]:
         --negatives {folder}/negatives.tsv --passages_per_query {args.group} --per_device_batch_size {args.batch}
         --max_steps {args.steps} --max_query_length 32 --max_passage_length {args.max_length} --loss triplet
         --num_workers 0 --log_every 1 --output_dir {folder}/out"""
-    command += f" --dro idro --clusters {folder}/clusters.tsv --dro_layers {args.layers}" if weighted else ""
+    command += (
+        f" --dro idro --clusters {folder}/clusters.tsv --dro_layers {args.layers}"
+        if weighted
+        else ""
+    )
     peak = peak_of(ROOT / "finetune_biencoder.py", *command.split())
     log = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
     return [args.batch / line["queries/s"] for line in log], peak
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("model", "corpus", "queries", "qrels", "negatives"):
         parser.add_argument(f"--{name}")
-    sizes = {"batch": 64, "group": 2, "max_length": 128, "steps": 6, "rounds": 3, "groups": 50, "layers": 3}
+    sizes = {
+        "batch": 64,
+        "group": 2,
+        "max_length": 128,
+        "steps": 6,
+        "rounds": 3,
+        "groups": 50,
+        "layers": 3,
+    }
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
@@ -45,8 +59,13 @@ def main():
         folder, draw = Path(folder), random.Random(0)
         prepare(args, folder)
         qids = list(read_qrels(folder / "qrels.tsv"))
-        clusters = [*range(args.groups), *(draw.randrange(args.groups) for _ in qids[args.groups :])]
-        write_lines(folder / "clusters.tsv", (f"{qid}\t{c}" for qid, c in zip(qids, clusters, strict=True)))
+        clusters = [
+            *range(args.groups),
+            *(draw.randrange(args.groups) for _ in qids[args.groups :]),
+        ]
+        write_lines(
+            folder / "clusters.tsv", (f"{qid}\t{c}" for qid, c in zip(qids, clusters, strict=True))
+        )
         for _ in range(args.rounds):
             for weighted in (False, True):
                 times, peak = run(args, folder, weighted)
@@ -54,7 +73,9 @@ def main():
                 peaks[weighted].append(peak)
     plain, weighted = (statistics.median(seconds[kind]) for kind in (False, True))
     present = args.groups * (1 - (1 - 1 / args.groups) ** args.batch)
-    print(f"{args.batch} queries x {args.group} passages, about {present:.0f} of {args.groups} groups in a batch")
+    print(
+        f"{args.batch} queries x {args.group} passages, about {present:.0f} of {args.groups} groups in a batch"
+    )
     print(f"plain {plain:.3f} s/step, weighted {weighted:.3f} s/step: {weighted / plain:.2f}x")
     memory = [statistics.median(peaks[kind]) for kind in (False, True)]
     print(f"peak memory {memory[0]:.0f} MB, {memory[1]:.0f} MB: {memory[1] / memory[0]:.2f}x")

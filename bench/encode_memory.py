@@ -26,9 +26,16 @@ WORDS = [f"w{number}" for number in range(20_000)]
 
 def make_model(folder: Path) -> None:
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    BertTokenizerFast(vocab={word: at for at, word in enumerate(vocabulary)}).save_pretrained(folder)
+    BertTokenizerFast(vocab={word: at for at, word in enumerate(vocabulary)}).save_pretrained(
+        folder
+    )
     torch.manual_seed(0)
-    size = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    size = {
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+    }
     config = BertConfig(vocab_size=len(vocabulary), **size)
     BertModel(config).save_pretrained(folder)
 
@@ -45,10 +52,17 @@ def own_memory(process: psutil.Process) -> float:
 
 def peak(command: list) -> tuple[float, float]:
     """(MB, seconds) of a Python process that must succeed."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "BOTTLENECK_CACHE": str(command[-1].parent / "cache")}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "ISTHMUS_CACHE": str(command[-1].parent / "cache"),
+    }
     began, most = time.perf_counter(), 0.0
     with subprocess.Popen(
-        [sys.executable, *map(str, command)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, *map(str, command)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     ) as process:
         watched = psutil.Process(process.pid)
         while process.poll() is None:
@@ -63,7 +77,9 @@ def peak(command: list) -> tuple[float, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--passages", type=int, nargs="+", default=[50_000, 500_000])
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -72,9 +88,16 @@ def main():
         for count in args.passages:
             with open(folder / f"{count}.tsv", "w") as out:
                 for number in range(count):
-                    out.write(f"p{number}\t{' '.join(draw.choices(WORDS, k=draw.randint(10, 60)))}\n")
+                    out.write(
+                        f"p{number}\t{' '.join(draw.choices(WORDS, k=draw.randint(10, 60)))}\n"
+                    )
             flags = ["--model", folder / "model", "--pooling", "cls", "--kind", "passage"]
-            flags += ["--input", folder / f"{count}.tsv", "--output_dir", folder / f"vectors{count}"]
+            flags += [
+                "--input",
+                folder / f"{count}.tsv",
+                "--output_dir",
+                folder / f"vectors{count}",
+            ]
             memory, seconds = peak([ROOT / "encode.py", *flags])
             print(f"{count} passages: peak {memory:.0f} MB, {seconds:.0f} s", flush=True)
 

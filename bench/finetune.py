@@ -23,7 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from lib.files import open_texts, read_negatives, read_qrels, write_json, write_negatives, write_qrels
+from lib.files import read_negatives, read_qrels, write_json, write_negatives, write_qrels
+from lib.texts import open_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTS = {
@@ -36,9 +37,16 @@ SPARSE = "--head sparse --flops_passages 0.002 --flops_queries 0.0015 --flops_wa
 
 def peak_of(*command) -> float:
     """Peak resident MB of a Python process, which must succeed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], stdout=output, stderr=output, env=environment
+        )
         _, status, usage = os.wait4(process.pid, 0)
         output.seek(0)
         if status:
@@ -53,9 +61,15 @@ def prepare(args, folder: Path) -> None:
     listed = dict(read_negatives(args.negatives)) if args.negatives else {}
     groups = {}
     for qid in draw.sample(sorted(positive), len(positive)):
-        pool = listed.get(qid, []) if listed else corpus.ids(draw.sample(range(len(corpus)), 2 * args.group))
+        pool = (
+            listed.get(qid, [])
+            if listed
+            else corpus.ids(draw.sample(range(len(corpus)), 2 * args.group))
+        )
         keys = dict(zip(pool, corpus.text_keys[corpus.rows(pool)], strict=True))
-        pool = [pid for pid in pool if keys[pid] != corpus.text_keys[corpus.rows([positive[qid]])[0]]]
+        pool = [
+            pid for pid in pool if keys[pid] != corpus.text_keys[corpus.rows([positive[qid]])[0]]
+        ]
         if len(pool) >= args.group - 1 and len(groups) < args.steps * args.batch:
             groups[qid] = [positive[qid], *draw.sample(pool, args.group - 1)]
     if len(groups) < args.steps * args.batch:
@@ -86,7 +100,9 @@ def ours(args, folder: Path) -> tuple[list[float], float]:
 def theirs(args, folder: Path) -> tuple[list[float], float]:
     """(seconds of each step, peak MB)"""
     shape = ["--steps", args.steps, "--batch", args.batch, "--max_length", args.max_length]
-    peak = peak_of(__file__, "--peer", folder, "--model", args.model, *shape, *["--sparse"] * args.sparse)
+    peak = peak_of(
+        __file__, "--peer", folder, "--model", args.model, *shape, *["--sparse"] * args.sparse
+    )
     return json.loads((folder / "theirs.json").read_text()), peak
 
 
@@ -95,7 +111,10 @@ def run_peer(args, folder: Path) -> None:
     import sentence_transformers as st
     from datasets import Dataset
     from sentence_transformers.losses import MultipleNegativesRankingLoss
-    from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
+    from sentence_transformers.sparse_encoder.losses import (
+        SparseMultipleNegativesRankingLoss,
+        SpladeLoss,
+    )
     from transformers import TrainerCallback
 
     ends = []
@@ -110,9 +129,23 @@ def run_peer(args, folder: Path) -> None:
     model = (st.SparseEncoder if args.sparse else st.SentenceTransformer)(args.model, device="cpu")
     model.max_seq_length = args.max_length
     data = Dataset.from_dict(json.loads((folder / "columns.json").read_text()))
-    settings = {"output_dir": folder / "scratch", "max_steps": args.steps, "per_device_train_batch_size": args.batch}
-    settings |= {"learning_rate": 2e-5, "weight_decay": 0.01, "optim": "adamw_torch_fused", "use_cpu": True}
-    settings |= {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    settings = {
+        "output_dir": folder / "scratch",
+        "max_steps": args.steps,
+        "per_device_train_batch_size": args.batch,
+    }
+    settings |= {
+        "learning_rate": 2e-5,
+        "weight_decay": 0.01,
+        "optim": "adamw_torch_fused",
+        "use_cpu": True,
+    }
+    settings |= {
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
     if args.sparse:
         settings = st.SparseEncoderTrainingArguments(**settings)
         weights = {"document_regularizer_weight": 0.002, "query_regularizer_weight": 0.0015}
@@ -120,14 +153,19 @@ def run_peer(args, folder: Path) -> None:
         trainer = st.SparseEncoderTrainer
     else:
         settings = st.SentenceTransformerTrainingArguments(**settings)
-        loss, trainer = MultipleNegativesRankingLoss(model, scale=20.0), st.SentenceTransformerTrainer
+        loss, trainer = (
+            MultipleNegativesRankingLoss(model, scale=20.0),
+            st.SentenceTransformerTrainer,
+        )
     trainer(model, settings, train_dataset=data, loss=loss, callbacks=[Clock()]).train()
     seconds = [end - start for start, end in zip(ends, ends[1:], strict=False)]
     (folder / "theirs.json").write_text(json.dumps(seconds))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("model", "corpus", "queries", "qrels", "negatives", "peer"):
         parser.add_argument(f"--{name}")
     for name, default in {
@@ -153,13 +191,19 @@ def main():
                 seconds[name] += times[2:]
                 peaks[name].append(peak)
     step, peak = ({k: statistics.median(v) for k, v in found.items()} for found in (seconds, peaks))
-    print(f"{args.batch} queries x {args.group} passages, {args.rounds} rounds of {args.steps} steps, median")
+    print(
+        f"{args.batch} queries x {args.group} passages, {args.rounds} rounds of {args.steps} steps, median"
+    )
     for name in ("ours", "theirs"):
         alone = peak[name] - baseline[name]
-        print(f"{name:<7} {step[name]:.3f} s/step, peak {peak[name]:.0f} MB, {alone:.0f} MB without the imports")
+        print(
+            f"{name:<7} {step[name]:.3f} s/step, peak {peak[name]:.0f} MB, {alone:.0f} MB without the imports"
+        )
     without = (peak["ours"] - baseline["ours"]) / (peak["theirs"] - baseline["theirs"])
     ratio = peak["ours"] / peak["theirs"]
-    print(f"speed {step['theirs'] / step['ours']:.2f}x   peak memory {ratio:.2f}x, {without:.2f}x without imports")
+    print(
+        f"speed {step['theirs'] / step['ours']:.2f}x   peak memory {ratio:.2f}x, {without:.2f}x without imports"
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MEASURE = """
 import resource, sys, time
 import datasets, torch, transformers
-from lib.files import open_texts
+from lib.texts import open_texts
 def resident(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
 before, began = resident(), time.perf_counter()
 texts = open_texts(sys.argv[1])
@@ -30,9 +30,13 @@ print(f"{len(texts)} passages: imports {before:.0f} MB, open +{opened - before:.
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--passages", type=int, default=1_000_000)
-    parser.add_argument("--folder", type=Path, required=True, help="where the corpus and its memory-mapped copy go")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="where the corpus and its memory-mapped copy go"
+    )
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     corpus = args.folder / f"corpus-{args.passages}.tsv"
@@ -41,7 +45,11 @@ def main():
         with open(corpus, "w") as stream:
             for row in range(args.passages):
                 stream.write(f"p{row}\t{' '.join(draw.choices(words, k=55))}\n")
-    environment = {**os.environ, "BOTTLENECK_CACHE": str(args.folder / "cache"), "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "ISTHMUS_CACHE": str(args.folder / "cache"),
+        "PYTHONPATH": str(ROOT),
+    }
     for note in ("first use, which writes the memory-mapped copy", "later uses"):
         began = time.perf_counter()
         print(f"{note}:", flush=True)

@@ -1,4 +1,4 @@
-"""Speed and memory of a pre-training step: lib/mae.py against a straightforward form of the official recipes.
+"""Speed and memory of a pre-training step: lib/objectives.py against a straightforward form of the official recipes.
 
     python -m bench.pretrain --model DIR --corpus FILE [--objectives retromae lexmae ...] [--precision bf16]
 
@@ -26,14 +26,15 @@ import transformers
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from lib.attention import economize
-from lib.data import BlockCollator, StepSampler, open_corpora
+from lib.blocks import BlockCollator, open_corpora
+from lib.checkpoint import load_lm, read_architecture
+from lib.cpu import economize
 from lib.files import read_json, write_json
-from lib.lm import load_lm, read_architecture
-from lib.mae import span_contrast
+from lib.lm_head import head_transform
+from lib.loader import StepSampler
+from lib.objectives import span_contrast
 from lib.optim import parameter_groups
 from lib.text import step_seed
-from lib.vocab import head_transform
 from pretrain_mae import OBJECTIVES, mean_loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,12 +88,18 @@ class PlainCollator:
         corrupted = torch.where(masks & (fate < 0.8), tokenizer.mask_token_id, ids)
         corrupted = torch.where(masks & (fate >= 0.8) & (fate < 0.9), other, corrupted)
         special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
-        more = {"corrupted": corrupted, "masks": masks, "views": views, "bags": bags, "targets": ~special}
+        more = {
+            "corrupted": corrupted,
+            "masks": masks,
+            "views": views,
+            "bags": bags,
+            "targets": ~special,
+        }
         return {**batch, **more}
 
 
 def plain_loss(model, batch: dict, seed: int):
-    """The objective's loss with dense logits. model: the objective of lib/mae.py, for its weights and decoder."""
+    """The objective's loss with dense logits. model: the objective of lib/objectives.py, for its weights and decoder."""
     ids, keep, lm = batch["input_ids"], batch["attention_mask"], model.lm
     output, everywhere = lm.get_output_embeddings(), torch.arange(ids.numel())
 
@@ -102,13 +109,17 @@ def plain_loss(model, batch: dict, seed: int):
     def cross_entropy(logits, mask):
         return F.cross_entropy(logits.flatten(0, -2), ids.masked_fill(~mask, -100).flatten())
 
-    found = lm.base_model(input_ids=batch["corrupted"], attention_mask=keep, output_hidden_states=True)
+    found = lm.base_model(
+        input_ids=batch["corrupted"], attention_mask=keep, output_hidden_states=True
+    )
     hidden, logits = found.last_hidden_state, logits_of(found.last_hidden_state)
     loss = cross_entropy(logits, batch["masks"])
     name = model.objective
     if name in ("retromae", "dupmae"):
         view = batch["views"] | ~batch["views"].any(-1, keepdim=True)
-        loss = loss + cross_entropy(logits_of(model.decode(hidden[:, 0], ids, view, everywhere)), batch["targets"])
+        loss = loss + cross_entropy(
+            logits_of(model.decode(hidden[:, 0], ids, view, everywhere)), batch["targets"]
+        )
     if name == "dupmae":
         pooled = (logits[:, 1:] - 1000.0 * (1 - keep[:, 1:, None])).max(1).values
         loss = loss - 0.1 * (batch["bags"] * pooled.log_softmax(1)).sum(1).mean()
@@ -116,7 +127,9 @@ def plain_loss(model, batch: dict, seed: int):
         pooled = (logits - 10_000.0 * ~batch["targets"][..., None]).max(1).values
         decoder_ids, mask = model.corrupt_again(batch, batch["masks"], seed)
         rest = lm.base_model.embeddings(input_ids=decoder_ids)
-        states = model.decoder["head"](model.decoder["layers"](model.bottleneck(pooled), rest, keep, everywhere))
+        states = model.decoder["head"](
+            model.decoder["layers"](model.bottleneck(pooled), rest, keep, everywhere)
+        )
         loss = loss + cross_entropy(F.linear(states, output.weight, model.decoder.bias), mask)
     if name == "seed":
         E = lm.get_input_embeddings()
@@ -163,7 +176,11 @@ def run_one(args) -> None:
         batch = {name: x.to(device) if torch.is_tensor(x) else x for name, x in batch.items()}
         torch.manual_seed(step_seed(0, 2, step))
         with accelerator.autocast():
-            loss = plain_loss(model, batch, 0) if args.plain else mean_loss(accelerator, model(batch, 0))[0]
+            loss = (
+                plain_loss(model, batch, 0)
+                if args.plain
+                else mean_loss(accelerator, model(batch, 0))[0]
+            )
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -180,10 +197,14 @@ def run_one(args) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--corpus", required=True)
-    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
+    parser.add_argument(
+        "--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES)
+    )
     parser.add_argument("--precision", default="no", choices=("no", "bf16"))
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="ours only")
@@ -202,7 +223,9 @@ def main():
                 with tempfile.TemporaryDirectory() as folder:
                     flags = [*sys.argv[1:], "--run", objective, "--out", f"{folder}/out.json"]
                     flags += ["--plain"] if side == "plain" else []
-                    subprocess.run([sys.executable, "-m", "bench.pretrain", *flags], check=True, cwd=ROOT)
+                    subprocess.run(
+                        [sys.executable, "-m", "bench.pretrain", *flags], check=True, cwd=ROOT
+                    )
                     found[side].append(read_json(f"{folder}/out.json"))
         step, peak, wait, loss = {}, {}, {}, {}
         for side, runs in found.items():
@@ -219,7 +242,16 @@ def main():
             f"   {tokens:.0f} tokens",
             flush=True,
         )
-    print(json.dumps({"batch": args.batch, "length": args.length, "precision": args.precision, "rounds": args.rounds}))
+    print(
+        json.dumps(
+            {
+                "batch": args.batch,
+                "length": args.length,
+                "precision": args.precision,
+                "rounds": args.rounds,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -16,21 +16,21 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.files import finish_embeddings, write_shard
+from lib.embeddings import finish_embeddings, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = """
 import json, re, sys, time
 import faiss, numpy as np, torch
-from lib.files import Embeddings
-from lib.index import Dense
+from lib.embeddings import Embeddings
+from lib.search import DenseIndex
 folder, depth = sys.argv[1], int(sys.argv[2])
 def memory(key): return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 queries = np.load(folder + "/queries.npy")
 corpus = Embeddings(folder + "/shards")
 """
 OURS = """
-index = Dense(corpus)
+index = DenseIndex(corpus)
 index.search(queries[:8], 8)  # compiles, or loads what an earlier run compiled
 before = memory("VmRSS")
 began = time.perf_counter()
@@ -55,8 +55,12 @@ print(json.dumps({"seconds": seconds, "peak": peak, "scores": float(scores.sum()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the vectors go; kept for the next run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="where the vectors go; kept for the next run"
+    )
     parser.add_argument("--passages", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--dimension", type=int, default=384)
@@ -74,7 +78,9 @@ def main():
 
         for shard, start in enumerate(range(0, args.passages, 100_000)):
             rows = min(100_000, args.passages - start)
-            write_shard(folder / "shards", shard, unit(rows), [f"p{start + row}" for row in range(rows)])
+            write_shard(
+                folder / "shards", shard, unit(rows), [f"p{start + row}" for row in range(rows)]
+            )
         np.save(folder / "queries.npy", unit(args.queries))
         finish_embeddings(folder / "shards", {"count": args.passages, "dim": args.dimension})
     results = {"ours": [], "faiss": []}
@@ -86,10 +92,14 @@ def main():
             )  # fmt: skip
             results[name].append(json.loads(done.stdout))
             print(name, results[name][-1], flush=True)
-    medians = {name: statistics.median(r["seconds"] for r in runs) for name, runs in results.items()}
+    medians = {
+        name: statistics.median(r["seconds"] for r in runs) for name, runs in results.items()
+    }
     peaks = {name: statistics.median(r["peak"] for r in runs) for name, runs in results.items()}
     same = (np.load(folder / "ours.npy") == np.load(folder / "faiss.npy")).mean()
-    print(f"{args.queries} queries, {args.passages} x {args.dimension}, top {args.depth}: same row at {same:.4%}")
+    print(
+        f"{args.queries} queries, {args.passages} x {args.dimension}, top {args.depth}: same row at {same:.4%}"
+    )
     print(f"median seconds: ours {medians['ours']:.2f}, faiss {medians['faiss']:.2f}, ratio faiss / ours "
           f"{medians['faiss'] / medians['ours']:.2f}")  # fmt: skip
     print(f"peak memory: ours {peaks['ours']:.0f} MB, faiss {peaks['faiss']:.0f} MB")

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_matrix, load_npz, save_npz, vstack
 
-from lib.files import Embeddings, finish_embeddings, write_shard
+from lib.embeddings import Embeddings, finish_embeddings, write_shard
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY, SHARD = 30_522, 1 << 15
@@ -36,7 +36,7 @@ COMMON = """
 import gc, json, re, sys, time
 import numba, numpy as np, torch
 from scipy.sparse import load_npz, vstack
-from lib.files import Embeddings
+from lib.embeddings import Embeddings
 folder, depth = sys.argv[1], int(sys.argv[2])
 queries = load_npz(folder + "/queries.npz")
 corpus = Embeddings(folder + "/shards")
@@ -124,26 +124,36 @@ print(json.dumps({"ms": milliseconds[0], "cpu": milliseconds[1], **facts}))
 def generated(draw, rows: int) -> csr_matrix:
     wanted = 1 / (np.arange(VOCABULARY) + 51)
     wanted *= 120 / wanted.sum()
-    counts = draw.poisson(-np.log1p(-wanted) * rows)  # passages drawn with repetition: `wanted` of them are distinct
+    counts = draw.poisson(
+        -np.log1p(-wanted) * rows
+    )  # passages drawn with repetition: `wanted` of them are distinct
     terms = np.repeat(np.arange(VOCABULARY), counts)
     keys = np.unique(draw.integers(0, rows, len(terms)) * VOCABULARY + terms)
     starts = np.searchsorted(keys, np.arange(rows + 1) * VOCABULARY)
     weights = draw.lognormal(-0.7, 0.6, len(keys)).astype(np.float32)
-    return csr_matrix((weights, (keys % VOCABULARY).astype(np.int32), starts), shape=(rows, VOCABULARY))
+    return csr_matrix(
+        (weights, (keys % VOCABULARY).astype(np.int32), starts), shape=(rows, VOCABULARY)
+    )
 
 
 def generated_queries(draw, number: int) -> csr_matrix:
     share = 1 / (np.arange(VOCABULARY) + 51)
-    terms = np.stack([np.sort(draw.choice(VOCABULARY, 30, False, share / share.sum())) for _ in range(number)])
+    terms = np.stack(
+        [np.sort(draw.choice(VOCABULARY, 30, False, share / share.sum())) for _ in range(number)]
+    )
     weights = draw.lognormal(-0.7, 0.6, terms.size).astype(np.float32)
-    return csr_matrix((weights, terms.ravel(), np.arange(number + 1) * 30), shape=(number, VOCABULARY))
+    return csr_matrix(
+        (weights, terms.ravel(), np.arange(number + 1) * 30), shape=(number, VOCABULARY)
+    )
 
 
 def mixed(draw, real: csr_matrix, rows: int) -> csr_matrix:
     halves = []
     for _ in range(2):
         half = real[draw.integers(0, real.shape[0], rows)]
-        half.data *= np.exp(0.2 * draw.standard_normal(half.nnz, np.float32)) * (draw.random(half.nnz) < 0.5)
+        half.data *= np.exp(0.2 * draw.standard_normal(half.nnz, np.float32)) * (
+            draw.random(half.nnz) < 0.5
+        )
         half.eliminate_zeros()
         halves.append(half)
     both = halves[0].maximum(halves[1])
@@ -155,7 +165,10 @@ def write_inner(path, matrix: csr_matrix, mode: str) -> None:
     """What SeismicIndexRaw reads: the number of vectors, then of each its length, terms and weights."""
     with open(path, mode) as stream:
         for start, stop in zip(matrix.indptr[:-1], matrix.indptr[1:], strict=True):
-            stream.write(np.uint32(stop - start).tobytes() + matrix.indices[start:stop].astype(np.uint32).tobytes())
+            stream.write(
+                np.uint32(stop - start).tobytes()
+                + matrix.indices[start:stop].astype(np.uint32).tobytes()
+            )
             stream.write(matrix.data[start:stop].tobytes())
 
 
@@ -170,11 +183,16 @@ def prepare(folder: Path, args, with_seismic: bool) -> None:
             rows = min(SHARD, args.passages - start)
             block = mixed(draw, real, rows) if args.embeddings else generated(draw, rows)
             write_shard(folder / "shards", shard, block, [f"p{start + row}" for row in range(rows)])
-        queries = asked.take(np.arange(args.queries)) if args.embeddings else generated_queries(draw, args.queries)
+        queries = (
+            asked.take(np.arange(args.queries))
+            if args.embeddings
+            else generated_queries(draw, args.queries)
+        )
         queries.sort_indices()
         save_npz(folder / "queries.npz", queries)
         finish_embeddings(
-            folder / "shards", {"count": args.passages, "dim": queries.shape[1], "head": "sparse", "kind": "passage"}
+            folder / "shards",
+            {"count": args.passages, "dim": queries.shape[1], "head": "sparse", "kind": "passage"},
         )
     if with_seismic and not (folder / "seismic").exists():
         from seismic import SeismicIndexRaw
@@ -198,8 +216,12 @@ def prepare(folder: Path, args, with_seismic: bool) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="for vectors and indexes; kept for the next run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="for vectors and indexes; kept for the next run"
+    )
     parser.add_argument("--passages", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=256)
     parser.add_argument("--depth", type=int, default=1000)
@@ -207,7 +229,11 @@ def main():
     parser.add_argument("--embeddings", help="a folder of real sparse passage vectors to resample")
     parser.add_argument("--queries_embeddings", help="and of query vectors")
     parser.add_argument(
-        "--leave_out", default=[], nargs="*", choices=[*CONTESTANTS][1:], help="contestants not to run"
+        "--leave_out",
+        default=[],
+        nargs="*",
+        choices=[*CONTESTANTS][1:],
+        help="contestants not to run",
     )
     args = parser.parse_args()
     folder = args.folder / f"{'real' if args.embeddings else 'zipf'}-{args.passages}-{args.queries}"
@@ -235,11 +261,14 @@ def main():
             print(name, results[name][-1], flush=True)
     exact = np.load(folder / "ours.npy")
     medians = {
-        n: [statistics.median(run[key] for run in runs) for key in ("ms", "cpu")] for n, runs in results.items()
+        n: [statistics.median(run[key] for run in runs) for key in ("ms", "cpu")]
+        for n, runs in results.items()
     }
     for name, (wall, cpu) in medians.items():
         rows, ours = np.load(folder / f"{name}.npy"), medians["ours"]
-        same = np.mean([len(np.intersect1d(a, b)) / args.depth for a, b in zip(rows, exact, strict=False)])
+        same = np.mean(
+            [len(np.intersect1d(a, b)) / args.depth for a, b in zip(rows, exact, strict=False)]
+        )
         print(f"{name:28} {wall:9.3f} ms per query ({wall / ours[0]:7.1f} x ours), {cpu:9.3f} of all cores "
               f"({cpu / ours[1]:7.1f} x), {same:.4%} of the rows ours")  # fmt: skip
     for bits in (32, 8):

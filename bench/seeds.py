@@ -22,11 +22,16 @@ def read(pattern: str, run: str, seeds: list[str]) -> dict[tuple[str, str], np.n
         for qid, split, *values in sorted(line.split("\t") for line in lines):
             for metric, value in zip(head.split("\t")[2:], values, strict=True):
                 found.setdefault((split, metric), {}).setdefault(seed, {})[qid] = float(value)
-    return {key: np.array([[*by_query.values()] for by_query in values.values()]) for key, values in found.items()}
+    return {
+        key: np.array([[*by_query.values()] for by_query in values.values()])
+        for key, values in found.items()
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pattern")
     parser.add_argument("--base", required=True)
     parser.add_argument("--others", nargs="+", required=True)

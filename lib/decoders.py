@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from lib.attention import attention
+from lib.cpu import attention
 
 
 class Sizes(NamedTuple):
@@ -61,7 +61,9 @@ class TwoStreamLayer(nn.Module):
         super().__init__()
         D, self.heads, self.attention_dropout = sizes.hidden, sizes.heads, sizes.attention_dropout
         self.dropout, self.activation = nn.Dropout(sizes.dropout), ACT2FN[sizes.activation]
-        self.query, self.key, self.value, self.attention_output = (nn.Linear(D, D) for _ in range(4))
+        self.query, self.key, self.value, self.attention_output = (
+            nn.Linear(D, D) for _ in range(4)
+        )
         self.up, self.down = nn.Linear(D, sizes.inner), nn.Linear(sizes.inner, D)
         self.attention_norm, self.output_norm = (nn.LayerNorm(D, eps=sizes.eps) for _ in range(2))
         initialize(self, sizes.std)
@@ -77,7 +79,9 @@ class TwoStreamLayer(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         x = attention(q, k, v, view[:, None], dropout)
         x = x.transpose(1, 2).reshape(B * L, D)[places]
-        x = self.attention_norm(self.dropout(self.attention_output(x)) + queries.flatten(0, 1)[places])
+        x = self.attention_norm(
+            self.dropout(self.attention_output(x)) + queries.flatten(0, 1)[places]
+        )
         return self.output_norm(self.dropout(self.down(self.activation(self.up(x)))) + x)
 
 
@@ -109,7 +113,10 @@ class CausalDecoder(nn.Module):
         super().__init__()
         self.window = window
         self.positions = nn.Embedding(sizes.positions, sizes.hidden)
-        self.dropout, self.embedding_norm = nn.Dropout(sizes.dropout), nn.LayerNorm(sizes.hidden, eps=sizes.eps)
+        self.dropout, self.embedding_norm = (
+            nn.Dropout(sizes.dropout),
+            nn.LayerNorm(sizes.hidden, eps=sizes.eps),
+        )
         self.layers = nn.ModuleList(CausalLayer(sizes) for _ in range(num_layers))
         self.final_norm = nn.LayerNorm(sizes.hidden, eps=sizes.eps)
         initialize(self, sizes.std)
@@ -141,22 +148,29 @@ class CausalLayer(nn.Module):
         super().__init__()
         D, self.heads, self.attention_dropout = sizes.hidden, sizes.heads, sizes.attention_dropout
         self.dropout, self.activation = nn.Dropout(sizes.dropout), ACT2FN[sizes.activation]
-        self.query, self.key, self.value, self.attention_output = (nn.Linear(D, D) for _ in range(4))
+        self.query, self.key, self.value, self.attention_output = (
+            nn.Linear(D, D) for _ in range(4)
+        )
         self.bottleneck_value, self.bottleneck_output = (nn.Linear(D, D) for _ in range(2))
         self.up, self.down = nn.Linear(D, sizes.inner), nn.Linear(sizes.inner, D)
-        self.attention_norm, self.feed_forward_norm = (nn.LayerNorm(D, eps=sizes.eps) for _ in range(2))
+        self.attention_norm, self.feed_forward_norm = (
+            nn.LayerNorm(D, eps=sizes.eps) for _ in range(2)
+        )
 
     def forward(self, x: Tensor, h: Tensor, view: Tensor) -> Tensor:
         """x: (B, T, D)   h: (B, D)   view: (T, T) bool, True = visible   ->   (B, T, D)"""
         B, T, D = x.shape
         dropout, normed = self.attention_dropout if self.training else 0.0, self.attention_norm(x)
         q, k, v = (
-            layer(normed).view(B, T, self.heads, -1).transpose(1, 2) for layer in (self.query, self.key, self.value)
+            layer(normed).view(B, T, self.heads, -1).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
         )
         attended = attention(q, k, v, view, dropout)
         x = x + self.dropout(self.attention_output(attended.transpose(1, 2).reshape(B, T, D)))
         weight = F.dropout(torch.ones(B, T, self.heads, 1, device=x.device), dropout, self.training)
-        heard = weight * self.bottleneck_value(h).view(B, 1, self.heads, -1)  # (B, T, heads, D / heads)
+        heard = weight * self.bottleneck_value(h).view(
+            B, 1, self.heads, -1
+        )  # (B, T, heads, D / heads)
         x = x + self.dropout(self.bottleneck_output(heard.reshape(B, T, D)))
         return x + self.dropout(self.down(self.activation(self.up(self.feed_forward_norm(x)))))
 
@@ -166,7 +180,10 @@ class Transform(nn.Module):
 
     def __init__(self, sizes: Sizes):
         super().__init__()
-        self.dense, self.norm = nn.Linear(sizes.hidden, sizes.hidden), nn.LayerNorm(sizes.hidden, eps=sizes.eps)
+        self.dense, self.norm = (
+            nn.Linear(sizes.hidden, sizes.hidden),
+            nn.LayerNorm(sizes.hidden, eps=sizes.eps),
+        )
         self.activation = ACT2FN[sizes.activation]
         initialize(self, sizes.std)
 

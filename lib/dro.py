@@ -32,7 +32,9 @@ class GroupWeights:
          and a sum).
       4. The weight is not averaged over steps once more (their greedy's weight_ema, 0 in the recipe)."""
 
-    def __init__(self, clusters, kind: str, form: str, alpha: float, ema: float, rho: float, eps: float):
+    def __init__(
+        self, clusters, kind: str, form: str, alpha: float, ema: float, rho: float, eps: float
+    ):
         groups = int(max(clusters)) + 1
         assert kind in ("idro", "greedy") and form in ("official", "paper")
         if not 0 < alpha <= 1 or not 0 <= ema <= 1 or rho < 0 or not 0 <= eps * groups <= 1:
@@ -40,7 +42,14 @@ class GroupWeights:
                 f"--dro_alpha {alpha} --dro_ema {ema} --dro_rho {rho} --dro_eps {eps}: alpha in (0, 1], ema in [0, "
                 f"1], rho from 0, eps at most 1 / {groups} groups — mend them"
             )
-        self.kind, self.form, self.alpha, self.ema, self.rho, self.eps = kind, form, alpha, ema, rho, eps
+        self.kind, self.form, self.alpha, self.ema, self.rho, self.eps = (
+            kind,
+            form,
+            alpha,
+            ema,
+            rho,
+            eps,
+        )
         one = torch.ones(groups, dtype=torch.float64)
         self.h = one / groups if kind == "idro" else one.clone()
         self.losses, self.counts = torch.zeros_like(one), one.clone()  # greedy: S and c
@@ -56,37 +65,58 @@ class GroupWeights:
         """losses (B,), groups (B,) int64 -> scalar: its mean over processes is the loss above. Keeps what `update`
         needs: the statistics of the batch, and `factors` (K,), by which each query's loss was multiplied."""
         groups, K = groups.cpu(), len(self.h)
-        everyone, values = all_gather(groups.to(losses.device)).cpu(), all_gather(losses).double().cpu()
+        everyone, values = (
+            all_gather(groups.to(losses.device)).cpu(),
+            all_gather(losses).double().cpu(),
+        )
         self.present = torch.bincount(everyone, minlength=K)  # n (K,)
-        self.means = torch.zeros_like(self.h).index_add_(0, everyone, values) / self.present.clamp(min=1)  # L (K,)
+        self.means = torch.zeros_like(self.h).index_add_(0, everyone, values) / self.present.clamp(
+            min=1
+        )  # L (K,)
         if self.kind == "greedy":
             self.factors = self.h / len(losses)
         else:
-            share = self.h * (self.means**self.alpha if self.form == "paper" else 1) * (self.present > 0)
+            share = (
+                self.h
+                * (self.means**self.alpha if self.form == "paper" else 1)
+                * (self.present > 0)
+            )
             share = share / share.sum().clamp(min=1e-30)
             self.factors = world()[1] * share / self.present.clamp(min=1)
         return (losses * self.factors[groups].to(losses)).sum()
 
-    def update(self, gradients: "GroupGradients | None", groups: Tensor, scale: float = 1.0) -> None:
+    def update(
+        self, gradients: "GroupGradients | None", groups: Tensor, scale: float = 1.0
+    ) -> None:
         """After the backward pass. groups: (R,) of each text in the order of encoding; scale: by which the backward
         pass multiplied the loss (fp16's scaler, accumulation)."""
         here = self.present > 0
         if self.kind == "greedy":
             self.losses[here] += self.ema * (self.means - self.losses)[here]
             self.counts += self.ema * (self.present - self.counts)
-            self.h = cvar_weights(self.losses, self.counts / self.counts.sum(), self.alpha, self.eps)
+            self.h = cvar_weights(
+                self.losses, self.counts / self.counts.sum(), self.alpha, self.eps
+            )
             return
-        products = gradients.products(groups, here)  # (G, G) of gradients of sum_q factor · scale · l_q
+        products = gradients.products(
+            groups, here
+        )  # (G, G) of gradients of sum_q factor · scale · l_q
         if not torch.isfinite(products).all():  # fp16: a step that the scaler passes over
             return
         if self.form == "official":
             norms = products.diagonal().clamp(min=0).sqrt() + 1e-12
         else:  # back to gradients of L_i
             norms = (self.factors * self.present)[here].clamp(min=1e-30) * scale
-        gain = (self.means[here, None] * self.means[here]) ** self.alpha * products / (norms[:, None] * norms)
+        gain = (
+            (self.means[here, None] * self.means[here]) ** self.alpha
+            * products
+            / (norms[:, None] * norms)
+        )
         exponent = self.rho / len(self.h) * gain.sum(1)
         power = self.ema if self.form == "official" else 1
-        new = torch.softmax(power * self.h[here].log() + exponent, 0) * (self.h[here].sum() / self.h.sum())
+        new = torch.softmax(power * self.h[here].log() + exponent, 0) * (
+            self.h[here].sum() / self.h.sum()
+        )
         self.h[here] = new.clamp(min=max(self.eps, 1e-12))  # from 0 no weight would come back
 
 
@@ -118,9 +148,13 @@ class GroupGradients:
     def __init__(self, backbone: nn.Module, num_layers: int):
         """The last layers of a Hugging Face encoder are watched."""
         depth = backbone.config.num_hidden_layers
-        layers = next(m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+        layers = next(
+            m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == depth
+        )
         if not 1 <= num_layers <= depth:
-            raise UserError(f"--dro_layers {num_layers}: the model has {depth} layers — give 1 to {depth}")
+            raise UserError(
+                f"--dro_layers {num_layers}: the model has {depth} layers — give 1 to {depth}"
+            )
         self.calls = {}  # module -> [input, gradient at the output] of each call, in the order of the forward pass
         for layer in layers[-num_layers:]:
             for module in layer.modules():
@@ -158,7 +192,9 @@ class GroupGradients:
         """(G, numbers of the weight), then (G, numbers of the bias), float32."""
         inputs, gradients, owner = [], [], []
         for (x, grad), own in zip(calls, rows, strict=True):
-            used = (grad != 0).any(-1)  # padding never, in the last layer nothing but what is pooled
+            used = (grad != 0).any(
+                -1
+            )  # padding never, in the last layer nothing but what is pooled
             inputs.append(x[used])
             gradients.append(grad[used])
             owner.append(own.to(x.device)[:, None].expand(used.shape)[used])
@@ -168,11 +204,15 @@ class GroupGradients:
         gradients = torch.cat(gradients)[order].float()
         if isinstance(module, nn.LayerNorm):
             inputs = F.layer_norm(inputs, module.normalized_shape, eps=module.eps)
-            yield torch.zeros(G, inputs.shape[1], device=inputs.device).index_add_(0, owner, inputs * gradients)
+            yield torch.zeros(G, inputs.shape[1], device=inputs.device).index_add_(
+                0, owner, inputs * gradients
+            )
         else:
             table = inputs.new_empty(G, gradients.shape[1], inputs.shape[1])
             for out, x, grad in zip(table, inputs.split(ends), gradients.split(ends), strict=True):
                 torch.mm(grad.T, x, out=out)
             yield table.flatten(1)
         if module.bias is not None:
-            yield torch.zeros(G, gradients.shape[1], device=inputs.device).index_add_(0, owner, gradients)
+            yield torch.zeros(G, gradients.shape[1], device=inputs.device).index_add_(
+                0, owner, gradients
+            )

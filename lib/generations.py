@@ -30,8 +30,12 @@ class Generation(NamedTuple):
 
 def _numbered(folder, name: str, last_file: str) -> list[tuple[int, Path]]:
     """(number, path) of folder/name-NUMBER with `last_file` in it, ascending."""
-    found = [(re.fullmatch(rf"{name}-(\d+)", path.name), path) for path in Path(folder).glob(f"{name}-*")]
-    return sorted((int(match[1]), path) for match, path in found if match and (path / last_file).is_file())
+    found = [
+        (re.fullmatch(rf"{name}-(\d+)", path.name), path) for path in Path(folder).glob(f"{name}-*")
+    ]
+    return sorted(
+        (int(match[1]), path) for match, path in found if match and (path / last_file).is_file()
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,7 +48,7 @@ def checkpoint_path(output_dir, step: int) -> Path:
 
 def newest_checkpoint(output_dir) -> tuple[int, Path] | None:
     """(step, folder) of the last whole checkpoint of a run; None if there is none yet."""
-    found = _numbered(Path(output_dir) / "checkpoints", "checkpoint", "bottleneck.json")
+    found = _numbered(Path(output_dir) / "checkpoints", "checkpoint", "isthmus.json")
     return found[-1] if found else None
 
 
@@ -52,7 +56,7 @@ def remove_old_checkpoints(output_dir, keep: int) -> None:
     """All but the `keep` newest, and what a killed run left unfinished. Each loses its name first, so that nobody
     finds half of one."""
     folder = Path(output_dir) / "checkpoints"
-    for _, path in _numbered(folder, "checkpoint", "bottleneck.json")[:-keep]:
+    for _, path in _numbered(folder, "checkpoint", "isthmus.json")[:-keep]:
         os.replace(path, path.with_name(f".old-{path.name}"))
     for path in folder.glob(".*"):
         shutil.rmtree(path)
@@ -66,7 +70,9 @@ def read_generations(folder) -> list[Generation]:
     """The whole generations in a folder, ascending. UserError: one whose step is below that of the one before."""
     found = []
     for number, path in _numbered(folder, "generation", "manifest.json"):
-        generation = Generation(number, read_json(path / "manifest.json")["step"], path / "negatives.tsv")
+        generation = Generation(
+            number, read_json(path / "manifest.json")["step"], path / "negatives.tsv"
+        )
         if found and generation.step < found[-1].step:
             raise UserError(
                 f"{path}: of step {generation.step}, after one of step {found[-1].step} — two runs have written to "
@@ -103,13 +109,21 @@ class Refresh:
 
     def __init__(self, folder, record, every: int, start=None):
         self.folder, self.record, self.every, self.start = Path(folder), Path(record), every, start
-        if self.record.is_file() and not (whole := self.record.read_bytes()).endswith(b"\n"):  # killed in writing
+        if self.record.is_file() and not (whole := self.record.read_bytes()).endswith(
+            b"\n"
+        ):  # killed in writing
             write_lines(self.record, whole.decode().split("\n")[:-1])
-        known = [line.split("\t") for _, line in lines(self.record)] if self.record.is_file() else []
-        self.decisions = {int(step): int(number) for step, number in known}  # by the step of the look
+        known = (
+            [line.split("\t") for _, line in lines(self.record)] if self.record.is_file() else []
+        )
+        self.decisions = {
+            int(step): int(number) for step, number in known
+        }  # by the step of the look
 
     def newest(self, step: int) -> Generation:
-        found = [generation for generation in read_generations(self.folder) if generation.step <= step]
+        found = [
+            generation for generation in read_generations(self.folder) if generation.step <= step
+        ]
         if not found and not self.start:
             raise UserError(
                 f"{self.folder}: no generation of negatives for step {step} — publish one (recipes/ance.sh), or give "
@@ -127,7 +141,9 @@ class Refresh:
         if accelerator.is_main_process:
             try:
                 known = look in self.decisions
-                verdict[0] = tuple(self._find(self.decisions[look]) if known else self._decide(look))
+                verdict[0] = tuple(
+                    self._find(self.decisions[look]) if known else self._decide(look)
+                )
             except UserError as error:  # the others wait for a word
                 verdict[1] = str(error)
         broadcast_object_list(verdict)
@@ -153,4 +169,6 @@ class Refresh:
         for generation in read_generations(self.folder):
             if generation.number == number:
                 return generation
-        raise UserError(f"{self.folder}: generation {number}, which this run has used, is gone — bring it back")
+        raise UserError(
+            f"{self.folder}: generation {number}, which this run has used, is gone — bring it back"
+        )

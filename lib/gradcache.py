@@ -60,7 +60,12 @@ def contrastive_backward(
 
 
 def cached_backward(
-    accelerator: Accelerator, model: nn.Module, encode: Callable, num_chunks: int, loss_fn: Callable, seed: int
+    accelerator: Accelerator,
+    model: nn.Module,
+    encode: Callable,
+    num_chunks: int,
+    loss_fn: Callable,
+    seed: int,
 ) -> tuple[Tensor, object]:
     """encode(index) -> (reps of a chunk (n, D), a loss that belongs to the chunk alone, or 0), called twice;
     loss_fn(list of the reps) -> (scalar, stats). Backpropagates the sum of all losses; returns loss_fn's, detached."""
@@ -77,5 +82,7 @@ def cached_backward(
         last = index == num_chunks - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             again, own = replay(index)
-            accelerator.backward((again * grad).sum() + own)  # the gradient of the product at the reps is `grad`
+            accelerator.backward(
+                (again * grad).sum() + own
+            )  # the gradient of the product at the reps is `grad`
     return loss.detach(), stats

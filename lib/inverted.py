@@ -28,9 +28,7 @@ Shapes: Q queries, N passages, V terms, k depth, P postings, L lists, T tiles, W
 """
 
 import contextlib
-import re
 import warnings
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -38,25 +36,37 @@ from pathlib import Path
 
 import numba
 import numpy as np
-import Stemmer
 import torch
-from scipy.sparse import csc_matrix, csr_matrix, vstack
+from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.files import Embeddings, Texts, UserError, atomic, id_hashes, read_json, write_json
-from lib.index import DEVICE_QUERY_TILE, EMPTY, KEYS_AT_A_TIME, _push, merge, scan_device, top_keys, unpack
+from lib.embeddings import Embeddings
+from lib.files import UserError, atomic, read_json, write_json
+from lib.search import (
+    DEVICE_QUERY_TILE,
+    EMPTY,
+    KEYS_AT_A_TIME,
+    merge,
+    push,
+    scan_device,
+    top_keys,
+    unpack,
+)
 
 TILE = 1 << 15  # scores of 128 KB; at most 1 << 16, for documents.npy
+
+
 FULL = 4  # a list of more than n / 4 of a tile's n documents is stored with all n, zeros among them: see _add
+
+
 QUERIES = 256  # that a thread takes through all tiles: they share what the cache holds of a tile
+
+
 DEVICE_QUERIES = 8192  # held on a GPU as a dense matrix: 1 GB
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # the index: written
-
-
 @contextlib.contextmanager
 def _growing(path, dtype):
     """A stream for the content of a one-dimensional .npy file, whose length is put into its header at the end (numpy
@@ -86,13 +96,16 @@ def _invert(starts, terms, weights, full, places, documents, out):
             documents[at], out[at] = row, weights[j]
 
 
-def _write(folder: Path, tiles: Iterable[csr_matrix], bits: int) -> None:
+def write(folder: Path, tiles: Iterable[csr_matrix], bits: int) -> None:
     """The lists of tiles (TILE rows each, the last fewer; no entry twice). Memory: some copies of one tile, and 16
     bytes for each list."""
     dtype = {32: np.float32, 16: np.uint16, 8: np.uint8}[bits]
     offsets, scales, terms, first_lists = [np.zeros(1, dtype=np.int64)], [], [], [0]
     folder.mkdir(parents=True)
-    with _growing(folder / "documents.npy", np.uint16) as to_documents, _growing(folder / "weights.npy", dtype) as out:
+    with (
+        _growing(folder / "documents.npy", np.uint16) as to_documents,
+        _growing(folder / "weights.npy", dtype) as out,
+    ):
         for tile in tiles:
             rows = tile.shape[0]
             counts = np.bincount(tile.indices, minlength=tile.shape[1])
@@ -100,13 +113,22 @@ def _write(folder: Path, tiles: Iterable[csr_matrix], bits: int) -> None:
             lengths = np.where(full, rows, counts)
             ends = np.cumsum(lengths)
             starts = ends - lengths
-            documents, weights = np.zeros(ends[-1], dtype=np.uint16), np.zeros(ends[-1], dtype=np.float32)
-            rowwise = tile.indptr.astype(np.int64), tile.indices.astype(np.int32, copy=False), tile.data
+            documents, weights = (
+                np.zeros(ends[-1], dtype=np.uint16),
+                np.zeros(ends[-1], dtype=np.float32),
+            )
+            rowwise = (
+                tile.indptr.astype(np.int64),
+                tile.indices.astype(np.int32, copy=False),
+                tile.data,
+            )
             _invert(*rowwise, full, starts.copy(), documents, weights)
             for start in starts[full]:
                 documents[start : start + rows] = np.arange(rows)
             scale = np.ones(len(known), dtype=np.float32)
-            if bits < 32:  # each list by its own largest weight; no scale of 0 from one that is hardly a number
+            if (
+                bits < 32
+            ):  # each list by its own largest weight; no scale of 0 from one that is hardly a number
                 largest = np.maximum.reduceat(weights, starts[known]) if len(known) else scale
                 scale = np.maximum(largest / np.float32(2**bits - 1), np.finfo(np.float32).tiny)
                 weights = np.rint(weights / np.repeat(scale, lengths[known])).astype(dtype)
@@ -122,7 +144,9 @@ def _write(folder: Path, tiles: Iterable[csr_matrix], bits: int) -> None:
     np.save(folder / "tiles.npy", np.array(first_lists, dtype=np.int64))
 
 
-def _open(folder, what: str, manifest: dict, build: Callable[[Path, dict], None], accelerator) -> None:
+def open_folder(
+    folder, what: str, manifest: dict, build: Callable[[Path, dict], None], accelerator
+) -> None:
     """Have rank 0 build the index in `folder` if the folder is absent; see that it holds what `manifest` states."""
     folder = Path(folder)
     if accelerator is None or accelerator.is_main_process:
@@ -142,10 +166,7 @@ def _open(folder, what: str, manifest: dict, build: Callable[[Path, dict], None]
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # the index: searched
-
-
 @numba.njit(nogil=True, cache=True)
 def _add(totals, documents, weights, weight):
     """Add a list to the scores of its tile. A list of all documents needs no addresses, so that the compiler adds 16
@@ -168,12 +189,14 @@ def _offer(totals, first_row, keys, count, bar, k):
             hit |= line[j] > bar
         if hit:
             number = 0
-            for j in range(len(line)):  # nor here, where the processor could only guess which way it goes
+            for j in range(
+                len(line)
+            ):  # nor here, where the processor could only guess which way it goes
                 above[number] = start + j
                 number += line[j] > bar
             for j in above[:number]:
                 if totals[j] > bar:
-                    count, bar = _push(totals[j], bits[j], first_row + j, keys, count, bar, k)
+                    count, bar = push(totals[j], bits[j], first_row + j, keys, count, bar, k)
     return count, bar
 
 
@@ -186,12 +209,28 @@ def _find(numbers, number):
 
 @numba.njit(nogil=True, cache=True)
 def _scan_tiles(
-    queries, tile_range, tile, rows, starts, terms, weights, keys, k, documents, values, offsets, scales, names, tiles
+    queries,
+    tile_range,
+    tile,
+    rows,
+    starts,
+    terms,
+    weights,
+    keys,
+    k,
+    documents,
+    values,
+    offsets,
+    scales,
+    names,
+    tiles,
 ):
     """The k best keys of queries[0] ... queries[1] - 1 among the documents of some tiles. `rows`: N."""
     totals = np.zeros(tile, dtype=np.float32)
     counts = np.zeros(queries[1], dtype=np.int64)
-    bars = np.zeros(queries[1], dtype=np.float32)  # a document without a term scores 0: not above the bar
+    bars = np.zeros(
+        queries[1], dtype=np.float32
+    )  # a document without a term scores 0: not above the bar
     for t in range(tile_range[0], tile_range[1]):
         here, known = totals[: min(tile, rows - t * tile)], names[tiles[t] : tiles[t + 1]]
         for q in range(queries[0], queries[1]):
@@ -213,7 +252,11 @@ def _scan_tiles(
 @numba.njit(nogil=True, cache=True)
 def _score_rows(rows, tile, terms, weights, documents, values, offsets, scales, names, tiles):
     """The scores of one query with given rows, in the order of addition of `_scan_tiles`: the same float32."""
-    totals, lists, t = np.zeros(len(rows), dtype=np.float32), np.empty(len(terms), dtype=np.int64), -1
+    totals, lists, t = (
+        np.zeros(len(rows), dtype=np.float32),
+        np.empty(len(terms), dtype=np.int64),
+        -1,
+    )
     for r in range(len(rows)):
         if rows[r] // tile != t:
             t = rows[r] // tile
@@ -239,7 +282,9 @@ class Inverted:
         self.count, self.tile = self.meta["count"], self.meta["tile"]
         parts = "documents", "weights", "offsets", "scales", "terms", "tiles"
         self.lists = [np.load(self.folder / f"{part}.npy", mmap_mode="r") for part in parts]
-        rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        rank, world = (
+            (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        )
         tiles = -(-self.count // self.tile)
         self.tile_range = tiles * rank // world, tiles * (rank + 1) // world
         self.at_a_time, self.world = 1 << 16, world
@@ -247,11 +292,16 @@ class Inverted:
     def _search(self, starts: np.ndarray, terms: np.ndarray, weights: np.ndarray, k: int):
         assert k > 0
         queries = len(starts) - 1
-        scores, rows = np.empty((queries, k), dtype=np.float32), np.empty((queries, k), dtype=np.int64)
+        scores, rows = (
+            np.empty((queries, k), dtype=np.float32),
+            np.empty((queries, k), dtype=np.int64),
+        )
         at_a_time = min(max(KEYS_AT_A_TIME // (k * self.world), 1), self.at_a_time)
         for at in range(0, queries, at_a_time):
             keys = self._best(starts[at : at + at_a_time + 1], terms, weights, k)
-            scores[at : at + at_a_time], rows[at : at + at_a_time] = unpack(merge(keys, k, self.accelerator))
+            scores[at : at + at_a_time], rows[at : at + at_a_time] = unpack(
+                merge(keys, k, self.accelerator)
+            )
         return scores, rows
 
     def _best(self, starts: np.ndarray, terms: np.ndarray, weights: np.ndarray, k: int) -> Tensor:
@@ -262,23 +312,35 @@ class Inverted:
 
         def scan(start: int) -> None:
             part = start, min(start + size, queries)
-            _scan_tiles(part, self.tile_range, self.tile, self.count, starts, terms, weights, keys, depth, *self.lists)
+            _scan_tiles(
+                part,
+                self.tile_range,
+                self.tile,
+                self.count,
+                starts,
+                terms,
+                weights,
+                keys,
+                depth,
+                *self.lists,
+            )
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(scan, range(0, queries, size)))
         return top_keys(torch.from_numpy(keys), k)
 
-    def _score(self, starts: np.ndarray, terms: np.ndarray, weights: np.ndarray, rows: Sequence[np.ndarray]):
+    def _score(
+        self, starts: np.ndarray, terms: np.ndarray, weights: np.ndarray, rows: Sequence[np.ndarray]
+    ):
         return [
-            _score_rows(np.asarray(r, dtype=np.int64), self.tile, terms[a:b], weights[a:b], *self.lists)
+            _score_rows(
+                np.asarray(r, dtype=np.int64), self.tile, terms[a:b], weights[a:b], *self.lists
+            )
             for a, b, r in zip(starts[:-1], starts[1:], rows, strict=True)
         ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # sparse vectors
-
-
 def _check_weights(matrix: csr_matrix, place: Callable[[int], str]) -> None:
     """UserError if a weight is not finite or negative; place(row) names it."""
     good = np.isfinite(matrix.data) & (matrix.data >= 0)
@@ -299,7 +361,9 @@ def _tiles(corpus: Embeddings) -> Iterator[csr_matrix]:
 
     with tqdm(total=len(corpus), desc="inverted lists", unit=" rows", leave=False, delay=5) as bar:
         for start, block in corpus.blocks(0, len(corpus), TILE):
-            _check_weights(block, lambda row, start=start: f"{corpus.folder}: {corpus.ids([start + row])[0]}")
+            _check_weights(
+                block, lambda row, start=start: f"{corpus.folder}: {corpus.ids([start + row])[0]}"
+            )
             bar.update(block.shape[0])
             while block.shape[0]:
                 parts.append(block[: TILE - rows])
@@ -336,13 +400,21 @@ class Sparse(Inverted):
         if bits not in (8, 16, 32):
             raise UserError(f"weights of {bits} bits — choose 32, 16 or 8")
         assert corpus.sparse
-        made = {key: value for key, value in corpus.meta.items() if key not in ("model", "input")}  # names may change
-        _open(folder, "sparse", {**made, "bits": bits, "tile": TILE}, partial(cls._build, corpus), accelerator)
+        made = {
+            key: value for key, value in corpus.meta.items() if key not in ("model", "input")
+        }  # names may change
+        open_folder(
+            folder,
+            "sparse",
+            {**made, "bits": bits, "tile": TILE},
+            partial(cls._build, corpus),
+            accelerator,
+        )
         return cls(folder, accelerator)
 
     @staticmethod
     def _build(corpus: Embeddings, folder: Path, manifest: dict) -> None:
-        _write(folder, _tiles(corpus), manifest["bits"])
+        write(folder, _tiles(corpus), manifest["bits"])
         write_json(folder / "manifest.json", manifest)
 
     def _queries(self, queries: csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -367,9 +439,13 @@ class Sparse(Inverted):
         return self._score(*self._queries(queries), rows)
 
     def _best(self, *queries) -> Tensor:
-        return self._best_device(*queries) if self.device.type == "cuda" else super()._best(*queries)
+        return (
+            self._best_device(*queries) if self.device.type == "cuda" else super()._best(*queries)
+        )
 
-    def _best_device(self, starts: np.ndarray, terms: np.ndarray, weights: np.ndarray, k: int) -> Tensor:
+    def _best_device(
+        self, starts: np.ndarray, terms: np.ndarray, weights: np.ndarray, k: int
+    ) -> Tensor:
         mine = slice(starts[0], starts[-1])
         queries = self._matrix(starts, terms[mine], weights[mine], self.dim).to_dense()  # (Q, V)
         best = torch.full((len(queries), k), EMPTY, device=self.device)
@@ -382,125 +458,19 @@ class Sparse(Inverted):
             known = torch.from_numpy(names[lists].astype(np.int64)).to(self.device)
             for at in range(0, len(queries), DEVICE_QUERY_TILE):
                 part = slice(at, at + DEVICE_QUERY_TILE)
-                best[part] = scan_device(queries[part][:, known] @ tile, t * self.tile, best[part], k)
+                best[part] = scan_device(
+                    queries[part][:, known] @ tile, t * self.tile, best[part], k
+                )
         return best.masked_fill_(best < 1 << 32, EMPTY)  # the keys of scores of 0: no common term
 
-    def _matrix(self, starts: np.ndarray, columns: np.ndarray, values: np.ndarray, width: int) -> Tensor:
+    def _matrix(
+        self, starts: np.ndarray, columns: np.ndarray, values: np.ndarray, width: int
+    ) -> Tensor:
         """Rows that begin at starts - starts[0] -> a CSR matrix (len(starts) - 1, width) on the device."""
         parts = (starts - starts[0]).astype(np.int32), columns.astype(np.int32), values
-        with warnings.catch_warnings():  # torch says that its sparse matrices are new, and that it does not check them
+        with (
+            warnings.catch_warnings()
+        ):  # torch says that its sparse matrices are new, and that it does not check them
             warnings.simplefilter("ignore")
             parts = [torch.from_numpy(part).to(self.device) for part in parts]
             return torch.sparse_csr_tensor(*parts, size=(len(starts) - 1, width))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# BM25
-
-# Lucene's StandardTokenizer, as far as English needs it: words are letters and digits; an apostrophe, colon or full
-# stop between two letters does not end one, nor does a comma, semicolon, apostrophe or full stop between two digits;
-# ideographs and kana stand alone.
-ALONE = "\u3041-\u3096\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-WORD = re.compile(
-    rf"[{ALONE}]|[^\W{ALONE}]+(?:(?:(?<=[^\W\d_])['’.:·](?=[^\W\d_])|(?<=\d)['’.,;](?=\d))[^\W{ALONE}]+)*"
-)
-STOPWORDS = frozenset(
-    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
-    "to was will with".split()
-)
-STEM = Stemmer.Stemmer("porter").stemWord
-ANALYZER = "lucene-english-1"  # what `term` does with WORD's matches; raise the number when it changes
-
-
-def term(word: str) -> str | None:
-    """What a lower-case word is indexed as, None for a stopword."""
-    word = word[:-2] if word.endswith(("'s", "’s")) else word
-    return STEM(word) if word and word not in STOPWORDS else None
-
-
-class _Documents:
-    """The terms of each document, out of one flat array: bm25s goes through them several times, and lists of lists
-    would take ten times the memory."""
-
-    def __init__(self, flat: np.ndarray, lengths: np.ndarray):
-        self.flat, self.ends = flat, np.cumsum(lengths)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        start = 0
-        for end in self.ends.tolist():
-            yield self.flat[start:end].tolist()
-            start = end
-
-
-class BM25(Inverted):
-    """BM25 in Lucene's variant over title and text: a term's weight in a passage is its score there, which bm25s
-    computes; in a query it weighs 1 each time it occurs.
-
-    The analyser follows Lucene's EnglishAnalyzer: words, possessive 's, 33 stopwords, Porter's stemmer. Lengths of
-    documents are exact where Lucene rounds them, so scores are close to Anserini's, not equal."""
-
-    def __init__(self, folder, accelerator=None):
-        super().__init__(folder, accelerator)
-        self.vocabulary = np.load(self.folder / "vocabulary.npy", mmap_mode="r")
-
-    @classmethod
-    def open(cls, texts: Texts, folder, k1: float = 0.9, b: float = 0.4, accelerator=None) -> "BM25":
-        """The index of `texts` in `folder`, built there if the folder is absent. k1 and b: Anserini's for passages.
-        To be called by all processes. UserError if the folder holds an index of other texts or settings."""
-        manifest = {"fingerprint": texts.fingerprint, "count": len(texts), "k1": k1, "b": b, "analyzer": ANALYZER}
-        _open(folder, "BM25", {**manifest, "tile": TILE}, partial(cls._build, texts), accelerator)
-        return cls(folder, accelerator)
-
-    @staticmethod
-    def _build(texts: Texts, folder: Path, manifest: dict) -> None:
-        import bm25s
-
-        known, terms = {}, {}  # known: word -> number of its term, -1 for a stopword
-        flat, lengths = array("i"), array("i")
-        for _, title, text in tqdm(texts.stream(), "BM25", len(texts), unit=" texts", leave=False, delay=5):
-            words = WORD.findall(f"{title} {text}".lower())
-            for word in words:
-                if word not in known:
-                    stem = term(word)
-                    known[word] = terms.setdefault(stem, len(terms)) if stem else -1
-            ids = [i for i in map(known.__getitem__, words) if i >= 0]
-            flat.extend(ids)
-            lengths.append(len(ids))
-        if not terms:
-            raise UserError(f"{texts.source}: no word to index — is it the right file?")
-        hashes = id_hashes(terms)  # a term's id becomes its place among the sorted hashes: no dict of terms is needed
-        order = np.argsort(hashes)
-        place = np.empty(len(order), dtype=np.int32)
-        place[order] = np.arange(len(order))
-        index = bm25s.BM25(method="lucene", k1=manifest["k1"], b=manifest["b"])
-        documents = _Documents(place[np.frombuffer(flat, dtype=np.int32)], np.frombuffer(lengths, dtype=np.int32))
-        postings = index.build_index_from_ids(range(len(terms)), documents, show_progress=len(texts) > 100_000)
-        arrays = postings["data"].astype(np.float32), postings["indices"], postings["indptr"]
-        rows = csc_matrix(arrays, shape=(len(texts), len(terms))).tocsr()
-        _write(folder, (rows[start : start + TILE] for start in range(0, len(texts), TILE)), 32)
-        np.save(folder / "vocabulary.npy", hashes[order])
-        write_json(folder / "manifest.json", {**manifest, "bm25s": bm25s.__version__})
-
-    def terms(self, text: str) -> list[str]:
-        """What a text is indexed as and searched for: its words without stopwords, stemmed."""
-        return [stem for stem in map(term, WORD.findall(text.lower())) if stem]
-
-    def _queries(self, queries: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The known terms of the queries, one after the other: where each query starts, terms, weights."""
-        lists = [self.terms(query) for query in queries]
-        hashes = id_hashes(stem for one in lists for stem in one)
-        at = np.minimum(np.searchsorted(self.vocabulary, hashes), len(self.vocabulary) - 1)
-        known = self.vocabulary[at] == hashes
-        starts = np.concatenate([[0], np.cumsum(known)])[np.cumsum([0, *map(len, lists)])]
-        return starts, at[known].astype(np.int32), np.ones(known.sum(), dtype=np.float32)
-
-    def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """texts -> (scores (Q, k), rows (Q, k)), the same on every process."""
-        return self._search(*self._queries(queries), k)
-
-    def score(self, queries: Sequence[str], rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The scores of given rows, 0 without a common term: for each query an array of rows -> a float32 array."""
-        return self._score(*self._queries(queries), rows)

@@ -24,9 +24,9 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, bro
 from torch import Tensor
 from tqdm import tqdm
 
+from lib.cpu import onednn
 from lib.dist import all_gather
 from lib.files import UserError, lines, read_json, write_json, write_lines
-from lib.packed import onednn
 
 PACKAGES = (
     "torch",
@@ -46,7 +46,13 @@ class _Parser(transformers.HfArgumentParser):
         raise UserError(f"{message} — see --help")
 
 
-COUNTS = "per_device_batch_size", "gradient_accumulation_steps", "log_every", "save_every", "refresh_every"
+COUNTS = (
+    "per_device_batch_size",
+    "gradient_accumulation_steps",
+    "log_every",
+    "save_every",
+    "refresh_every",
+)
 
 
 def parse_args(cls):
@@ -59,7 +65,9 @@ def parse_args(cls):
         allow_abbrev=False,
         formatter_class=lambda prog: _Help(prog, max_help_position=36, width=140),
     )
-    args, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True, look_for_args_file=False)
+    args, unknown = parser.parse_args_into_dataclasses(
+        return_remaining_strings=True, look_for_args_file=False
+    )
     if unknown:
         raise UserError(f"unknown argument {unknown[0]} — see --help")
     for name in COUNTS:
@@ -89,8 +97,12 @@ def run(main) -> None:
         bars = list(getattr(tqdm, "_instances", ()))
         for bar in bars:  # the last one drawn may stand lines below the first
             bar.close()
-        message = str(error).rstrip().rpartition("lib.files.UserError: ")[2]  # a loader worker's has its traceback
-        print(("\r" if bars else "") + f"{place}: {message}", file=sys.stderr)  # on a line of its own
+        message = (
+            str(error).rstrip().rpartition("lib.files.UserError: ")[2]
+        )  # a loader worker's has its traceback
+        print(
+            ("\r" if bars else "") + f"{place}: {message}", file=sys.stderr
+        )  # on a line of its own
         sys.exit(1)
 
 
@@ -103,11 +115,16 @@ def end_with_parent(_worker: int = 0) -> None:
 
 
 def make_accelerator(
-    gradient_accumulation_steps: int = 1, report_to: str = "none", output_dir=None, deterministic: bool = False
+    gradient_accumulation_steps: int = 1,
+    report_to: str = "none",
+    output_dir=None,
+    deterministic: bool = False,
 ) -> Accelerator:
     """The Accelerator, after refusing what would be silently something else: FSDP, DeepSpeed, fp16 on a CPU, processes
     that do not see each other, a tracker that is not there."""
-    if deterministic:  # bit-identity on CUDA; the workspace setting must be there before CUDA starts
+    if (
+        deterministic
+    ):  # bit-identity on CUDA; the workspace setting must be there before CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     accelerator = Accelerator(
@@ -115,11 +132,19 @@ def make_accelerator(
         log_with=None if report_to == "none" else report_to,
         project_dir=output_dir,
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
     )
     if report_to != "none" and not accelerator.log_with:  # Accelerate warns and goes on
-        raise UserError(f"--report_to {report_to}: not installed — pip install {report_to}, or leave it out")
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UserError(
+            f"--report_to {report_to}: not installed — pip install {report_to}, or leave it out"
+        )
+    if accelerator.distributed_type not in (
+        DistributedType.NO,
+        DistributedType.MULTI_GPU,
+        DistributedType.MULTI_CPU,
+    ):
         raise UserError(
             f"{accelerator.distributed_type.value} is not supported — run `accelerate config` and choose plain "
             "data parallelism"
@@ -134,8 +159,14 @@ def make_accelerator(
         os.environ.get("ACCELERATE_MIXED_PRECISION"),
     ):
         raise UserError("fp16 on a CPU would silently be fp32 — use --mixed_precision bf16 or no")
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and not onednn(torch.bfloat16):
-        accelerator.print("note: this CPU has no bf16 — --mixed_precision no is several times faster", flush=True)
+    if (
+        accelerator.device.type == "cpu"
+        and accelerator.mixed_precision == "bf16"
+        and not onednn(torch.bfloat16)
+    ):
+        accelerator.print(
+            "note: this CPU has no bf16 — --mixed_precision no is several times faster", flush=True
+        )
     if accelerator.num_processes == 1 and torch.cuda.device_count() > 1:
         print(
             f"note: one of {torch.cuda.device_count()} GPUs is used — `accelerate launch --num_processes N` uses more",
@@ -153,13 +184,18 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
     )
     found["commit"] = git.stdout.strip() or "unknown"
     return found
 
 
-def claim_output(args, accelerator, last_file: str = "done", resume: bool | None = None, ignore: tuple = ()) -> bool:
+def claim_output(
+    args, accelerator, last_file: str = "done", resume: bool | None = None, ignore: tuple = ()
+) -> bool:
     """Make args.output_dir this run's own; True if an equal run has already completed it.
 
     A folder is complete when `last_file` exists. `resume`: None for stages that go on by the same command, else the
@@ -168,14 +204,20 @@ def claim_output(args, accelerator, last_file: str = "done", resume: bool | None
     arguments, is refused."""
     folder, verdict = Path(args.output_dir), [None, False]
     arguments = {
-        k: v for k, v in json.loads(json.dumps(asdict(args))).items() if k not in ("output_dir", "resume", *ignore)
+        k: v
+        for k, v in json.loads(json.dumps(asdict(args))).items()
+        if k not in ("output_dir", "resume", *ignore)
     }
     if accelerator.is_main_process:
         verdict = [*_claim(folder, arguments, last_file, resume)]
         if not any(verdict):
             write_json(
                 folder / "args.json",
-                {"arguments": arguments, "versions": versions(), "command": [sys.executable, *sys.argv]},
+                {
+                    "arguments": arguments,
+                    "versions": versions(),
+                    "command": [sys.executable, *sys.argv],
+                },
             )
     broadcast_object_list(verdict)
     if verdict[0]:
@@ -183,7 +225,9 @@ def claim_output(args, accelerator, last_file: str = "done", resume: bool | None
     return verdict[1]
 
 
-def _claim(folder: Path, arguments: dict, last_file: str, resume: bool | None) -> tuple[str | None, bool]:
+def _claim(
+    folder: Path, arguments: dict, last_file: str, resume: bool | None
+) -> tuple[str | None, bool]:
     if folder.is_file():
         return f"{folder}: is a file — choose another --output_dir", False
     if not folder.is_dir() or not any(folder.iterdir()):
@@ -198,7 +242,9 @@ def _claim(folder: Path, arguments: dict, last_file: str, resume: bool | None) -
         )
     for leftover in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:  # of a killed run
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    if [p.name for p in folder.iterdir()] == ["args.json"]:  # a run that stopped before it had made anything
+    if [p.name for p in folder.iterdir()] == [
+        "args.json"
+    ]:  # a run that stopped before it had made anything
         return None, False
     before = read_json(folder / "args.json")["arguments"]
     for key in sorted({*before, *arguments}):
@@ -210,7 +256,10 @@ def _claim(folder: Path, arguments: dict, last_file: str, resume: bool | None) -
     if (folder / last_file).is_file():
         return None, True
     if resume is False:
-        return f"{folder}: holds an unfinished run — add --resume to go on, or remove the folder", False
+        return (
+            f"{folder}: holds an unfinished run — add --resume to go on, or remove the folder",
+            False,
+        )
     return None, False
 
 
@@ -222,15 +271,30 @@ def echo(accelerator, heading: str, facts: dict) -> None:
     accelerator.print(end="", flush=True)
 
 
-def begin(accelerator, args, heading: str, facts: dict, preview: Callable, numbers: int, ignore: tuple = ()) -> bool:
+def begin(
+    accelerator,
+    args,
+    heading: str,
+    facts: dict,
+    preview: Callable,
+    numbers: int,
+    ignore: tuple = (),
+) -> bool:
     """The last thing before a training run: claim its folder and echo the facts. False if it is complete, or if this
     is a dry run, which shows preview() too.
 
     numbers: how many, in fp32, the run will leave on disk   ignore: arguments that do not change the result, beside
     those that every training script has"""
-    facts = {**facts, "versions": ", ".join(f"{name} {version}" for name, version in versions().items())}
+    facts = {
+        **facts,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
     if args.dry_run:
-        echo(accelerator, f"dry run: {heading}", {**facts, **preview(), "disk": f"{numbers * 4 / 1e9:.2f} GB"})
+        echo(
+            accelerator,
+            f"dry run: {heading}",
+            {**facts, **preview(), "disk": f"{numbers * 4 / 1e9:.2f} GB"},
+        )
         return False
     ignore = "log_every", "save_every", "num_workers", "report_to", *ignore
     if claim_output(args, accelerator, resume=args.resume, ignore=ignore):
@@ -265,9 +329,12 @@ class RunLog:
         if (
             accelerator.is_main_process and self.path.is_file()
         ):  # lines of steps that a resumed run does again are dropped
-            write_lines(self.path, [line for _, line in lines(self.path) if json.loads(line)["step"] <= step])
+            write_lines(
+                self.path,
+                [line for _, line in lines(self.path) if json.loads(line)["step"] <= step],
+            )
         if accelerator.log_with:
-            accelerator.init_trackers("bottleneck")
+            accelerator.init_trackers("isthmus")
 
     def write(self, step: int, values: dict, bar=None) -> None:
         """A value may be a list, which the console leaves out and a tracker gets as name/0, name/1, ..."""
@@ -277,7 +344,11 @@ class RunLog:
         if self.accelerator.is_main_process:
             with open(self.path, "a") as stream:
                 stream.write(json.dumps({"step": step, **values}) + "\n")
-            shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items() if k not in lists}
+            shown = {
+                k: f"{v:.4g}" if isinstance(v, float) else v
+                for k, v in values.items()
+                if k not in lists
+            }
             shown = "  ".join(f"{k} {v}" for k, v in shown.items())
             (bar.write if bar is not None else print)(f"step {step:>6}  {shown}")
 
@@ -297,7 +368,10 @@ class Means:
     def take(self) -> tuple[dict[str, float], float]:
         """(means, seconds per micro-step) since the last call; on all processes."""
         means = all_gather(torch.stack([*self.totals.values()])[None]).mean(0) / self.count
-        found = dict(zip(self.totals, means.tolist(), strict=True)), (time.perf_counter() - self.clock) / self.count
+        found = (
+            dict(zip(self.totals, means.tolist(), strict=True)),
+            (time.perf_counter() - self.clock) / self.count,
+        )
         self.__init__()
         return found
 

@@ -17,7 +17,9 @@ from lib.dist import all_gather, all_gather_with_grad
 # which columns count
 
 
-def candidate_mask(positives: Tensor, filler: Tensor, passage_keys: Tensor, positive_keys: Tensor | None) -> Tensor:
+def candidate_mask(
+    positives: Tensor, filler: Tensor, passage_keys: Tensor, positive_keys: Tensor | None
+) -> Tensor:
     """(B, N) bool: True where a passage counts as a candidate for a query.
 
     positives: (B,) column of each query's own positive    filler: (N,) bool, True = stands in for a missing negative
@@ -51,7 +53,9 @@ def info_nce(scores: Tensor, positives: Tensor, mask: Tensor) -> Tensor:
     Example: scores [2, 0], positive 0 -> 0.1269; with column 1 masked -> 0.
     Does not normalise and knows no temperature: both belong to the scores."""
     assert scores.shape == mask.shape and positives.shape == scores.shape[:1]
-    return F.cross_entropy(scores.float().masked_fill(~mask, float("-inf")), positives, reduction="none")
+    return F.cross_entropy(
+        scores.float().masked_fill(~mask, float("-inf")), positives, reduction="none"
+    )
 
 
 def triplet_nll(scores: Tensor, positives: Tensor, mask: Tensor) -> Tensor:
@@ -86,7 +90,9 @@ def kl_divergence(scores: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     Its mean over queries is KLDivLoss("batchmean"), LexMAE's; RetroMAE's "mean" is 1/P of it.
     Example: scores [0, 0], teacher [log 3, 0] -> 0.75 log 1.5 + 0.25 log 0.5 = 0.1308."""
     assert scores.shape == teacher.shape == mask.shape
-    s, t = (F.log_softmax(x.float().masked_fill(~mask, float("-inf")), 1) for x in (scores, teacher))
+    s, t = (
+        F.log_softmax(x.float().masked_fill(~mask, float("-inf")), 1) for x in (scores, teacher)
+    )
     return (t.exp() * (t - s).masked_fill(~mask, 0.0)).sum(1)
 
 
@@ -111,13 +117,20 @@ def flops(reps: Tensor, counts: Tensor) -> Tensor:
 
     reps: (n, V) >= 0   counts: (n,) bool, False = a filler   ->   scalar, the same on every process
     The mean runs over the batch of all processes; squaring comes after it."""
-    total = all_gather_with_grad((reps.float() * counts[:, None]).sum(0, keepdim=True)).sum(0)  # (V,)
+    total = all_gather_with_grad((reps.float() * counts[:, None]).sum(0, keepdim=True)).sum(
+        0
+    )  # (V,)
     return (total / all_gather(counts.sum()[None]).sum().clamp(min=1)).square().sum()
 
 
-def sparsity(q_reps: Tensor, p_reps: Tensor, real: Tensor, passages_per_query: int) -> dict[str, Tensor]:
+def sparsity(
+    q_reps: Tensor, p_reps: Tensor, real: Tensor, passages_per_query: int
+) -> dict[str, Tensor]:
     """FLOPS and numbers of terms of queries (B, V) and of passages (B·P, V), of which `real` (B·P,) bool count."""
-    values = {"q_flops": flops(q_reps, torch.ones_like(real[: len(q_reps)])), "p_flops": flops(p_reps, real)}
+    values = {
+        "q_flops": flops(q_reps, torch.ones_like(real[: len(q_reps)])),
+        "p_flops": flops(p_reps, real),
+    }
     return values | count_terms(q_reps, p_reps[::passages_per_query], p_reps[real])
 
 

@@ -12,7 +12,16 @@ import numpy as np
 
 from lib.files import RunList, UserError
 
-ALIASES = {"mrr": "RR", "rr": "RR", "recall": "R", "r": "R", "map": "AP", "ap": "AP", "ndcg": "nDCG", "p": "P"}
+ALIASES = {
+    "mrr": "RR",
+    "rr": "RR",
+    "recall": "R",
+    "r": "R",
+    "map": "AP",
+    "ap": "AP",
+    "ndcg": "nDCG",
+    "p": "P",
+}
 ALIASES |= {"precision": "P", "success": "Success", "hole": "Hole"}
 PYTREC = {
     "nDCG": ("ndcg", "ndcg_cut"),
@@ -26,9 +35,13 @@ PYTREC = {
 def parse_metric(name: str) -> tuple[str, int | None]:
     """("nDCG", 10) from "nDCG@10" or "ndcg@10"; None for no cut."""
     match = re.fullmatch(r"([A-Za-z]+)(?:@([1-9]\d*))?", name)
-    kind, cut = (ALIASES.get(match[1].lower()), match[2] and int(match[2])) if match else (None, None)
+    kind, cut = (
+        (ALIASES.get(match[1].lower()), match[2] and int(match[2])) if match else (None, None)
+    )
     if kind is None or (cut is None and kind in ("R", "P", "Success", "Hole")):
-        raise UserError(f"--metrics {name}: unknown — take nDCG@k, RR@k, R@k, AP, P@k, Success@k, Hole@k")
+        raise UserError(
+            f"--metrics {name}: unknown — take nDCG@k, RR@k, R@k, AP, P@k, Success@k, Hole@k"
+        )
     return kind, cut
 
 
@@ -54,7 +67,9 @@ def order(entry: RunList, ties: str = "score") -> list[int]:
     return sorted(by_id, key=lambda i: -entry.scores[i])
 
 
-def reciprocal_rank_fusion(runs: Sequence[dict[str, RunList]], ties: str = "score", k: int = 60) -> dict[str, RunList]:
+def reciprocal_rank_fusion(
+    runs: Sequence[dict[str, RunList]], ties: str = "score", k: int = 60
+) -> dict[str, RunList]:
     """One run from several: score = sum over runs of 1 / (k + rank). Cormack et al., SIGIR 2009; k = 60 is theirs."""
     fused = {}
     for qid in dict.fromkeys(qid for run in runs for qid in run):
@@ -74,14 +89,25 @@ def reciprocal_rank_fusion(runs: Sequence[dict[str, RunList]], ties: str = "scor
 # values per query
 
 
-def mrr_at_k(ranking: dict[str, Sequence[str]], qrels: dict[str, dict[str, int]], k: int, level: int = 1) -> float:
+def mrr_at_k(
+    ranking: dict[str, Sequence[str]], qrels: dict[str, dict[str, int]], k: int, level: int = 1
+) -> float:
     """Mean over ALL queries of the qrels of 1 / rank of the first relevant passage among the first k, else 0: the
     official MS MARCO definition (ms_marco_eval.py). ranking[qid] = passages, best first."""
-    return float(np.mean([_reciprocal_rank(ranking.get(qid, ())[:k], judged, level) for qid, judged in qrels.items()]))
+    return float(
+        np.mean(
+            [
+                _reciprocal_rank(ranking.get(qid, ())[:k], judged, level)
+                for qid, judged in qrels.items()
+            ]
+        )
+    )
 
 
 def _reciprocal_rank(pids: Sequence[str], judged: dict[str, int], level: int) -> float:
-    return next((1.0 / rank for rank, pid in enumerate(pids, 1) if judged.get(pid, 0) >= level), 0.0)
+    return next(
+        (1.0 / rank for rank, pid in enumerate(pids, 1) if judged.get(pid, 0) >= level), 0.0
+    )
 
 
 def score_run(
@@ -99,7 +125,9 @@ def score_run(
     import pytrec_eval
 
     wanted = {metric_name(name): parse_metric(name) for name in metrics}
-    rankings = {qid: [run[qid].pids[at] for at in order(run[qid], ties)] for qid in qrels if qid in run}
+    rankings = {
+        qid: [run[qid].pids[at] for at in order(run[qid], ties)] for qid in qrels if qid in run
+    }
     theirs = {}  # our name -> pytrec_eval's
     for name, (kind, cut) in wanted.items():
         plain, with_cut = PYTREC.get(kind, (None, None))
@@ -109,10 +137,14 @@ def score_run(
             theirs[name] = plain
     # pytrec_eval sorts by itself, exactly as order(): scores that fall strictly hand it the order of the rank column
     lists = {
-        qid: dict(zip(pids, range(len(pids), 0, -1), strict=True)) if ties == "rank" else _scores(run[qid])
+        qid: dict(zip(pids, range(len(pids), 0, -1), strict=True))
+        if ties == "rank"
+        else _scores(run[qid])
         for qid, pids in rankings.items()
     }
-    measured = pytrec_eval.RelevanceEvaluator(qrels, set(theirs.values()), relevance_level=level).evaluate(lists)
+    measured = pytrec_eval.RelevanceEvaluator(
+        qrels, set(theirs.values()), relevance_level=level
+    ).evaluate(lists)
     values = {}
     for name, (kind, cut) in wanted.items():
         if name in theirs:
@@ -123,7 +155,9 @@ def score_run(
         for qid, judged in qrels.items():
             pids = rankings.get(qid, [])[:cut]
             if kind == "Hole":
-                values[name][qid] = sum(pid not in judged for pid in pids) / len(pids) if pids else 0.0
+                values[name][qid] = (
+                    sum(pid not in judged for pid in pids) / len(pids) if pids else 0.0
+                )
             else:
                 rank = _reciprocal_rank(pids, judged, level)
                 values[name][qid] = rank if kind == "RR" else float(rank > 0)

@@ -36,8 +36,12 @@ class Lamb(torch.optim.Optimizer):
     may have its own lr, betas, eps and weight_decay, and lies on one device. Tensors without a gradient are passed
     over. fp32."""
 
-    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(
+        self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+    ):
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -49,7 +53,10 @@ class Lamb(torch.optim.Optimizer):
                 continue
             for p in params:
                 if not self.state[p]:
-                    self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                    self.state[p] = {
+                        "exp_avg": torch.zeros_like(p),
+                        "exp_avg_sq": torch.zeros_like(p),
+                    }
             grads, (beta1, beta2) = [p.grad for p in params], group["betas"]
             m, v = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq"))
             torch._foreach_lerp_(m, grads, 1 - beta1)
@@ -57,11 +64,16 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
             u = torch._foreach_sqrt(v)
             torch._foreach_add_(u, group["eps"])
-            torch._foreach_reciprocal_(u)  # and not m / u, which would be a second tensor of the size of the model
+            torch._foreach_reciprocal_(
+                u
+            )  # and not m / u, which would be a second tensor of the size of the model
             torch._foreach_mul_(u, m)
             if group["weight_decay"]:
                 torch._foreach_add_(u, params, alpha=group["weight_decay"])
-            weight_norms, norms = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(u))
+            weight_norms, norms = (
+                torch.stack(torch._foreach_norm(params)),
+                torch.stack(torch._foreach_norm(u)),
+            )
             ratios = weight_norms.clamp(max=10) / norms
             ratios = torch.where((weight_norms > 0) & (norms > 0), ratios, 1.0)
             torch._foreach_addcmul_(params, u, (-group["lr"] * ratios).unbind())

@@ -11,9 +11,10 @@ import random
 import torch
 from torch import Tensor
 
-from lib.data import BlockCollator, Corpora
-from lib.files import UserError, open_texts, read_qrels
+from lib.blocks import BlockCollator, Corpora
+from lib.files import UserError, read_qrels
 from lib.losses import spread
+from lib.texts import open_texts
 
 TEXTS, QUERIES, PASSAGES = 256, 200, 2_000  # drawn once, by the seed of the run
 DEPTH, BATCH = 100, 32
@@ -34,21 +35,30 @@ class Probe:
             self._read(corpora, open_texts(queries), read_qrels(qrels), draw, qrels)
 
     def _read(self, corpora, queries, qrels, draw, path) -> None:
-        judged = {qid: {pid for pid, grade in grades.items() if grade > 0} for qid, grades in qrels.items()}
+        judged = {
+            qid: {pid for pid, grade in grades.items() if grade > 0}
+            for qid, grades in qrels.items()
+        }
         judged = {qid: pids for qid, pids in judged.items() if pids}
         chosen = draw.sample(sorted(judged), min(QUERIES, len(judged)))
         rows = queries.rows(chosen)
         if not chosen or min(rows) < 0:
-            raise UserError(f"{path}: no judged query, or one that {queries.source} lacks — give files that match")
+            raise UserError(
+                f"{path}: no judged query, or one that {queries.source} lacks — give files that match"
+            )
         found, passages = {}, {}  # pid -> its string, of positives and of all
         for part in corpora.parts.values():
             wanted = sorted(set().union(*(judged[qid] for qid in chosen)) - found.keys())
             places = zip(wanted, part.texts.rows(wanted).tolist(), strict=True)
             found |= {pid: part.whole(row) for pid, row in places if row >= 0}
-            some = draw.sample(range(len(part.texts)), min(PASSAGES // len(corpora.parts), len(part.texts)))
+            some = draw.sample(
+                range(len(part.texts)), min(PASSAGES // len(corpora.parts), len(part.texts))
+            )
             passages |= {part.texts.id(row): part.whole(row) for row in some}
         if not found:
-            raise UserError(f"{path}: no positive of its queries is in the corpus — give the judgments of this corpus")
+            raise UserError(
+                f"{path}: no positive of its queries is in the corpus — give the judgments of this corpus"
+            )
         others = [pid for pid in passages if pid not in found][: max(PASSAGES - len(found), 0)]
         passages = {**found, **{pid: passages[pid] for pid in others}}
         place = {pid: column for column, pid in enumerate(passages)}
@@ -61,11 +71,14 @@ class Probe:
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
             batch = self.collate([(0, [strings[row]], 0, row) for row in rows])
-            yield rows, {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
+            yield (
+                rows,
+                {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()},
+            )
 
     @torch.no_grad()
     def __call__(self, model, device) -> dict[str, float]:
-        """model: an objective of lib/mae.py, not wrapped; it is in eval mode meanwhile."""
+        """model: an objective of lib/objectives.py, not wrapped; it is in eval mode meanwhile."""
         training = [part for part in model.modules() if part.training]
         model.eval()
         reps, labels, correct = [], 0, 0
@@ -89,7 +102,9 @@ class Probe:
                     scores[:, rows] = q_reps @ p_reps.T
             best = scores.topk(min(DEPTH, scores.shape[1])).indices.tolist()
             recalls = [
-                len({*top} & {*pids}) / len(pids) for top, pids in zip(best, self.positives, strict=True) if pids
+                len({*top} & {*pids}) / len(pids)
+                for top, pids in zip(best, self.positives, strict=True)
+                if pids
             ]
             values["probe_recall@100"] = sum(recalls) / len(recalls)
         for part in training:

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lib.data import known_rows, length_chunks
-from lib.files import Texts, UserError, read_id_triples, read_triples, text_key
+from lib.files import UserError, read_id_triples, read_triples
+from lib.groups import length_chunks
 from lib.text import TextFormat, step_seed
+from lib.texts import Texts, known_rows, text_key
 
 BUFFER = 1 << 15  # lines shuffled together
 
@@ -33,15 +34,28 @@ class Triples(IterableDataset):
     The only judged positive that is known of a query is that of its line.
     UserError: a malformed line; an id without a text; ids without --queries and --corpus."""
 
-    def __init__(self, path, queries: Texts | None, corpus: Texts | None, seed: int, buffer: int = BUFFER):
-        self.path, self.queries, self.corpus, self.seed, self.buffer = path, queries, corpus, seed, buffer
+    def __init__(
+        self, path, queries: Texts | None, corpus: Texts | None, seed: int, buffer: int = BUFFER
+    ):
+        self.path, self.queries, self.corpus, self.seed, self.buffer = (
+            path,
+            queries,
+            corpus,
+            seed,
+            buffer,
+        )
         first = next(read_triples(path), None)
         if first is None:
             raise UserError(f"{path}: no triple in it — is it the right file?")
         self.by_id = not any(" " in field.strip() for field in first)
         if self.by_id and not (queries and corpus):
-            raise UserError(f"{path}:1: three ids, not texts — give --queries and --corpus, whose ids they are")
-        self.notes = {"group": "1 positive + 1 negative", "examples": f"triples of {'ids' if self.by_id else 'texts'}"}
+            raise UserError(
+                f"{path}:1: three ids, not texts — give --queries and --corpus, whose ids they are"
+            )
+        self.notes = {
+            "group": "1 positive + 1 negative",
+            "examples": f"triples of {'ids' if self.by_id else 'texts'}",
+        }
 
     def sampler(self, per_device_batch_size: int, rank: int, world: int, start: int) -> None:
         """Which batches iteration yields: this process's, from a micro-step on."""
@@ -60,7 +74,11 @@ class Triples(IterableDataset):
             block = list(islice(stream, self.world * self.batch))
             if (micro_step - self.start) % workers == mine:
                 part = block[self.rank * self.batch : (self.rank + 1) * self.batch]
-                yield self._by_id(part) if self.by_id else [(n, q, ("", p), ("", o)) for n, (q, p, o) in part]
+                yield (
+                    self._by_id(part)
+                    if self.by_id
+                    else [(n, q, ("", p), ("", o)) for n, (q, p, o) in part]
+                )
             micro_step += 1
 
     def _shuffled(self, skip: int) -> Iterator[tuple[int, tuple[str, str, str]]]:
@@ -69,16 +87,23 @@ class Triples(IterableDataset):
         while True:
             numbered, length = enumerate(read(self.path), 1), 0
             while block := list(islice(numbered, self.buffer)):
-                order = np.random.default_rng(step_seed(self.seed, epoch, length)).permutation(len(block))
+                order = np.random.default_rng(step_seed(self.seed, epoch, length)).permutation(
+                    len(block)
+                )
                 length += len(block)
                 yield from (block[at] for at in order[skip:])
                 skip = max(skip - len(block), 0)
-            epoch, skip = epoch + 1 + skip // length, skip % length  # whole epochs are skipped unread
+            epoch, skip = (
+                epoch + 1 + skip // length,
+                skip % length,
+            )  # whole epochs are skipped unread
 
     def _by_id(self, part: list) -> list[tuple]:
         qids, positives, negatives = zip(*(columns for _, columns in part), strict=True)
         query = known_rows(self.queries, qids, self.path, "query")
-        positive, negative = (known_rows(self.corpus, pids, self.path, "passage") for pids in (positives, negatives))
+        positive, negative = (
+            known_rows(self.corpus, pids, self.path, "passage") for pids in (positives, negatives)
+        )
         rows = zip(query, positive, negative, strict=True)
         texts = [(self.queries[q][1], self.corpus[p], self.corpus[n]) for q, p, n in rows]
         return [(number, *text) for (number, _), text in zip(part, texts, strict=True)]

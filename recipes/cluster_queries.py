@@ -26,8 +26,10 @@ import numpy as np
 import torch
 from transformers.hf_argparser import HfArg
 
-from lib.files import Embeddings, UserError, open_texts, read_json, write_json, write_lines
+from lib.embeddings import Embeddings
+from lib.files import UserError, read_json, write_json, write_lines
 from lib.launch import claim_output, echo, make_accelerator, parse_args, run, versions
+from lib.texts import open_texts
 
 
 @dataclass
@@ -35,11 +37,22 @@ class Args:
     queries_embeddings: str = HfArg(help="folder that encode.py --kind query wrote")
     clusters: int = HfArg(help="number of clusters K (COCO-DR 50)")
     output_dir: str = HfArg(help="where clusters.tsv and the summary go")
-    queries: str = HfArg(default=None, help="the queries that were encoded: the summary then shows their texts")
-    nearest: int = HfArg(default=5, help="queries that the summary shows of each cluster, the nearest to its centroid")
-    niter: int = HfArg(default=100, help="iterations at most; a converged run ends by itself (COCO-DR 500)")
-    nredo: int = HfArg(default=5, help="runs from other starts, of which the best one counts (COCO-DR 5)")
-    sample: int = HfArg(default=0, help="queries that train the centroids, drawn at random; 0 = all")
+    queries: str = HfArg(
+        default=None, help="the queries that were encoded: the summary then shows their texts"
+    )
+    nearest: int = HfArg(
+        default=5,
+        help="queries that the summary shows of each cluster, the nearest to its centroid",
+    )
+    niter: int = HfArg(
+        default=100, help="iterations at most; a converged run ends by itself (COCO-DR 500)"
+    )
+    nredo: int = HfArg(
+        default=5, help="runs from other starts, of which the best one counts (COCO-DR 5)"
+    )
+    sample: int = HfArg(
+        default=0, help="queries that train the centroids, drawn at random; 0 = all"
+    )
     seed: int = HfArg(default=42, help="of the starts and the sample (COCO-DR 1234)")
 
 
@@ -55,7 +68,9 @@ def kmeans(
         rows = np.sort(np.random.default_rng(seed).permutation(len(vectors))[:sample])
     train = vectors[rows]
     if len(train) < K:
-        raise UserError(f"--clusters {K}: more than the {len(train)} queries to make them from — give fewer")
+        raise UserError(
+            f"--clusters {K}: more than the {len(train)} queries to make them from — give fewer"
+        )
     faiss.omp_set_num_threads(torch.get_num_threads())
     # else faiss samples where there are more than 256 points to a centroid, and warns where fewer than 39
     limits = {"min_points_per_centroid": 1, "max_points_per_centroid": len(train)}
@@ -69,13 +84,17 @@ def kmeans(
             "whether the checkpoint gives all queries one vector"
         )
     number = np.argsort(np.lexsort((first, -sizes)))  # of each of faiss' clusters
-    return number[labels], np.sqrt(np.maximum(squared, 0))  # of |x|² + |c|² - 2xc, which rounding may take below 0
+    return number[labels], np.sqrt(
+        np.maximum(squared, 0)
+    )  # of |x|² + |c|² - 2xc, which rounding may take below 0
 
 
 def summary(clusters: np.ndarray, distances: np.ndarray, show, nearest: int) -> Iterator[str]:
     """Lines of text, cluster by cluster; show(row) is a query as it is to be read."""
     order = np.lexsort((distances, clusters))  # by cluster, then distance, then row
-    for cluster, members in enumerate(np.split(order, np.flatnonzero(np.diff(clusters[order])) + 1)):
+    for cluster, members in enumerate(
+        np.split(order, np.flatnonzero(np.diff(clusters[order])) + 1)
+    ):
         share, distance = len(members) / len(clusters), distances[members].mean(dtype=np.float64)
         yield f"cluster {cluster}: {len(members)} queries, {share:.2%}, mean distance {distance:.4g}"
         yield from (f"    {distances[row]:<10.4g} {show(row)}" for row in members[:nearest])
@@ -83,9 +102,18 @@ def summary(clusters: np.ndarray, distances: np.ndarray, show, nearest: int) -> 
 
 def main():
     args = parse_args(Args)
-    for name, least in {"clusters": 2, "nearest": 0, "niter": 1, "nredo": 1, "sample": 0, "seed": 0}.items():
+    for name, least in {
+        "clusters": 2,
+        "nearest": 0,
+        "niter": 1,
+        "nredo": 1,
+        "sample": 0,
+        "seed": 0,
+    }.items():
         if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: at least {least} — give a larger number")
+            raise UserError(
+                f"--{name} {getattr(args, name)}: at least {least} — give a larger number"
+            )
     accelerator, out = make_accelerator(), Path(args.output_dir)
     embeddings = Embeddings(args.queries_embeddings)
     if embeddings.sparse:
@@ -93,14 +121,23 @@ def main():
             f"{embeddings.folder}: sparse vectors, k-means needs dense ones — encode with a dense checkpoint"
         )
     if embeddings.meta["kind"] != "query":
-        raise UserError(f"{embeddings.folder}: embeddings of kind {embeddings.meta['kind']} — give those of queries")
-    source = {key: embeddings.meta.get(key) for key in ("model", "model_hash", "input_fingerprint", "count")}
+        raise UserError(
+            f"{embeddings.folder}: embeddings of kind {embeddings.meta['kind']} — give those of queries"
+        )
+    source = {
+        key: embeddings.meta.get(key)
+        for key in ("model", "model_hash", "input_fingerprint", "count")
+    }
     texts = open_texts(args.queries) if args.queries else None
     if texts and texts.fingerprint != source["input_fingerprint"]:
-        raise UserError(f"{embeddings.folder}: not the embeddings of {args.queries} — give the queries it was made of")
+        raise UserError(
+            f"{embeddings.folder}: not the embeddings of {args.queries} — give the queries it was made of"
+        )
     if claim_output(args, accelerator, "meta.json"):
         if read_json(out / "meta.json")["source"] != source:
-            raise UserError(f"{out}: of other embeddings than {embeddings.folder} holds now — remove the folder")
+            raise UserError(
+                f"{out}: of other embeddings than {embeddings.folder} holds now — remove the folder"
+            )
         return print(f"{out} is complete")
 
     Q = len(embeddings)
@@ -114,13 +151,24 @@ def main():
     ids, vectors = embeddings.ids(range(Q)), embeddings.take(range(Q))
     finite = np.isfinite(vectors.sum(1))
     if not finite.all():
-        raise UserError(f"{embeddings.folder}: the vector of {ids[finite.argmin()]} is not finite — encode again")
-    clusters, distances = kmeans(vectors, args.clusters, args.niter, args.nredo, args.sample, args.seed)
+        raise UserError(
+            f"{embeddings.folder}: the vector of {ids[finite.argmin()]} is not finite — encode again"
+        )
+    clusters, distances = kmeans(
+        vectors, args.clusters, args.niter, args.nredo, args.sample, args.seed
+    )
 
     def show(row: int) -> str:
-        return f"{ids[row]}  {' '.join(texts[texts.rows([ids[row]])[0]][1].split())}" if texts else ids[row]
+        return (
+            f"{ids[row]}  {' '.join(texts[texts.rows([ids[row]])[0]][1].split())}"
+            if texts
+            else ids[row]
+        )
 
-    write_lines(out / "clusters.tsv", (f"{qid}\t{cluster}" for qid, cluster in zip(ids, clusters, strict=True)))
+    write_lines(
+        out / "clusters.tsv",
+        (f"{qid}\t{cluster}" for qid, cluster in zip(ids, clusters, strict=True)),
+    )
     write_lines(out / "summary.txt", summary(clusters, distances, show, args.nearest))
     sizes = np.bincount(clusters).tolist()
     spread = {

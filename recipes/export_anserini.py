@@ -30,7 +30,8 @@ from scipy.sparse import csr_matrix
 from transformers import AutoTokenizer
 from transformers.hf_argparser import HfArg
 
-from lib.files import Embeddings, UserError, atomic, read_json, write_json, write_lines
+from lib.embeddings import Embeddings
+from lib.files import UserError, atomic, read_json, write_json, write_lines
 from lib.launch import claim_output, make_accelerator, parse_args, run
 
 ROWS_AT_A_TIME = 4096
@@ -43,9 +44,13 @@ LONGEST = 127  # characters of a term: Lucene's WhitespaceAnalyzer cuts after 25
 class Args:
     embeddings: str = HfArg(help="folder that encode.py wrote, of queries or of passages")
     output_dir: str = HfArg(help="where the export goes")
-    model: str = HfArg(default=None, help="the tokenizer, if the checkpoint has moved since encoding")
+    model: str = HfArg(
+        default=None, help="the tokenizer, if the checkpoint has moved since encoding"
+    )
     factor: float = HfArg(default=100.0, help="a weight x becomes rint(factor x)")
-    files: int = HfArg(default=24, help="files of a collection; an indexing thread reads one at a time")
+    files: int = HfArg(
+        default=24, help="files of a collection; an indexing thread reads one at a time"
+    )
 
 
 def terms(tokenizer, dim: int) -> np.ndarray:
@@ -58,13 +63,18 @@ def terms(tokenizer, dim: int) -> np.ndarray:
             f"{tokenizer.name_or_path}: {len(tokenizer)} tokens where the vectors have {dim} columns — give the "
             "tokenizer of their checkpoint with --model"
         )
-    names = [*tokenizer.convert_ids_to_tokens(range(len(tokenizer))), *[None] * (dim - len(tokenizer))]
+    names = [
+        *tokenizer.convert_ids_to_tokens(range(len(tokenizer))),
+        *[None] * (dim - len(tokenizer)),
+    ]
     for column, name in enumerate(names):
         if not name or len(name) > LONGEST or any(c.isspace() or c < "!" for c in name):
             names[column] = f"[v{column}]"
     if len(set(names)) < dim:
         twice = Counter(names).most_common(1)[0][0]
-        raise UserError(f"{tokenizer.name_or_path}: two columns share the term {twice} — rename one in the tokenizer")
+        raise UserError(
+            f"{tokenizer.name_or_path}: two columns share the term {twice} — rename one in the tokenizer"
+        )
     return np.array(names, dtype=object)
 
 
@@ -88,7 +98,9 @@ def main():
     accelerator, out = make_accelerator(), Path(args.output_dir)
     vectors = Embeddings(args.embeddings)
     if not vectors.sparse:
-        raise UserError(f"{args.embeddings}: dense vectors, not weights of terms — encode with a sparse checkpoint")
+        raise UserError(
+            f"{args.embeddings}: dense vectors, not weights of terms — encode with a sparse checkpoint"
+        )
     model = args.model or vectors.meta["model"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
@@ -98,12 +110,18 @@ def main():
             f"{model}: no tokenizer ({reason}) — give the folder of the checkpoint with --model"
         ) from error
     if tokenizer.unk_token_id is None:
-        raise UserError(f"{model}: its tokenizer has no unknown token, which stands for an empty text — add one")
+        raise UserError(
+            f"{model}: its tokenizer has no unknown token, which stands for an empty text — add one"
+        )
     names, counts = terms(tokenizer, vectors.dim), Counter()
-    source = {key: vectors.meta.get(key) for key in ("model_hash", "input_fingerprint", "kind", "count")}
+    source = {
+        key: vectors.meta.get(key) for key in ("model_hash", "input_fingerprint", "kind", "count")
+    }
     if claim_output(args, accelerator, "meta.json"):
         if read_json(out / "meta.json")["source"] != source:
-            raise UserError(f"{out}: made from other embeddings than {args.embeddings} holds now — remove the folder")
+            raise UserError(
+                f"{out}: made from other embeddings than {args.embeddings} holds now — remove the folder"
+            )
         return print(f"{out} is complete")
 
     def rows(start: int, stop: int) -> Iterator[tuple[str, list[str], list[int]]]:
@@ -114,7 +132,11 @@ def main():
             counts["largest"] = max(counts["largest"], int(impacts.data.max()))
             ids, edges = vectors.ids(range(first, first + impacts.shape[0])), impacts.indptr
             for identifier, low, high in zip(ids, edges, edges[1:], strict=False):
-                yield identifier, names[impacts.indices[low:high]].tolist(), impacts.data[low:high].tolist()
+                yield (
+                    identifier,
+                    names[impacts.indices[low:high]].tolist(),
+                    impacts.data[low:high].tolist(),
+                )
 
     total, facts = len(vectors), {}
     if vectors.meta["kind"] == "passage":
@@ -125,7 +147,10 @@ def main():
                 part = rows(total * index // files, total * (index + 1) // files)
                 write_lines(  # in ASCII: before Java 18 it reads files in the encoding of the locale
                     folder / f"vectors-{index:02d}.jsonl",
-                    (json.dumps({"id": pid, "vector": dict(zip(t, w, strict=True))}) for pid, t, w in part),
+                    (
+                        json.dumps({"id": pid, "vector": dict(zip(t, w, strict=True))})
+                        for pid, t, w in part
+                    ),
                 )
         facts["files"] = files
     else:
@@ -139,17 +164,23 @@ def main():
 
         write_lines(out / "queries.tsv", topics())
         # read as an integer, "007" would come back as 7, and more than 31 bits stop the search
-        other = [qid for qid in vectors.ids(range(total)) if not re.fullmatch("0|[1-9][0-9]{0,8}", qid)]
+        other = [
+            qid for qid in vectors.ids(range(total)) if not re.fullmatch("0|[1-9][0-9]{0,8}", qid)
+        ]
         facts |= {"topic_reader": "TsvString" if other else "TsvInt", "too_long": too_long}
         if other:
-            print(f"note: TsvInt takes integers only, {other[0]} is none — search with -topicReader TsvString")
+            print(
+                f"note: TsvInt takes integers only, {other[0]} is none — search with -topicReader TsvString"
+            )
         if too_long:
             print(
                 f"note: {len(too_long)} queries have more than {CLAUSES} terms ({too_long[0]}, ...) — Anserini leaves "
                 "them out of the run and ends without an error"
             )
     facts = (
-        {"model": model, "factor": args.factor, "unknown": tokenizer.unk_token_id, "source": source} | facts | counts
+        {"model": model, "factor": args.factor, "unknown": tokenizer.unk_token_id, "source": source}
+        | facts
+        | counts
     )
     write_json(out / "meta.json", facts)
     print(

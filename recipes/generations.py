@@ -20,21 +20,20 @@ from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
-from lib.encoder import checkpoint_folder
+from lib.checkpoint import checkpoint_folder
 from lib.files import (
     UserError,
     atomic,
     line_of,
     lines,
-    open_texts,
     read_json,
     read_qrels,
     write_json,
     write_qrels,
-    write_texts,
 )
 from lib.generations import newest_checkpoint, publish, read_generations
 from lib.launch import parse_args, run
+from lib.texts import open_texts, write_texts
 
 
 @dataclass
@@ -61,7 +60,10 @@ def prepare(args: Args) -> None:
             if read_json(path / "next.json")["step"] > last:
                 return print(path)
             shutil.rmtree(path)  # killed between publishing and removing it
-        step, checkpoint = newest_checkpoint(run_folder) or (0, args.initial and checkpoint_folder(args.initial))
+        step, checkpoint = newest_checkpoint(run_folder) or (
+            0,
+            args.initial and checkpoint_folder(args.initial),
+        )
         if step > last and checkpoint:
             path = work / f"step-{step:08d}"
             try:
@@ -69,7 +71,9 @@ def prepare(args: Args) -> None:
                     others = shutil.ignore_patterns("state", "checkpoints", "best")
                     shutil.copytree(checkpoint, temporary / "checkpoint", ignore=others)
                     take_slice(args, len(generations), temporary)
-                    write_json(temporary / "next.json", {"step": step, "checkpoint": str(checkpoint)})
+                    write_json(
+                        temporary / "next.json", {"step": step, "checkpoint": str(checkpoint)}
+                    )
                 return print(path)
             except OSError:
                 if checkpoint.is_dir():
@@ -86,8 +90,13 @@ def take_slice(args: Args, number: int, folder: Path) -> None:
     rows = queries.rows(qids)
     if rows.min() < 0:
         qid = qids[int(rows.argmin())]
-        raise UserError(f"{line_of(args.qrels, qid)}: query {qid} is not in {args.queries} — give its queries")
-    write_texts(folder / "queries.jsonl", ((qid, *queries[row]) for qid, row in zip(qids, rows, strict=True)))
+        raise UserError(
+            f"{line_of(args.qrels, qid)}: query {qid} is not in {args.queries} — give its queries"
+        )
+    write_texts(
+        folder / "queries.jsonl",
+        ((qid, *queries[row]) for qid, row in zip(qids, rows, strict=True)),
+    )
     write_qrels(folder / "qrels.tsv", {qid: qrels[qid] for qid in qids})
 
 
@@ -95,7 +104,11 @@ def publish_negatives(args: Args) -> None:
     (path,) = Path(args.work).glob("step-*")
     negatives = path / "negatives" / "negatives.tsv"
     (dev,) = read_json(path / "evaluation" / "metrics.json")["splits"].values()
-    manifest = {**read_json(path / "next.json"), "queries": sum(1 for _ in lines(negatives)), "dev": dev["metrics"]}
+    manifest = {
+        **read_json(path / "next.json"),
+        "queries": sum(1 for _ in lines(negatives)),
+        "dev": dev["metrics"],
+    }
     generation = publish(args.negatives_dir, negatives, manifest)
     shown = "  ".join(f"{name} {value:.4f}" for name, value in dev["metrics"].items())
     print(f"{generation}: {manifest['queries']} queries, of step {manifest['step']}  {shown}")

@@ -36,15 +36,42 @@ import numpy as np
 import xxhash
 from transformers.hf_argparser import HfArg
 
-from lib.files import UserError, write_json, write_qrels, write_texts
+from lib.files import UserError, write_json, write_qrels
 from lib.launch import end_with_parent, parse_args, run
+from lib.texts import write_texts
 
 # tests, other people's code carried along, and what is not meant to be read
-SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "_vendor", "vendor", "_vendored_packages", "_distutils"}
-SKIPPED_FOLDERS |= {"vendored", "third_party", "externals", "extern", "site-packages", "dist-packages", "node_modules"}
-QUERY_WORDS, PASSAGE_WORDS, CUT = (4, 48), 15, 200  # bounds of a query, least and most words of a passage
-SMALL_WORDS = set("a an and are as be by for from in into is it its of on or that the this to with".split())
-SHINGLE, SIMILAR = 3, 0.7  # words in a shingle; Jaccard similarity from which two passages count as one
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "testing",
+    "idle_test",
+    "_vendor",
+    "vendor",
+    "_vendored_packages",
+    "_distutils",
+}
+SKIPPED_FOLDERS |= {
+    "vendored",
+    "third_party",
+    "externals",
+    "extern",
+    "site-packages",
+    "dist-packages",
+    "node_modules",
+}
+QUERY_WORDS, PASSAGE_WORDS, CUT = (
+    (4, 48),
+    15,
+    200,
+)  # bounds of a query, least and most words of a passage
+SMALL_WORDS = set(
+    "a an and are as be by for from in into is it its of on or that the this to with".split()
+)
+SHINGLE, SIMILAR = (
+    3,
+    0.7,
+)  # words in a shingle; Jaccard similarity from which two passages count as one
 BANDS, ROWS = 16, 4  # MinHash: of two passages at the bound, 99 % meet in at least one band
 GROUP = 60  # a package with more queries than this is split by its next level of modules
 
@@ -52,9 +79,15 @@ GROUP = 60  # a package with more queries than this is split by its next level o
 @dataclass
 class Args:
     output_dir: str = HfArg(default="runs/quickstart/collection", help="folder of the collection")
-    roots: list[str] = HfArg(default_factory=list, help="folders of packages (default: this Python's own)")
-    max_passages: int = HfArg(default=40_000, help="keep at most this many, drawn by a hash of their names")
-    eval_queries: int = HfArg(default=1000, help="queries of test; dev has half as many (about: modules stay whole)")
+    roots: list[str] = HfArg(
+        default_factory=list, help="folders of packages (default: this Python's own)"
+    )
+    max_passages: int = HfArg(
+        default=40_000, help="keep at most this many, drawn by a hash of their names"
+    )
+    eval_queries: int = HfArg(
+        default=1000, help="queries of test; dev has half as many (about: modules stay whole)"
+    )
 
 
 class Entry(NamedTuple):
@@ -72,12 +105,20 @@ def source_files(root: Path) -> list[tuple[str, Path]]:
     """(module name, file) of all Python files under root but tests and vendored copies, sorted."""
     found = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(s for s in subfolders if s not in SKIPPED_FOLDERS and s.isidentifier())
+        subfolders[:] = sorted(
+            s for s in subfolders if s not in SKIPPED_FOLDERS and s.isidentifier()
+        )
         for name in names:
             stem = name.removesuffix(".py")
-            if stem != name and not stem.startswith(("test_", "conftest")) and not stem.endswith("_test"):
+            if (
+                stem != name
+                and not stem.startswith(("test_", "conftest"))
+                and not stem.endswith("_test")
+            ):
                 parts = [*Path(folder, stem).relative_to(root).parts]
-                found.append((".".join(parts[:-1] if stem == "__init__" else parts), Path(folder, name)))
+                found.append(
+                    (".".join(parts[:-1] if stem == "__init__" else parts), Path(folder, name))
+                )
     return sorted(item for item in found if item[0])  # no name: an __init__.py at the root itself
 
 
@@ -98,9 +139,9 @@ def docstrings(item: tuple[str, Path]) -> list[tuple[str, str]] | None:
         if text:
             found.append((name, inspect.cleandoc(text)))
         for child in node.body:
-            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not isinstance(
-                node, ast.FunctionDef | ast.AsyncFunctionDef
-            ):
+            if isinstance(
+                child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+            ) and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 visit(child, f"{name}.{child.name}")
 
     visit(tree, module)
@@ -109,15 +150,21 @@ def docstrings(item: tuple[str, Path]) -> list[tuple[str, str]] | None:
 
 def plain(text: str) -> str:
     """One line of words: rST roles, back quotes and rulers taken off."""
-    text = re.sub(r"^[^\w\n]{3,}$", "", text, flags=re.MULTILINE)  # the rulers under headings, table borders
-    text = re.sub(r":[\w:]+:`~?([^`<]*)(?:<[^`]*>)?`", r"\1", text)  # :class:`~io.StringIO` -> io.StringIO
+    text = re.sub(
+        r"^[^\w\n]{3,}$", "", text, flags=re.MULTILINE
+    )  # the rulers under headings, table borders
+    text = re.sub(
+        r":[\w:]+:`~?([^`<]*)(?:<[^`]*>)?`", r"\1", text
+    )  # :class:`~io.StringIO` -> io.StringIO
     return " ".join(text.replace("`", "").split())
 
 
 def split_docstring(text: str) -> tuple[str, str]:
     """(first paragraph, the rest), both plain. A first paragraph that is only a signature is passed over."""
     paragraphs = re.split(r"\n\s*\n", text.strip())
-    if len(paragraphs) > 2 and re.fullmatch(r"[\w.]+\(.*\)(\s*->.*)?", paragraphs[0], flags=re.DOTALL):
+    if len(paragraphs) > 2 and re.fullmatch(
+        r"[\w.]+\(.*\)(\s*->.*)?", paragraphs[0], flags=re.DOTALL
+    ):
         del paragraphs[0]
     return plain(paragraphs[0]), plain("\n\n".join(paragraphs[1:]))
 
@@ -130,7 +177,10 @@ def fault(query: str, passage: str) -> str | None:
     """Why a docstring makes no good pair."""
     if not passage:
         return "without a rest"
-    if not QUERY_WORDS[0] <= len(words(query)) <= QUERY_WORDS[1] or len(words(passage)) < PASSAGE_WORDS:
+    if (
+        not QUERY_WORDS[0] <= len(words(query)) <= QUERY_WORDS[1]
+        or len(words(passage)) < PASSAGE_WORDS
+    ):
         return "too short or too long"
     if ">>>" in query:
         return "mostly symbols"
@@ -155,7 +205,9 @@ def without_duplicates(entries: list[Entry], counts: Counter) -> list[Entry]:
             continue
         exact.add(key)
         grams = {" ".join(tokens[i : i + SHINGLE]) for i in range(len(tokens) - SHINGLE + 1)}
-        grams = np.sort(np.array([xxhash.xxh3_64_intdigest(gram.encode()) for gram in grams], dtype=np.uint64))
+        grams = np.sort(
+            np.array([xxhash.xxh3_64_intdigest(gram.encode()) for gram in grams], dtype=np.uint64)
+        )
         mixed = (grams ^ offsets) * factors
         bands = (mixed ^ (mixed >> np.uint64(32))).min(axis=1).reshape(BANDS, ROWS)
         keys = [(number, band.tobytes()) for number, band in enumerate(bands)]
@@ -174,7 +226,9 @@ def without_duplicates(entries: list[Entry], counts: Counter) -> list[Entry]:
 
 def one_answer(entries: list[Entry], counts: Counter) -> list[Entry]:
     """The entries whose query is worded like no other one's."""
-    keys = [frozenset(w.rstrip("s") for w in words(e.query) if w not in SMALL_WORDS) for e in entries]
+    keys = [
+        frozenset(w.rstrip("s") for w in words(e.query) if w not in SMALL_WORDS) for e in entries
+    ]
     times = Counter(keys)
     counts["ambiguous queries"] = sum(times[k] > 1 for k in keys)
     return [e for e, k in zip(entries, keys, strict=True) if times[k] == 1]
@@ -205,11 +259,16 @@ def split(entries: list[Entry], eval_queries: int) -> dict[str, list[Entry]]:
     """Whole groups in an order drawn by hash fill test, then dev (at most a fifth and a tenth of all); the rest is
     train."""
     parts = {"train": [], "dev": [], "test": []}
-    wanted = {"test": min(eval_queries, len(entries) // 5), "dev": min(eval_queries // 2, len(entries) // 10)}
+    wanted = {
+        "test": min(eval_queries, len(entries) // 5),
+        "dev": min(eval_queries // 2, len(entries) // 10),
+    }
     by_group = groups(entries)
     for name in sorted(by_group, key=place):
         members = by_group[name]
-        part = next((p for p, size in wanted.items() if len(parts[p]) + len(members) <= 1.1 * size), "train")
+        part = next(
+            (p for p, size in wanted.items() if len(parts[p]) + len(members) <= 1.1 * size), "train"
+        )
         parts[part] += members
     return parts
 
@@ -223,10 +282,14 @@ def main():
     if (folder / "stats.json").is_file():
         return print(f"{folder}: the collection is complete")
     paths = sysconfig.get_paths()
-    roots = args.roots or sorted({str(Path(paths[key]).resolve()) for key in ("stdlib", "purelib", "platlib")})
+    roots = args.roots or sorted(
+        {str(Path(paths[key]).resolve()) for key in ("stdlib", "purelib", "platlib")}
+    )
     files = [item for root in roots for item in source_files(Path(root))]
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), context, initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(
+        min(os.cpu_count() or 1, 8), context, initializer=end_with_parent
+    ) as pool:
         parsed = list(pool.map(docstrings, files, chunksize=64))
     counts["files"], counts["files that do not parse"] = len(files), sum(p is None for p in parsed)
 
@@ -257,10 +320,16 @@ def main():
     write_texts(folder / "corpus.jsonl", ((e.name, e.name, e.passage) for e in entries))
     for part, members in parts.items():
         counts[f"{part} queries"] = len(members)
-        write_texts(folder / f"queries.{part}.jsonl", ((f"q:{e.name}", "", e.query) for e in members))
+        write_texts(
+            folder / f"queries.{part}.jsonl", ((f"q:{e.name}", "", e.query) for e in members)
+        )
         write_qrels(folder / "qrels" / f"{part}.tsv", {f"q:{e.name}": {e.name: 1} for e in members})
-    write_texts(folder / "queries.jsonl", ((f"q:{e.name}", "", e.query) for p in parts.values() for e in p))
-    write_json(folder / "stats.json", {"python": sys.version.split()[0], "roots": roots, "counts": counts})
+    write_texts(
+        folder / "queries.jsonl", ((f"q:{e.name}", "", e.query) for p in parts.values() for e in p)
+    )
+    write_json(
+        folder / "stats.json", {"python": sys.version.split()[0], "roots": roots, "counts": counts}
+    )
     for name, value in counts.items():
         print(f"   {name:<24} {value:>7,}")
 

@@ -11,7 +11,7 @@ set -euo pipefail
 out=$(path "${1:-runs/quickstart}")
 . recipes/setup.sh
 setup
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false BOTTLENECK_CACHE=${BOTTLENECK_CACHE:-$out/cache}
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false ISTHMUS_CACHE=${ISTHMUS_CACHE:-$out/cache}
 if [ "$DEVICE" = gpu ]; then export ACCELERATE_MIXED_PRECISION=bf16; fi
 
 collection=() vocabulary=8000 layers=2 pretrain_steps=240 finetune_steps=220 batch=64 # for two CPU cores

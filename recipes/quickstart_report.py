@@ -8,8 +8,9 @@ Reads   OUT, as recipes/quickstart.sh leaves it
 import sys
 from pathlib import Path
 
-from lib.files import open_texts, read_json, read_qrels, read_run
+from lib.files import read_json, read_qrels, read_run
 from lib.launch import run
+from lib.texts import open_texts
 
 METRICS = "RR@10", "nDCG@10", "R@100"
 STAGES = {"bm25": "BM25", "stage1": "stage 1", "stage2": "stage 2"}
@@ -25,15 +26,23 @@ def verdict(ours: str, theirs: str, part: dict, metric: str = "RR@10") -> str:
     if found["p"] >= 0.05:
         return f"{ours} and {theirs} cannot be told apart at this size (MRR@10, p {found['p']:.2f})"
     word = "ahead of" if found["difference"] > 0 else "behind"
-    return f"{ours} is {word} {theirs} by {abs(found['difference']):.4f} (MRR@10, p {found['p']:.4f})"
+    return (
+        f"{ours} is {word} {theirs} by {abs(found['difference']):.4f} (MRR@10, p {found['p']:.4f})"
+    )
 
 
 def main():
     out = Path(sys.argv[1])
-    results = {stage: read_json(out / f"evaluation-{stage}" / "metrics.json")["splits"]["test"] for stage in STAGES}
+    results = {
+        stage: read_json(out / f"evaluation-{stage}" / "metrics.json")["splits"]["test"]
+        for stage in STAGES
+    }
     corpus = open_texts(out / "collection/corpus.jsonl")
     queries = open_texts(out / "collection/queries.test.jsonl")
-    qrels, ranked = read_qrels(out / "collection/qrels/test.tsv"), read_run(out / "evaluation-stage2/run.trec")
+    qrels, ranked = (
+        read_qrels(out / "collection/qrels/test.tsv"),
+        read_run(out / "evaluation-stage2/run.trec"),
+    )
 
     qids = sorted(qrels)
     for qid in qids[:: max(len(qids) // 3, 1)][:3]:
@@ -61,7 +70,9 @@ def main():
     gain = read_json(out / "evaluation-gain/metrics.json")["splits"]["test"]
     print(verdict("stage 2", "stage 1", gain))
     print(verdict("stage 2", "BM25", results["stage2"]))
-    print("(stage 2 goes on from stage 1: twice the steps, and negatives that stage 1 itself finds hard)")
+    print(
+        "(stage 2 goes on from stage 1: twice the steps, and negatives that stage 1 itself finds hard)"
+    )
 
 
 if __name__ == "__main__":

@@ -46,24 +46,26 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.hf_argparser import HfArg
 
 from lib import launch
-from lib.attention import economize
-from lib.data import Groups, known_rows, load
-from lib.encoder import VERSION, align, checkpoint_folder, fingerprint, model_hash, positions
+from lib.checkpoint import VERSION, align, checkpoint_folder, fingerprint, model_hash
+from lib.cpu import economize
+from lib.embeddings import shard_name
+from lib.encoder import positions
 from lib.files import (
     UserError,
     atomic,
-    open_texts,
     read_candidates,
     read_json,
-    shard_name,
     write_json,
     write_lines,
     write_run,
     write_scores,
 )
+from lib.groups import Groups
+from lib.loader import load
 from lib.losses import in_batch_accuracy, info_nce
 from lib.optim import descend, lr_at, parameter_groups
 from lib.text import join_title, pad, step_seed, token_batches
+from lib.texts import known_rows, open_texts
 
 
 @dataclass
@@ -74,17 +76,35 @@ class Args:
     queries: str = HfArg(help="queries")
     output_dir: str = HfArg(help="where the checkpoint, or the scores, go")
     titles: str = HfArg(default=None, help="`pid TAB title` file to join to the corpus")
-    qrels: str = HfArg(default=None, help="judgments: each line with grade > 0 is an example, or a pair to score")
-    negatives: str = HfArg(default=None, help="`qid TAB pid,pid,...`, best first, or a TREC run; of any retriever")
-    run: str = HfArg(default=None, help="score: re-rank these instead, a run in rank order or top1000.dev")
-    depth: int = HfArg(default=200, help="the first so many of each query in --negatives or --run (RetroMAE 200)")
-    allow_overlap: bool = HfArg(default=False, help="drop negatives that are judged positives instead of stopping")
-    title: Literal["none", "space", "sep"] | None = HfArg(default=None, help="how to join; else the checkpoint's")
-    max_query_length: int = HfArg(default=None, help="tokens of the query alone; else the checkpoint's")
-    max_length: int = HfArg(default=None, help="tokens of a pair, special ones too (RetroMAE 200); else the same")
+    qrels: str = HfArg(
+        default=None, help="judgments: each line with grade > 0 is an example, or a pair to score"
+    )
+    negatives: str = HfArg(
+        default=None, help="`qid TAB pid,pid,...`, best first, or a TREC run; of any retriever"
+    )
+    run: str = HfArg(
+        default=None, help="score: re-rank these instead, a run in rank order or top1000.dev"
+    )
+    depth: int = HfArg(
+        default=200, help="the first so many of each query in --negatives or --run (RetroMAE 200)"
+    )
+    allow_overlap: bool = HfArg(
+        default=False, help="drop negatives that are judged positives instead of stopping"
+    )
+    title: Literal["none", "space", "sep"] | None = HfArg(
+        default=None, help="how to join; else the checkpoint's"
+    )
+    max_query_length: int = HfArg(
+        default=None, help="tokens of the query alone; else the checkpoint's"
+    )
+    max_length: int = HfArg(
+        default=None, help="tokens of a pair, special ones too (RetroMAE 200); else the same"
+    )
     # train
     passages_per_query: int = HfArg(default=16, help="1 positive + n negatives (RetroMAE 65)")
-    per_device_batch_size: int = HfArg(default=4, help="queries per process and micro-step (RetroMAE 1)")
+    per_device_batch_size: int = HfArg(
+        default=4, help="queries per process and micro-step (RetroMAE 1)"
+    )
     gradient_accumulation_steps: int = HfArg(default=1, help="micro-steps per step (RetroMAE 2)")
     gradient_checkpointing: bool = HfArg(default=False, help="encode twice to keep less")
     learning_rate: float = HfArg(default=1e-5, help="peak (RetroMAE 1e-5)")
@@ -92,21 +112,33 @@ class Args:
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping; 0 = none")
     num_epochs: float = HfArg(default=4.0, help="passes over the examples (RetroMAE 4)")
     max_steps: int = HfArg(default=0, help="optimizer steps; wins over --num_epochs")
-    warmup_ratio: float = HfArg(default=0.05, help="share of linear warm-up before the linear decay")
+    warmup_ratio: float = HfArg(
+        default=0.05, help="share of linear warm-up before the linear decay"
+    )
     warmup_steps: int = HfArg(default=None, help="wins over --warmup_ratio (RetroMAE 1000)")
     seed: int = HfArg(default=42, help="new head, data order, negatives, dropout")
     save_every: int = HfArg(default=1000, help="steps between states to --resume from")
     log_every: int = HfArg(default=20, help="steps between log lines")
     resume: bool = HfArg(default=False, help="go on from the last state")
-    report_to: Literal["none", "tensorboard", "wandb"] = HfArg(default="none", help="tracker beside log.jsonl")
+    report_to: Literal["none", "tensorboard", "wandb"] = HfArg(
+        default="none", help="tracker beside log.jsonl"
+    )
     deterministic: bool = HfArg(default=False, help="bit-identical reruns on CUDA")
     # score
-    override: bool = HfArg(default=False, help="take titles and lengths as given where the checkpoint has others")
-    tokens_per_batch: int = HfArg(default=0, help="rows x longest; 0 = 2048 on a CPU (fits its cache), 65536 on a GPU")
-    shard_pairs: int = HfArg(default=8192, help="pairs per shard, the unit of work and of resumption")
+    override: bool = HfArg(
+        default=False, help="take titles and lengths as given where the checkpoint has others"
+    )
+    tokens_per_batch: int = HfArg(
+        default=0, help="rows x longest; 0 = 2048 on a CPU (fits its cache), 65536 on a GPU"
+    )
+    shard_pairs: int = HfArg(
+        default=8192, help="pairs per shard, the unit of work and of resumption"
+    )
     # both
     num_workers: int = HfArg(default=2, help="loader processes that turn text into ids; 0 = none")
-    dry_run: bool = HfArg(default=False, help="show the first input, truncation and the amount of work, and stop")
+    dry_run: bool = HfArg(
+        default=False, help="show the first input, truncation and the amount of work, and stop"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +147,7 @@ class Args:
 
 @dataclass
 class PairFormat:
-    """How a checkpoint wants its pairs; stored with it in bottleneck.json."""
+    """How a checkpoint wants its pairs; stored with it in isthmus.json."""
 
     title: Literal["none", "space", "sep"] = "space"  # see lib/text.py
     max_query_length: int = 64  # tokens of the query alone
@@ -128,27 +160,42 @@ class CrossEncoder(nn.Module):
 
     def __init__(self, classifier: nn.Module, tokenizer, form: PairFormat, new_head: bool):
         super().__init__()
-        self.classifier, self.tokenizer, self.format, self.new_head = classifier, tokenizer, form, new_head
+        self.classifier, self.tokenizer, self.format, self.new_head = (
+            classifier,
+            tokenizer,
+            form,
+            new_head,
+        )
 
     def forward(self, batches: list[dict[str, Tensor]]) -> Tensor:
         """Batches of Pairs.pad -> (n,) fp32 scores of all their rows. A list, so that one DDP forward covers it."""
-        logits = torch.cat([self.classifier(**batch).logits for batch in batches]).float()  # (n, 1 or 2)
+        logits = torch.cat(
+            [self.classifier(**batch).logits for batch in batches]
+        ).float()  # (n, 1 or 2)
         return logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0)
 
 
-def load_cross_encoder(model, overrides: dict, train: bool = False, strict: bool = False) -> CrossEncoder:
+def load_cross_encoder(
+    model, overrides: dict, train: bool = False, strict: bool = False
+) -> CrossEncoder:
     """In fp32 and eval mode, from a folder or by a name on the hub. overrides: fields of PairFormat in place of what
     the checkpoint states, None = as it states; `strict` refuses one that differs. train: a head for one label that
     the checkpoint lacks is made, from torch's generator; without, that is an error, as missing weights always are."""
     folder = checkpoint_folder(model)
     try:
         how = {"num_labels": 1} if train else {}
-        how |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        how |= {
+            "dtype": torch.float32,
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+        }
         classifier, report = AutoModelForSequenceClassification.from_pretrained(folder, **how)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: cannot be loaded ({reason}) — give the folder of an encoder") from error
+        raise UserError(
+            f"{folder}: cannot be loaded ({reason}) — give the folder of an encoder"
+        ) from error
 
     def refuse(what: str):
         raise UserError(f"{folder}: {what}")
@@ -158,17 +205,23 @@ def load_cross_encoder(model, overrides: dict, train: bool = False, strict: bool
     lost = sorted(key for key in missing if key.startswith(prefix) and ".pooler." not in key)
     labels, kind = classifier.config.num_labels, classifier.config.model_type
     if lost:
-        refuse(f"{len(lost)} weights are missing or misshapen ({lost[0]}, ...) — give a complete {kind} checkpoint")
+        refuse(
+            f"{len(lost)} weights are missing or misshapen ({lost[0]}, ...) — give a complete {kind} checkpoint"
+        )
     if missing and not train:
         refuse("has no classification head, so it is no cross-encoder — train one from it")
     if labels > 2:
         refuse(f"{labels} labels — a cross-encoder has one, or two (irrelevant, relevant)")
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        refuse("its tokenizer cannot pad, or is not of the fast kind — save one that is and does in the folder")
-    private = read_json(folder / "bottleneck.json") if (folder / "bottleneck.json").is_file() else {}
+        refuse(
+            "its tokenizer cannot pad, or is not of the fast kind — save one that is and does in the folder"
+        )
+    private = read_json(folder / "isthmus.json") if (folder / "isthmus.json").is_file() else {}
     if private and private["tokenizer"]["ids"] != fingerprint(tokenizer):
         then, now = private["tokenizer"]["version"], tokenizers.__version__
-        refuse(f"its tokenizer gives other ids than when it was saved (tokenizers {then}, now {now}) — install {then}")
+        refuse(
+            f"its tokenizer gives other ids than when it was saved (tokenizers {then}, now {now}) — install {then}"
+        )
     stated = {name: private[name] for name in asdict(PairFormat()) if name in private}
     given = {name: value for name, value in overrides.items() if value is not None}
     for name, value in given.items():
@@ -180,7 +233,9 @@ def load_cross_encoder(model, overrides: dict, train: bool = False, strict: bool
     room = form.max_length - tokenizer.num_special_tokens_to_add(pair=True) - form.max_query_length
     if form.max_query_length < 1 or room < 1 or form.max_length > limit:
         lengths = f"--max_query_length {form.max_query_length} in --max_length {form.max_length}"
-        refuse(f"{lengths} — the passage needs room beside the query, and the model has {limit} positions")
+        refuse(
+            f"{lengths} — the passage needs room beside the query, and the model has {limit} positions"
+        )
     if form.title == "sep" and tokenizer.sep_token is None:
         refuse("its tokenizer has no separator token for --title sep — use --title space")
     align(classifier)
@@ -192,24 +247,38 @@ def save_cross_encoder(model: CrossEncoder, folder, card: dict) -> None:
     folder, tokenizer = Path(folder), model.tokenizer
     raw = "torch.nn.modules.linear.Identity"  # else sentence-transformers gives the sigmoid of the logit
     model.classifier.config.update({"sentence_transformers": {"activation_fn": raw}})
-    model.classifier.config.update({"sbert_ce_default_activation_function": raw})  # what it read before version 4
+    model.classifier.config.update(
+        {"sbert_ce_default_activation_function": raw}
+    )  # what it read before version 4
     model.classifier.save_pretrained(folder)
     tokenizer.backend_tokenizer.no_truncation()  # else the last cut would be saved as a setting
     tokenizer.model_max_length = model.format.max_length  # where sentence-transformers cuts
     tokenizer.save_pretrained(folder)
     ids = {"ids": fingerprint(tokenizer), "version": tokenizers.__version__}
-    write_json(folder / "bottleneck.json", {"version": VERSION, **asdict(model.format), "tokenizer": ids})
+    write_json(
+        folder / "isthmus.json", {"version": VERSION, **asdict(model.format), "tokenizer": ids}
+    )
     for path in folder.glob("model*.safetensors"):  # safetensors lets only the owner read
-        path.chmod((folder / "bottleneck.json").stat().st_mode)
-    facts = [f"- **{name}**: {value}" for name, value in {**card, "pairs": asdict(model.format)}.items()]
-    write_lines(folder / "README.md", [f"# {model.classifier.config.model_type}, a cross-encoder", "", *facts])
+        path.chmod((folder / "isthmus.json").stat().st_mode)
+    facts = [
+        f"- **{name}**: {value}" for name, value in {**card, "pairs": asdict(model.format)}.items()
+    ]
+    write_lines(
+        folder / "README.md",
+        [f"# {model.classifier.config.model_type}, a cross-encoder", "", *facts],
+    )
 
 
 class Pairs:
     """Rows of queries and corpus to ids."""
 
     def __init__(self, queries, corpus, model: CrossEncoder):
-        self.queries, self.corpus, self.tokenizer, self.form = queries, corpus, model.tokenizer, model.format
+        self.queries, self.corpus, self.tokenizer, self.form = (
+            queries,
+            corpus,
+            model.tokenizer,
+            model.format,
+        )
 
     def ids(self, query_row: int, rows: np.ndarray) -> list[tuple[list[int], list[int]]]:
         """(ids, token types) of a query with each of some passages, in the tokenizer's own template: what
@@ -218,7 +287,9 @@ class Pairs:
         backend.no_truncation()  # of whatever the tokenizer was asked before
         backend.no_padding()
         texts = [join_title(*self.corpus[row], form.title, self.tokenizer) for row in rows]
-        query, *passages = backend.encode_batch([self.queries[query_row][1], *texts], add_special_tokens=False)
+        query, *passages = backend.encode_batch(
+            [self.queries[query_row][1], *texts], add_special_tokens=False
+        )
         query.truncate(form.max_query_length)
         room = form.max_length - len(query) - self.tokenizer.num_special_tokens_to_add(pair=True)
         for passage in passages:
@@ -231,8 +302,12 @@ class Pairs:
         int64, padded to the longest, or to `width` if that is more."""
         ids, types = zip(*pairs, strict=True)
         batch = pad(ids, self.tokenizer, width)
-        if "token_type_ids" in self.tokenizer.model_input_names:  # `pad` puts the id of [PAD] at padding: make it 0
-            batch["token_type_ids"] = pad(types, self.tokenizer, width)["input_ids"] * batch["attention_mask"]
+        if (
+            "token_type_ids" in self.tokenizer.model_input_names
+        ):  # `pad` puts the id of [PAD] at padding: make it 0
+            batch["token_type_ids"] = (
+                pad(types, self.tokenizer, width)["input_ids"] * batch["attention_mask"]
+            )
         return batch
 
     def preview(self, pairs: list) -> dict[str, str]:
@@ -269,7 +344,10 @@ class Collator:
         for query_row, (_, rows, _) in zip(query_rows, items, strict=True):
             found += self.pairs.ids(query_row, rows[rows >= 0])
         by_length = np.argsort([-len(ids) for ids, _ in found], kind="stable")
-        chunks = [by_length[start : start + self.chunk_rows] for start in range(0, len(found), self.chunk_rows)]
+        chunks = [
+            by_length[start : start + self.chunk_rows]
+            for start in range(0, len(found), self.chunk_rows)
+        ]
         return {
             "batches": [self.pairs.pad([found[row] for row in chunk]) for chunk in chunks],
             "order": torch.from_numpy(np.argsort(by_length)),
@@ -288,17 +366,29 @@ def listwise_loss(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def train(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dict):
     rank, W, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    B, P, accumulation = args.per_device_batch_size, args.passages_per_query, args.gradient_accumulation_steps
+    B, P, accumulation = (
+        args.per_device_batch_size,
+        args.passages_per_query,
+        args.gradient_accumulation_steps,
+    )
     given = args.qrels, args.negatives, P, args.depth, args.seed, args.allow_overlap
     groups = Groups(pairs.queries, pairs.corpus, *given)
     max_steps = args.max_steps or math.ceil(args.num_epochs * len(groups) / (W * B * accumulation))
-    warmup_steps = round(args.warmup_ratio * max_steps) if args.warmup_steps is None else args.warmup_steps
+    warmup_steps = (
+        round(args.warmup_ratio * max_steps) if args.warmup_steps is None else args.warmup_steps
+    )
     economize(model.classifier, args.gradient_checkpointing)
     collate = Collator(groups, pairs, 16 if device.type == "cpu" else 64)
     first = [groups[index, 0, index] for index in range(min(16, len(groups)))]
     weights = sum(p.numel() for p in model.parameters())
     facts |= {
-        **pairs.preview([pair for i, rows, _ in first for pair in pairs.ids(groups.query_rows[i], rows[rows >= 0])]),
+        **pairs.preview(
+            [
+                pair
+                for i, rows, _ in first
+                for pair in pairs.ids(groups.query_rows[i], rows[rows >= 0])
+            ]
+        ),
         "batch": f"{B} queries x {W} process(es) x {accumulation} accumulated = {W * B * accumulation} per step",
         **groups.notes,
         "steps": f"{max_steps}, {len(groups) / (W * B * accumulation):.2f} per epoch, {warmup_steps} of warm-up",
@@ -306,13 +396,17 @@ def train(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dic
     numbers = weights * 4  # checkpoint, and state with two moments
     if not launch.begin(accelerator, args, "training a cross-encoder", facts, dict, numbers):
         return
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True
+    )
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # ---- resume
     step, _ = launch.load_state(args.output_dir, accelerator, model, optimizer)
     micro_step = step * accumulation
-    batches = load(groups, collate, groups.sampler(B, rank, W, micro_step), args.num_workers, device)
+    batches = load(
+        groups, collate, groups.sampler(B, rank, W, micro_step), args.num_workers, device
+    )
 
     log, means = launch.RunLog(accelerator, args.output_dir, step), launch.Means()
     bar = tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process)
@@ -321,7 +415,9 @@ def train(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dic
         # ---------------------------------------------------------------------------------------- one training step
         batch = send_to_device(next(batches), device, non_blocking=True)
         with accelerator.accumulate(model):
-            torch.manual_seed(step_seed(args.seed, 2, micro_step, rank))  # dropout; 0 and 1 are order and negatives
+            torch.manual_seed(
+                step_seed(args.seed, 2, micro_step, rank)
+            )  # dropout; 0 and 1 are order and negatives
             loss, accuracy = listwise_loss(model(batch["batches"])[batch["order"]], batch["mask"])
             accelerator.backward(loss)
             loss = loss.detach()
@@ -347,7 +443,12 @@ def train(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dic
     bar.close()
     if accelerator.is_main_process:
         data = ", ".join([args.corpus, args.queries, args.qrels, args.negatives])
-        card = {"base": args.model, "data": data, "command": " ".join(sys.argv), "metrics": {"steps": step, **values}}
+        card = {
+            "base": args.model,
+            "data": data,
+            "command": " ".join(sys.argv),
+            "metrics": {"steps": step, **values},
+        }
         save_cross_encoder(accelerator.unwrap_model(model), args.output_dir, card)
     launch.finish(accelerator, args.output_dir)
 
@@ -363,7 +464,15 @@ def read_pairs(args: Args, queries, corpus) -> tuple[np.ndarray, np.ndarray, dic
         query_rows, notes = known_rows(queries, list(run), args.run, "query"), {"queries": len(run)}
         lists = [known_rows(corpus, pids, args.run, "passage", qid) for qid, pids in run.items()]
     else:
-        groups = Groups(queries, corpus, args.qrels, args.negatives, 2, args.depth, allow_overlap=args.allow_overlap)
+        groups = Groups(
+            queries,
+            corpus,
+            args.qrels,
+            args.negatives,
+            2,
+            args.depth,
+            allow_overlap=args.allow_overlap,
+        )
         query_rows, notes = groups.query_rows, groups.notes
         positives = np.split(groups.positive_rows, groups.positive_starts[1:-1])
         negatives = np.split(groups.negative_rows, groups.negative_starts[1:-1])
@@ -387,7 +496,11 @@ class Shards(Dataset):
 
     def __getitem__(self, index) -> list[tuple[list[int], list[int]]]:
         by_query = groupby(range(*self.spans[index]), key=self.query_rows.__getitem__)
-        return [one for query_row, some in by_query for one in self.pairs.ids(query_row, self.rows[list(some)])]
+        return [
+            one
+            for query_row, some in by_query
+            for one in self.pairs.ids(query_row, self.rows[list(some)])
+        ]
 
 
 def score(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dict):
@@ -395,7 +508,9 @@ def score(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dic
     queries, corpus, out = pairs.queries, pairs.corpus, Path(args.output_dir)
     budget = args.tokens_per_batch or (2048 if device.type == "cpu" else 65536)
     query_rows, rows, notes = read_pairs(args, queries, corpus)
-    spans = [(s, min(s + args.shard_pairs, len(rows))) for s in range(0, len(rows), args.shard_pairs)]
+    spans = [
+        (s, min(s + args.shard_pairs, len(rows))) for s in range(0, len(rows), args.shard_pairs)
+    ]
     meta = {
         "model_hash": model_hash(checkpoint_folder(args.model)),
         **asdict(model.format),
@@ -425,7 +540,9 @@ def score(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dic
     accelerator.wait_for_everyone()
     for key, value in read_json(progress).items():
         if meta.get(key) != value:
-            raise UserError(f"{out}: made with {key} {value}, now {meta.get(key)} — remove it or choose another")
+            raise UserError(
+                f"{out}: made with {key} {value}, now {meta.get(key)} — remove it or choose another"
+            )
     if complete:
         return accelerator.print(f"{out} is complete")
     launch.echo(accelerator, "scoring", facts)
@@ -440,9 +557,15 @@ def score(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dic
     loader = DataLoader(shards, batch_size=None, collate_fn=list, **how)
     total = sum(spans[s][1] - spans[s][0] for s in mine)
     bar = tqdm(total=total, unit=" pairs", disable=not accelerator.is_main_process)
-    with torch.inference_mode(), accelerator.autocast():  # one context for all batches: weights are cast once
+    with (
+        torch.inference_mode(),
+        accelerator.autocast(),
+    ):  # one context for all batches: weights are cast once
         for shard, found in zip(mine, loader, strict=True):
-            scores, lengths = torch.empty(len(found), device=device), np.array([len(ids) for ids, _ in found])
+            scores, lengths = (
+                torch.empty(len(found), device=device),
+                np.array([len(ids) for ids, _ in found]),
+            )
             for some, width in token_batches(lengths, budget, model.format.max_length):
                 batch = pairs.pad([found[row] for row in some], width)
                 scores[torch.from_numpy(some).to(device)] = model([send_to_device(batch, device)])
@@ -450,9 +573,16 @@ def score(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dic
             scores = scores.cpu().numpy()
             if not np.isfinite(scores).all():
                 wrong = spans[shard][0] + int(np.argmin(np.isfinite(scores)))
-                named = f"query {queries.id(query_rows[wrong])} and passage {corpus.id(rows[wrong])}"
-                raise UserError(f"{args.model}: the score of {named} is not finite — check it, or use fp32")
-            with atomic(out / f"{shard_name(shard)}.npy") as temporary, open(temporary, "wb") as stream:
+                named = (
+                    f"query {queries.id(query_rows[wrong])} and passage {corpus.id(rows[wrong])}"
+                )
+                raise UserError(
+                    f"{args.model}: the score of {named} is not finite — check it, or use fp32"
+                )
+            with (
+                atomic(out / f"{shard_name(shard)}.npy") as temporary,
+                open(temporary, "wb") as stream,
+            ):
                 np.save(stream, scores)
     bar.close()
     accelerator.wait_for_everyone()
@@ -460,43 +590,74 @@ def score(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dic
         scores = np.concatenate([np.load(out / f"{shard_name(s)}.npy") for s in range(len(spans))])
 
         places = zip(query_rows, rows, scores, strict=True)
-        write_scores(out / "scores.tsv", ((queries.id(query), corpus.id(row), one) for query, row, one in places))
-        if args.run:  # of --qrels there is none: a run to be evaluated must not hold what was judged
+        write_scores(
+            out / "scores.tsv",
+            ((queries.id(query), corpus.id(row), one) for query, row, one in places),
+        )
+        if (
+            args.run
+        ):  # of --qrels there is none: a run to be evaluated must not hold what was judged
             first = np.flatnonzero(np.diff(query_rows, prepend=-1))  # the first pair of each query
             lists = [
-                first[at] + np.argsort(-part, kind="stable") for at, part in enumerate(np.split(scores, first[1:]))
+                first[at] + np.argsort(-part, kind="stable")
+                for at, part in enumerate(np.split(scores, first[1:]))
             ]
-            ranked = ((queries.id(query_rows[best[0]]), corpus.ids(rows[best]), scores[best]) for best in lists)
+            ranked = (
+                (queries.id(query_rows[best[0]]), corpus.ids(rows[best]), scores[best])
+                for best in lists
+            )
             write_run(out / "run.trec", ranked, "cross-encoder")
         write_json(out / "meta.json", meta)
         for leftover in [out / "progress.json", *out.glob("shard-*.npy")]:
             leftover.unlink()
-        print(f"{len(rows)} scores, mean {scores.mean():.3f}, standard deviation {scores.std():.3f} -> {out}")
+        print(
+            f"{len(rows)} scores, mean {scores.mean():.3f}, standard deviation {scores.std():.3f} -> {out}"
+        )
 
 
 def main():
     args = launch.parse_args(Args)
     training = args.task == "train"
     if (training and args.run) or not (args.run or (args.qrels and args.negatives)):
-        raise UserError(f"--task {args.task}: of what? — give --qrels and --negatives{', or --run' * (not training)}")
+        raise UserError(
+            f"--task {args.task}: of what? — give --qrels and --negatives{', or --run' * (not training)}"
+        )
     if args.run and (args.qrels or args.negatives):
-        raise UserError("--run and --qrels or --negatives: which pairs? — give --run alone, or the two without it")
-    counts = "per_device_batch_size", "gradient_accumulation_steps", "log_every", "save_every", "depth", "shard_pairs"
+        raise UserError(
+            "--run and --qrels or --negatives: which pairs? — give --run alone, or the two without it"
+        )
+    counts = (
+        "per_device_batch_size",
+        "gradient_accumulation_steps",
+        "log_every",
+        "save_every",
+        "depth",
+        "shard_pairs",
+    )
     for name in counts:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: counts from 1 — give a larger number")
     if args.passages_per_query < 2:
-        raise UserError("--passages_per_query 1: no negatives, nothing to learn from — give 2 or more")
+        raise UserError(
+            "--passages_per_query 1: no negatives, nothing to learn from — give 2 or more"
+        )
     tracked = (args.report_to, args.output_dir, args.deterministic) if training else ()
     accelerator = launch.make_accelerator(args.gradient_accumulation_steps, *tracked)
-    if args.num_workers:  # they are the parallelism; threads of the tokenizer's own would only contend
+    if (
+        args.num_workers
+    ):  # they are the parallelism; threads of the tokenizer's own would only contend
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with accelerator.main_process_first():
         corpus, queries = open_texts(args.corpus, args.titles), open_texts(args.queries)
     torch.manual_seed(args.seed)  # of a new head
     overrides = {name: getattr(args, name) for name in asdict(PairFormat())}
-    model = load_cross_encoder(args.model, overrides, training, strict=not training and not args.override)
-    kind, weights = model.classifier.config.model_type, sum(p.numel() for p in model.parameters()) / 1e6
+    model = load_cross_encoder(
+        args.model, overrides, training, strict=not training and not args.override
+    )
+    kind, weights = (
+        model.classifier.config.model_type,
+        sum(p.numel() for p in model.parameters()) / 1e6,
+    )
     facts = {
         "model": f"{args.model}, {kind}, {weights:.1f} M weights{', new head' if model.new_head else ''}",
         "running on": launch.describe(accelerator),

@@ -25,7 +25,7 @@ setup() {
     if nvidia-smi -L 2>/dev/null | grep -q GPU; then DEVICE=gpu files=(requirements.txt "$@"); else DEVICE=cpu files=(requirements-cpu.txt "$@"); fi
     stamp=$(python -c 'import hashlib, pathlib, sys
 digest = hashlib.sha256(b"".join(pathlib.Path(name).read_bytes() for name in sys.argv[1:])).hexdigest()
-print(pathlib.Path(sys.prefix, f".bottleneck-{digest[:16]}"))' requirements-common.txt "${files[@]}")
+print(pathlib.Path(sys.prefix, f".isthmus-{digest[:16]}"))' requirements-common.txt "${files[@]}")
     if [ -f "$stamp" ]; then
         echo "setup: ${files[*]} ($DEVICE): installed in ${stamp%/*}"
         return

@@ -15,8 +15,9 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import BertTokenizerFast
 from transformers.hf_argparser import HfArg
 
-from lib.files import atomic, read_texts
+from lib.files import atomic
 from lib.launch import parse_args, run
+from lib.texts import read_texts
 
 
 @dataclass
@@ -39,8 +40,12 @@ def train(texts: Callable[[], Iterable[str]], vocab_size: int) -> dict[str, int]
     counts = Counter()
     for text in texts():
         counts.update(clean(text))
-    characters = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[:1000]
-    within = [f"##{c}" for c in sorted(characters) if len(split(clean(f"a{c}"))) == 1]  # no full stop, no Chinese
+    characters = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[
+        :1000
+    ]
+    within = [
+        f"##{c}" for c in sorted(characters) if len(split(clean(f"a{c}"))) == 1
+    ]  # no full stop, no Chinese
     wordpiece.train_from_iterator(
         texts(),
         vocab_size=vocab_size,
@@ -56,7 +61,9 @@ def main():
     args = parse_args(Args)
     if (Path(args.output_dir) / "tokenizer_config.json").is_file():
         return print(f"{args.output_dir}: the tokenizer is complete")
-    vocabulary = train(lambda: (f"{title} {text}" for _, title, text in read_texts(args.corpus)), args.vocab_size)
+    vocabulary = train(
+        lambda: (f"{title} {text}" for _, title, text in read_texts(args.corpus)), args.vocab_size
+    )
     with atomic(args.output_dir) as folder:
         tokenizer = BertTokenizerFast(vocab=vocabulary, model_max_length=args.max_length)
         tokenizer.save_pretrained(folder)

@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """Memory-mapped copies of collections go to a folder of this session."""
-    os.environ["BOTTLENECK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["ISTHMUS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +54,10 @@ def tiny_collection(tmp_path_factory):
             queries.append((qid, f"what about {words[half]} and {words[half + 2]} of {name}?"))
             positives = [f"p{4 * number + 2 * half + extra}" for extra in range(1 + half)]
             mined = [f"p{4 * draw.choice(others) + part}" for part in (0, 1, 2, 3)]
-            mined = [*dict.fromkeys(mined), *(f"p{4 * draw.choice(others[:-1]) + 1}" for _ in range(2))]
+            mined = [
+                *dict.fromkeys(mined),
+                *(f"p{4 * draw.choice(others[:-1]) + 1}" for _ in range(2)),
+            ]
             negatives.append((qid, list(dict.fromkeys(mined))))
             qrels += [(qid, pid) for pid in positives]
             for rank, pid in enumerate([*negatives[-1][1], *positives], 1):
@@ -64,7 +67,9 @@ def tiny_collection(tmp_path_factory):
     (folder / "qrels.tsv").write_text(
         "query-id\tcorpus-id\tscore\n" + "".join(f"{qid}\t{pid}\t1\n" for qid, pid in qrels)
     )
-    (folder / "negatives.tsv").write_text("".join(f"{qid}\t{','.join(pids)}\n" for qid, pids in negatives))
+    (folder / "negatives.tsv").write_text(
+        "".join(f"{qid}\t{','.join(pids)}\n" for qid, pids in negatives)
+    )
     (folder / "candidates.trec").write_text("\n".join(candidates) + "\n")
     return SimpleNamespace(
         folder=folder,
@@ -139,12 +144,21 @@ def two_processes(tmp_path):
     from pathlib import Path
 
     def call(name, *flags):
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+        ]
         launcher += ["--num_machines", "1", "--main_process_port", "0"]
         launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
         command = [*launcher, str(Path(__file__).parents[1] / name), *map(str, flags)]
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
         assert done.returncode == 0, done.stderr
         assert "2 process(es)" in done.stdout, done.stdout
         return done.stdout
@@ -166,7 +180,9 @@ def forked_python(tmp_path_factory):
     while not socket.exists():
         assert server.poll() is None
         time.sleep(0.1)
-    (folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{script}" call "{socket}" "$@"\n')
+    (folder / "python").write_text(
+        f'#!/bin/sh\nexec "{sys.executable}" -S -E "{script}" call "{socket}" "$@"\n'
+    )
     (folder / "python").chmod(0o755)
     yield folder
     server.kill()
@@ -197,7 +213,9 @@ def tiny_msmarco(tiny_collection, tmp_path):
     folder = tmp_path / "msmarco"
     folder.mkdir()
     passages = [json.loads(line) for line in tiny_collection.corpus.read_text().splitlines()]
-    (folder / "corpus.tsv").write_text("".join(f"{p['_id']}\t{p['title']}\t{p['text']}\n" for p in passages))
+    (folder / "corpus.tsv").write_text(
+        "".join(f"{p['_id']}\t{p['title']}\t{p['text']}\n" for p in passages)
+    )
     judged = [line.split("\t") for line in tiny_collection.qrels.read_text().splitlines()[1:]]
     for name in ("train", "dev", "dl19", "dl20"):
         shutil.copy(tiny_collection.queries, folder / f"queries.{name}.tsv")
@@ -216,7 +234,9 @@ def tiny_beir(tiny_collection, tmp_path):
         passages = [json.loads(line) for line in tiny_collection.corpus.read_text().splitlines()]
         for passage in passages:
             words = passage["text"].split()
-            passage["text"] = " ".join(f"A {' '.join(words[i : i + 4])}." for i in range(0, len(words), 4))
+            passage["text"] = " ".join(
+                f"A {' '.join(words[i : i + 4])}." for i in range(0, len(words), 4)
+            )
         rows = "".join(json.dumps(passage) + "\n" for passage in passages)
         (tmp_path / "beir" / name / "corpus.jsonl").write_text(rows)
         lines = [line.split("\t") for line in tiny_collection.queries.read_text().splitlines()]

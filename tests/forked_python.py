@@ -65,7 +65,9 @@ def answer(connection: socket.socket) -> None:
         traceback.print_exc()
     import multiprocessing
 
-    for child in multiprocessing.active_children():  # workers of a loader, which an ordinary exit ends
+    for (
+        child
+    ) in multiprocessing.active_children():  # workers of a loader, which an ordinary exit ends
         child.terminate()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -88,13 +90,19 @@ def run(arguments: list[str]) -> None:
 
 def call(path: str, arguments: list[str]) -> int:
     ours = arguments and (
-        arguments[0].endswith(".py") or (arguments[0] == "-m" and arguments[1].startswith("recipes."))
+        arguments[0].endswith(".py")
+        or (arguments[0] == "-m" and arguments[1].startswith("recipes."))
     )
     if not ours:
         os.execv(sys.executable, [sys.executable, *arguments])
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
-    request = {"folder": os.getcwd(), "environment": dict(os.environ), "arguments": arguments, "group": os.getpgrp()}
+    request = {
+        "folder": os.getcwd(),
+        "environment": dict(os.environ),
+        "arguments": arguments,
+        "group": os.getpgrp(),
+    }
     socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
     status = connection.recv(1)
     return status[0] if status else 137  # it was killed

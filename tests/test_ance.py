@@ -21,9 +21,25 @@ def train(script, tiny_collection, tiny_model_dir, tmp_path):
 
     def run(*flags, fails=False, **changes):
         files = {name: getattr(tiny_collection, name) for name in ("corpus", "queries", "qrels")}
-        texts = {"model": tiny_model_dir, "pooling": "cls", "max_query_length": 16, "max_passage_length": 32}
-        steps = {"passages_per_query": 3, "per_device_batch_size": 4, "learning_rate": 1e-3, "max_steps": 12}
-        how = {"loss": "triplet", "log_every": 1, "save_every": 4, "num_workers": 0, "output_dir": tmp_path / "out"}
+        texts = {
+            "model": tiny_model_dir,
+            "pooling": "cls",
+            "max_query_length": 16,
+            "max_passage_length": 32,
+        }
+        steps = {
+            "passages_per_query": 3,
+            "per_device_batch_size": 4,
+            "learning_rate": 1e-3,
+            "max_steps": 12,
+        }
+        how = {
+            "loss": "triplet",
+            "log_every": 1,
+            "save_every": 4,
+            "num_workers": 0,
+            "output_dir": tmp_path / "out",
+        }
         options = files | texts | steps | how | changes
         words = [w for k, v in options.items() if v is not None for w in (f"--{k}", v)]
         status, shown, errors = script("finetune_biencoder", *words, *flags)
@@ -53,16 +69,28 @@ def same(one, other, atol=0.0):
 
 
 @pytest.mark.parametrize("kind", ["texts", "ids"])
-def test_warm_up_on_triples_resumes_where_it_was(kind, train, tiny_collection, tmp_path, monkeypatch):
+def test_warm_up_on_triples_resumes_where_it_was(
+    kind, train, tiny_collection, tmp_path, monkeypatch
+):
     """The stream is read again up to the step; texts and ids of the same passages train the same model."""
     corpus = {r["_id"]: r for r in map(json.loads, tiny_collection.corpus.read_text().splitlines())}
     queries = dict(line.split("\t") for line in tiny_collection.queries.read_text().splitlines())
     negatives = dict(read_negatives(tiny_collection.negatives))
-    rows = [(q, p, n) for q, judged in read_qrels(tiny_collection.qrels).items() for p in judged for n in negatives[q]]
+    rows = [
+        (q, p, n)
+        for q, judged in read_qrels(tiny_collection.qrels).items()
+        for p in judged
+        for n in negatives[q]
+    ]
     if kind == "texts":
         rows = [(queries[q], corpus[p]["text"], corpus[n]["text"]) for q, p, n in rows]
     (tmp_path / "triples.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
-    how = {"triples": tmp_path / "triples.tsv", "qrels": None, "negatives": None, "optimizer": "lamb"}
+    how = {
+        "triples": tmp_path / "triples.tsv",
+        "qrels": None,
+        "negatives": None,
+        "optimizer": "lamb",
+    }
     how |= {"weight_decay": 0.0, "title": "none", "learning_rate": 1e-2, "projection": 8}
     if kind == "texts":
         how |= {"corpus": None, "queries": None}
@@ -94,7 +122,11 @@ def generations(folder, collection, *steps):
     """One generation per step: the n-th has two negatives of every query, and skips every third one."""
     listed = list(read_negatives(collection.negatives))
     for number, step in enumerate(steps):
-        part = [(q, pids[number : number + 2]) for at, (q, pids) in enumerate(listed) if at % 3 != number]
+        part = [
+            (q, pids[number : number + 2])
+            for at, (q, pids) in enumerate(listed)
+            if at % 3 != number
+        ]
         write_negatives(folder / f"n{number}.tsv", part)
         publish(folder / "generations", folder / f"n{number}.tsv", {"step": step})
 
@@ -106,13 +138,17 @@ def test_the_newest_generation_of_its_own_past_is_used_and_a_resume_replays_it(
     how = {"negatives_dir": tmp_path / "generations", "refresh_every": 2, "keep_checkpoints": 2}
     whole = train(**how, output_dir=tmp_path / "whole")
     steps = [(line["step"], line["generation"], line["lag"]) for line in log_of(whole)]
-    assert steps == [(s, *((1, s) if s <= 4 else (2, s - 3) if s <= 10 else (3, s - 9))) for s in range(1, 13)]
+    assert steps == [
+        (s, *((1, s) if s <= 4 else (2, s - 3) if s <= 10 else (3, s - 9))) for s in range(1, 13)
+    ]
     assert (whole / "generations.tsv").read_text() == "0\t1\n2\t1\n4\t2\n6\t2\n8\t2\n10\t3\n"
     names = sorted(path.name for path in (whole / "checkpoints").iterdir())
     assert names == ["checkpoint-00000004", "checkpoint-00000008"]
     assert (whole / "checkpoints" / names[0] / "modules.json").is_file()
 
-    shutil.copytree(whole, tmp_path / "out")  # as a run that was killed after step 11, with its last state of step 8
+    shutil.copytree(
+        whole, tmp_path / "out"
+    )  # as a run that was killed after step 11, with its last state of step 8
     for name in ("done", "model.safetensors"):
         (tmp_path / "out" / name).unlink()
     generations(tmp_path, tiny_collection, 9, 9)  # which did not exist when the first run looked
@@ -128,8 +164,13 @@ def test_queries_that_were_not_mined_are_left_out(train, tiny_collection, tmp_pa
     asked = train(negatives_dir=tmp_path / "generations", max_steps=3)
     assert json.loads((asked / "args.json").read_text())["arguments"]["negatives"] is None
     errors = train(fails=True, negatives_dir=tmp_path / "nothing", output_dir=tmp_path / "x")
-    assert "no generation of negatives for step 0 — publish one" in errors and not (tmp_path / "x").exists()
-    errors = train(fails=True, negatives_dir=tmp_path / "generations", max_steps=0, output_dir=tmp_path / "x")
+    assert (
+        "no generation of negatives for step 0 — publish one" in errors
+        and not (tmp_path / "x").exists()
+    )
+    errors = train(
+        fails=True, negatives_dir=tmp_path / "generations", max_steps=0, output_dir=tmp_path / "x"
+    )
     assert "have no epochs — give --max_steps" in errors
 
 
@@ -156,15 +197,31 @@ def without_dropout(model, folder):
 
 
 @pytest.mark.parametrize("kind", ["idro", "greedy"])
-def test_two_processes_weight_groups_like_one(kind, train, clusters, tiny_model_dir, tmp_path, two_processes):
-    how = clusters | {"model": without_dropout(tiny_model_dir, tmp_path / "model"), "dro": kind, "dro_layers": 1}
+def test_two_processes_weight_groups_like_one(
+    kind, train, clusters, tiny_model_dir, tmp_path, two_processes
+):
+    how = clusters | {
+        "model": without_dropout(tiny_model_dir, tmp_path / "model"),
+        "dro": kind,
+        "dro_layers": 1,
+    }
     how |= {"max_steps": 6, "dro_ema": 0.5, "dro_rho": 0.5, "learning_rate": 1e-4}
     one = train(**how, per_device_batch_size=8, output_dir=tmp_path / "one")
     weights = [line["group_weights"] for line in log_of(one)]
     assert len({tuple(w) for w in weights}) == 6 and all(len(w) == 3 for w in weights)
     arguments = json.loads((one / "args.json").read_text())["arguments"]
-    arguments |= {"per_device_batch_size": 4, "log_every": 1, "num_workers": 0, "output_dir": str(tmp_path / "two")}
-    words = [w for k, v in arguments.items() if v is not None and not isinstance(v, bool) for w in (f"--{k}", str(v))]
+    arguments |= {
+        "per_device_batch_size": 4,
+        "log_every": 1,
+        "num_workers": 0,
+        "output_dir": str(tmp_path / "two"),
+    }
+    words = [
+        w
+        for k, v in arguments.items()
+        if v is not None and not isinstance(v, bool)
+        for w in (f"--{k}", str(v))
+    ]
     two_processes("finetune_biencoder.py", *words)
     assert (tmp_path / "two" / "done").is_file()
     for line, other in zip(log_of(one), log_of(tmp_path / "two"), strict=True):
@@ -174,7 +231,13 @@ def test_two_processes_weight_groups_like_one(kind, train, clusters, tiny_model_
 
 
 def test_weights_survive_a_resume(train, clusters, tmp_path):
-    how = clusters | {"dro": "idro", "dro_form": "paper", "dro_eps": 0.0, "dro_rho": 1.0, "dro_layers": 2}
+    how = clusters | {
+        "dro": "idro",
+        "dro_form": "paper",
+        "dro_eps": 0.0,
+        "dro_rho": 1.0,
+        "dro_layers": 2,
+    }
     how |= {"gradient_accumulation_steps": 2, "loss": "own_group"}
     whole = train(**how, output_dir=tmp_path / "whole")
     shutil.copytree(whole, tmp_path / "out")
@@ -188,9 +251,15 @@ def test_weights_survive_a_resume(train, clusters, tmp_path):
 
 def test_dro_is_refused_where_no_loss_belongs_to_a_query(train, clusters, tmp_path):
     for changes in ({"loss": "info_nce"}, {"chunk_size": 4}, {"head": "sparse", "pooling": None}):
-        assert "--dro: no loss belongs to one query" in train(fails=True, **clusters | {"dro": "idro"} | changes)
-    assert "give it with --clusters, or neither" in train(fails=True, dro="idro", negatives=clusters["negatives"])
-    assert "--dro_layers 9: the model has 2 layers" in train(fails=True, dro="idro", dro_layers=9, **clusters)
+        assert "--dro: no loss belongs to one query" in train(
+            fails=True, **clusters | {"dro": "idro"} | changes
+        )
+    assert "give it with --clusters, or neither" in train(
+        fails=True, dro="idro", negatives=clusters["negatives"]
+    )
+    assert "--dro_layers 9: the model has 2 layers" in train(
+        fails=True, dro="idro", dro_layers=9, **clusters
+    )
     lines = clusters["clusters"].read_text().splitlines()
     clusters["clusters"].write_text("\n".join(lines[:-2]) + "\n")
     assert "no cluster for query" in train(fails=True, dro="greedy", **clusters)
@@ -203,7 +272,12 @@ def test_dro_is_refused_where_no_loss_belongs_to_a_query(train, clusters, tmp_pa
 
 def test_documents_train_by_their_best_chunk(train, script, tiny_collection, tmp_path):
     """What a run measures while it trains is what encode.py and evaluate.py find afterwards."""
-    how = {"max_chunks": 3, "max_passage_length": 16, "negatives": tiny_collection.negatives, "title": "sep"}
+    how = {
+        "max_chunks": 3,
+        "max_passage_length": 16,
+        "negatives": tiny_collection.negatives,
+        "title": "sep",
+    }
     files = {
         "queries": tiny_collection.queries,
         "qrels": tiny_collection.qrels,
@@ -211,13 +285,19 @@ def test_documents_train_by_their_best_chunk(train, script, tiny_collection, tmp
     }
     dev = {f"dev_{name}": path for name, path in files.items()}
     folder = train(**how, **dev, max_steps=4, eval_every=2)
-    assert json.loads((folder / "bottleneck.json").read_text())["max_chunks"] == 3
+    assert json.loads((folder / "isthmus.json").read_text())["max_chunks"] == 3
     logged = log_of(folder)[-1]["dev_mrr@10"]
     for kind, source in (("query", tiny_collection.queries), ("passage", tiny_collection.corpus)):
         out = tmp_path / kind
-        status, _, errors = script("encode", "--model", folder, "--input", source, "--kind", kind, "--output_dir", out)
+        status, _, errors = script(
+            "encode", "--model", folder, "--input", source, "--kind", kind, "--output_dir", out
+        )
         assert status == 0, errors
-    ids = list(itertools.chain(*(p.read_text().split() for p in sorted((tmp_path / "passage").glob("*.ids.txt")))))
+    ids = list(
+        itertools.chain(
+            *(p.read_text().split() for p in sorted((tmp_path / "passage").glob("*.ids.txt")))
+        )
+    )
     assert len(ids) > len(set(ids)) == 40
     flags = [
         "--queries_embeddings",
@@ -231,4 +311,6 @@ def test_documents_train_by_their_best_chunk(train, script, tiny_collection, tmp
     status, _, errors = script("evaluate", *flags, "--output_dir", tmp_path / "evaluation")
     assert status == 0, errors
     (part,) = json.loads((tmp_path / "evaluation/metrics.json").read_text())["splits"].values()
-    assert part["metrics"]["RR@10"] == pytest.approx(logged, abs=0.03)  # vectors are stored in float16
+    assert part["metrics"]["RR@10"] == pytest.approx(
+        logged, abs=0.03
+    )  # vectors are stored in float16

@@ -13,17 +13,28 @@ from pathlib import Path
 import numpy
 import pytest
 
-from lib.files import open_texts, read_negatives, read_qrels
+from lib.files import read_negatives, read_qrels
 from lib.generations import read_generations
+from lib.texts import open_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY, REFRESHES = 800, 40, 3
-ENVIRONMENT = {"LAUNCH": "python", "SLICES": "2", "STEPS": str(EVERY), "POLL": "0.2", "DEPTH": "30", "NEGATIVES": "8"}
+ENVIRONMENT = {
+    "LAUNCH": "python",
+    "SLICES": "2",
+    "STEPS": str(EVERY),
+    "POLL": "0.2",
+    "DEPTH": "30",
+    "NEGATIVES": "8",
+}
 
 
 def call(script, *flags):
     done = subprocess.run(
-        [sys.executable, *script.split(), *map(str, flags)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, *script.split(), *map(str, flags)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
 
@@ -54,13 +65,32 @@ class Side:
     """One of the two processes of the recipe, in a group of its own."""
 
     def __init__(self, role, command, folder):
-        self.role, self.command, self.output, self.process = role, command, folder / f"{role}.log", None
+        self.role, self.command, self.output, self.process = (
+            role,
+            command,
+            folder / f"{role}.log",
+            None,
+        )
 
     def start(self):
         with open(self.output, "a") as stream:
-            command = ["bash", str(ROOT / "recipes" / "ance.sh"), self.role, *map(str, self.command)]
-            environment = {**os.environ, **ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-            how = {"stdout": stream, "stderr": stream, "start_new_session": True, "env": environment}
+            command = [
+                "bash",
+                str(ROOT / "recipes" / "ance.sh"),
+                self.role,
+                *map(str, self.command),
+            ]
+            environment = {
+                **os.environ,
+                **ENVIRONMENT,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            }
+            how = {
+                "stdout": stream,
+                "stderr": stream,
+                "start_new_session": True,
+                "env": environment,
+            }
             self.process = subprocess.Popen(command, **how)
 
     def signal(self, number):
@@ -76,18 +106,62 @@ class Side:
 
 @pytest.mark.slow
 @pytest.mark.timeout(660)
-def test_killed_over_and_over_it_ends_with_three_refreshes_and_nothing_half_read(collection, tiny_model_dir, tmp_path):
+def test_killed_over_and_over_it_ends_with_three_refreshes_and_nothing_half_read(
+    collection, tiny_model_dir, tmp_path
+):
     draw, out = random.Random(5), tmp_path / "ance"
-    texts = ["--max_query_length", 16, "--max_passage_length", 32, "--num_workers", 0, "--loss", "triplet"]
+    texts = [
+        "--max_query_length",
+        16,
+        "--max_passage_length",
+        32,
+        "--num_workers",
+        0,
+        "--loss",
+        "triplet",
+    ]
     texts += ["--per_device_batch_size", 4, "--optimizer", "lamb", "--weight_decay", 0]
-    files = ["--queries", collection / "queries.train.jsonl", "--corpus", collection / "corpus.jsonl"]
-    warm = ["--model", tiny_model_dir, "--pooling", "cls", "--triples", tmp_path / "triples.tsv", *files, *texts]
-    call("finetune_biencoder.py", *warm, "--max_steps", 60, "--learning_rate", 0.01, "--output_dir", tmp_path / "warm")
+    files = [
+        "--queries",
+        collection / "queries.train.jsonl",
+        "--corpus",
+        collection / "corpus.jsonl",
+    ]
+    warm = [
+        "--model",
+        tiny_model_dir,
+        "--pooling",
+        "cls",
+        "--triples",
+        tmp_path / "triples.tsv",
+        *files,
+        *texts,
+    ]
+    call(
+        "finetune_biencoder.py",
+        *warm,
+        "--max_steps",
+        60,
+        "--learning_rate",
+        0.01,
+        "--output_dir",
+        tmp_path / "warm",
+    )
 
     half = out / "generations" / "generation-9999"  # of a miner that died, had it no temporary name
     half.mkdir(parents=True)
     (half / "negatives.tsv").write_text("nobody\tnothing\n")
-    how = [*texts, "--max_steps", STEPS, "--refresh_every", 10, "--learning_rate", 0.001, "--passages_per_query", 3]
+    how = [
+        *texts,
+        "--max_steps",
+        STEPS,
+        "--refresh_every",
+        10,
+        "--learning_rate",
+        0.001,
+        "--passages_per_query",
+        3,
+    ]
     miner = Side("mine", [collection, tmp_path / "warm", out], tmp_path)
     trainer = Side("train", [collection, tmp_path / "warm", out, *how, "--log_every", 10], tmp_path)
 
@@ -98,21 +172,29 @@ def test_killed_over_and_over_it_ends_with_three_refreshes_and_nothing_half_read
 
     kills, deadline, stopped = [], time.monotonic() + 540, False
     miner.start()
-    moment = time.monotonic() + draw.uniform(2, 15)  # of the next kill; the first hits the miner while it is alone
+    moment = time.monotonic() + draw.uniform(
+        2, 15
+    )  # of the next kill; the first hits the miner while it is alone
     while miner.running() or trainer.process is None or trainer.running():
-        assert time.monotonic() < deadline, trainer.output.read_text()[-3000:] + miner.output.read_text()[-3000:]
+        assert time.monotonic() < deadline, (
+            trainer.output.read_text()[-3000:] + miner.output.read_text()[-3000:]
+        )
         done = len(read_generations(out / "generations"))
         if done and trainer.process is None:
             trainer.start()
             moment = time.monotonic() + draw.uniform(4, 14)
-        if trainer.process and trainer.running():  # so many steps for each generation, so that none is missed
+        if (
+            trainer.process and trainer.running()
+        ):  # so many steps for each generation, so that none is missed
             ahead = done <= REFRESHES and progress() >= STEPS * done / (REFRESHES + 1) - EVERY
             if ahead != stopped:
                 trainer.signal(signal.SIGSTOP if ahead else signal.SIGCONT)
                 stopped = ahead
         if time.monotonic() > moment and len(kills) < (6 if trainer.process else 1):
             sides = [miner, trainer][: 1 + bool(trainer.process)]
-            for side in sides if len(kills) == 2 else [sides[len(kills) % 2 % len(sides)]]:  # once both together
+            for side in (
+                sides if len(kills) == 2 else [sides[len(kills) % 2 % len(sides)]]
+            ):  # once both together
                 if side.running():
                     side.signal(signal.SIGKILL)
                     kills.append(side.role)
@@ -125,22 +207,44 @@ def test_killed_over_and_over_it_ends_with_three_refreshes_and_nothing_half_read
     assert (out / "model" / "done").is_file() and not (out / "mining").exists()
     found = read_generations(out / "generations")
     assert [g.number for g in found] == list(range(1, len(found) + 1)) and len(found) > REFRESHES
-    assert found[0].step == 0 and all(a.step < b.step for a, b in zip(found, found[1:], strict=False))
-    qrels, corpus = read_qrels(collection / "qrels.train.tsv"), open_texts(collection / "corpus.jsonl")
+    assert found[0].step == 0 and all(
+        a.step < b.step for a, b in zip(found, found[1:], strict=False)
+    )
+    qrels, corpus = (
+        read_qrels(collection / "qrels.train.tsv"),
+        open_texts(collection / "corpus.jsonl"),
+    )
     mined = [dict(read_negatives(g.negatives)) for g in found]
     for negatives in mined:
-        assert negatives and all(set(pids).isdisjoint(qrels[qid]) for qid, pids in negatives.items())
-        assert all(0 < len(pids) <= 8 and (corpus.rows(pids) >= 0).all() for pids in negatives.values())
-    assert not mined[0].keys() & mined[1].keys() and mined[0].keys() == mined[2].keys(), "slices take turns"
+        assert negatives and all(
+            set(pids).isdisjoint(qrels[qid]) for qid, pids in negatives.items()
+        )
+        assert all(
+            0 < len(pids) <= 8 and (corpus.rows(pids) >= 0).all() for pids in negatives.values()
+        )
+    assert not mined[0].keys() & mined[1].keys() and mined[0].keys() == mined[2].keys(), (
+        "slices take turns"
+    )
     manifest = json.loads((found[1].negatives.parent / "manifest.json").read_text())
-    assert manifest["step"] == found[1].step and manifest["dev"].keys() == {"RR@10", "nDCG@10", "Hole@10"}
+    assert manifest["step"] == found[1].step and manifest["dev"].keys() == {
+        "RR@10",
+        "nDCG@10",
+        "Hole@10",
+    }
 
-    looks = [line.split("\t") for line in (out / "model" / "generations.tsv").read_text().splitlines()]
-    assert [int(step) for step, _ in looks] == list(range(0, STEPS, 10)), "one decision for each look, once"
+    looks = [
+        line.split("\t") for line in (out / "model" / "generations.tsv").read_text().splitlines()
+    ]
+    assert [int(step) for step, _ in looks] == list(range(0, STEPS, 10)), (
+        "one decision for each look, once"
+    )
     adopted = [int(number) for _, number in looks]
     assert adopted == sorted(adopted) and len(set(adopted)) >= REFRESHES + 1
     steps = {g.number: g.step for g in found}
-    assert all(steps[number] <= int(step) for step, number in zip((s for s, _ in looks), adopted, strict=True))
+    assert all(
+        steps[number] <= int(step)
+        for step, number in zip((s for s, _ in looks), adopted, strict=True)
+    )
     log = [json.loads(line) for line in (out / "model" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(10, STEPS + 1, 10))
     assert all(line["lag"] == line["step"] - steps[line["generation"]] for line in log)

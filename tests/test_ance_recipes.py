@@ -5,12 +5,18 @@ import shutil
 
 import pytest
 
-from lib.encoder import load_encoder, save_encoder
+from lib.checkpoint import load_encoder, save_encoder
 from lib.files import read_json, read_negatives, read_qrels
 from lib.generations import publish
 
 pytestmark = pytest.mark.slow
-RATES = "learning_rate", "warmup_steps", "max_steps", "per_device_batch_size", "gradient_accumulation_steps"
+RATES = (
+    "learning_rate",
+    "warmup_steps",
+    "max_steps",
+    "per_device_batch_size",
+    "gradient_accumulation_steps",
+)
 TEXTS = "title", "max_query_length", "max_passage_length", "max_characters", "max_chunks"
 KIND = "loss", "optimizer", "weight_decay"
 
@@ -22,14 +28,28 @@ def data(tiny_msmarco, tiny_collection):
     for path in tiny_msmarco.glob("*.dl*"):
         path.unlink()
     passages = [line.split("\t") for line in (tiny_msmarco / "corpus.tsv").read_text().splitlines()]
-    texts, negatives = {pid: text for pid, _, text in passages}, dict(read_negatives(tiny_collection.negatives))
+    texts, negatives = (
+        {pid: text for pid, _, text in passages},
+        dict(read_negatives(tiny_collection.negatives)),
+    )
     queries = dict(line.split("\t") for line in tiny_collection.queries.read_text().splitlines())
-    rows = [(q, p, n) for q, judged in read_qrels(tiny_collection.qrels).items() for p in judged for n in negatives[q]]
+    rows = [
+        (q, p, n)
+        for q, judged in read_qrels(tiny_collection.qrels).items()
+        for p in judged
+        for n in negatives[q]
+    ]
     rows = "".join(f"{queries[q]}\t{texts[p]}\t{texts[n]}\n" for q, p, n in rows)
     (tiny_msmarco / "triples.train.small.tsv").write_text(rows)
-    shutil.copytree(tiny_msmarco, tiny_msmarco / "documents", ignore=shutil.ignore_patterns("corpus.*", "triples.*"))
+    shutil.copytree(
+        tiny_msmarco,
+        tiny_msmarco / "documents",
+        ignore=shutil.ignore_patterns("corpus.*", "triples.*"),
+    )
     bodies = [text * 100 if row % 8 == 0 else text for row, text in enumerate(texts.values())]
-    rows = "".join(f"{p}\thttp://{p}.org\t{t}\t{b}\n" for (p, t, _), b in zip(passages, bodies, strict=True))
+    rows = "".join(
+        f"{p}\thttp://{p}.org\t{t}\t{b}\n" for (p, t, _), b in zip(passages, bodies, strict=True)
+    )
     (tiny_msmarco / "documents" / "corpus.tsv").write_text(rows)
     return tiny_msmarco
 
@@ -38,7 +58,9 @@ def asked(folder, *names):
     """The values that a recipe gave a finished run, before those that SCALE=tiny put at the end of the command."""
     args = read_json(folder / "args.json")
     assert (folder / "done").is_file()
-    assert args["arguments"]["max_steps"] == 2 and args["arguments"]["per_device_batch_size"] == 4  # the last counts
+    assert (
+        args["arguments"]["max_steps"] == 2 and args["arguments"]["per_device_batch_size"] == 4
+    )  # the last counts
     words, first = args["command"], {}
     for flag, value in zip(words, words[1:], strict=False):
         first.setdefault(flag, value)
@@ -46,7 +68,13 @@ def asked(folder, *names):
 
 
 def check_warm_up(folder, model, rates, projection):
-    assert asked(folder, *RATES) == (*rates, None) and asked(folder, *TEXTS) == ("none", "128", "128", None, None)
+    assert asked(folder, *RATES) == (*rates, None) and asked(folder, *TEXTS) == (
+        "none",
+        "128",
+        "128",
+        None,
+        None,
+    )
     assert asked(folder, "model", "pooling", "projection") == (str(model), "cls", projection)
     assert asked(folder, *KIND) == ("triplet", "lamb", "0")
 
@@ -101,9 +129,14 @@ def test_ance_on_documents(recipe, data, tiny_collection, tiny_model_dir, tmp_pa
     done = recipe("ance_msmarco.sh", data, out, SCALE="tiny", POLL="1", PARTS="documents maxp")
     assert done.returncode == 0, done.stderr
     start, data = out / "passages" / "model", data / "documents"
-    check_part(out / "documents", data, start, ("5e-6", "3000", "210000", "8", "2"), "sep", "10000", None)
+    check_part(
+        out / "documents", data, start, ("5e-6", "3000", "210000", "8", "2"), "sep", "10000", None
+    )
     check_part(out / "maxp", data, start, ("1e-5", "500", "139000", "2", "8"), "sep", "10000", "4")
-    ids = [(out / part / "corpus" / "shard-00000.ids.txt").read_text().split() for part in ("documents", "maxp")]
+    ids = [
+        (out / part / "corpus" / "shard-00000.ids.txt").read_text().split()
+        for part in ("documents", "maxp")
+    ]
     assert len(ids[0]) == len(set(ids[1])) == 40 and 45 <= len(ids[1]) <= 55
 
 
@@ -115,7 +148,9 @@ def test_seed_encoder(recipe, data, tiny_collection, tmp_path):
     assert read_json(out / "pretrained" / "decoder.json")["objective"] == "seed"
     check_warm_up(out / "warm-up", out / "pretrained", ("2e-4", "1000", "90000", "32"), "768")
     start = out / "warm-up"
-    check_part(out / "passages", data, start, ("1e-6", "5000", "440000", "16", None), None, None, None)
+    check_part(
+        out / "passages", data, start, ("1e-6", "5000", "440000", "16", None), None, None, None
+    )
     rates = "5e-6", "3000", "800000", "4", "4"
     check_part(out / "documents", data / "documents", start, rates, "sep", "10000", None)
 
@@ -125,7 +160,9 @@ def test_coco_dr_by_episodes(recipe, data, tiny_beir, tmp_path):
     shutil.rmtree(tiny_beir / "two")
     done = recipe("coco_dr.sh", tiny_beir, data, out, SCALE="tiny", EPISODES="2", CLUSTERS="3")
     assert done.returncode == 0, done.stderr
-    check_warm_up(out / "warm-up", out / "coco" / "pretrained", ("2e-4", "1000", "51267", "256"), None)
+    check_warm_up(
+        out / "warm-up", out / "coco" / "pretrained", ("2e-4", "1000", "51267", "256"), None
+    )
     model, clusters = out / "warm-up", []
     for episode, rate in ((1, 5e-6), (2, 5e-6 * (1 - 45000 / 300000))):
         here = out / f"episode-{episode}"
@@ -134,18 +171,29 @@ def test_coco_dr_by_episodes(recipe, data, tiny_beir, tmp_path):
         assert asked(run, *RATES[1:]) == ("3000", "45000", "64", None)
         assert asked(run, *TEXTS) == (None, "64", "256", None, None)
         assert asked(run, *KIND, "passages_per_query") == ("triplet", "lamb", "0", "2")
-        assert asked(run, "model", "clusters") == (str(model), str(here / "clusters" / "clusters.tsv"))
+        assert asked(run, "model", "clusters") == (
+            str(model),
+            str(here / "clusters" / "clusters.tsv"),
+        )
         names = "dro", "dro_form", "dro_alpha", "dro_ema", "dro_rho", "dro_eps"
         assert asked(run, *names) == ("idro", "official", "0.25", "0.1", "0.05", "0.01")
         mining = read_json(here / "negatives" / "args.json")["arguments"]
-        assert [mining[name] for name in ("depth", "num_negatives", "sample")] == [200, 30, "uniform"]
+        assert [mining[name] for name in ("depth", "num_negatives", "sample")] == [
+            200,
+            30,
+            "uniform",
+        ]
         assert read_json(here / "corpus" / "meta.json")["max_length"] == 256
         meta = read_json(here / "queries" / "meta.json")
         assert (meta["max_length"], meta["dtype"], meta["model"]) == (64, "float32", str(model))
         clusters.append(read_json(here / "clusters" / "meta.json"))
         assert len(clusters[-1]["sizes"]) == 3 and sum(clusters[-1]["sizes"]) == 20
         weights = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["group_weights"]
-        assert len(weights) == 3 and len(set(weights)) > 1 and sum(weights) == pytest.approx(1, abs=0.03)
+        assert (
+            len(weights) == 3
+            and len(set(weights)) > 1
+            and sum(weights) == pytest.approx(1, abs=0.03)
+        )
         model = run
     assert clusters[0]["source"]["model_hash"] != clusters[1]["source"]["model_hash"]
     check_evaluation(here / "msmarco", "R@1000")

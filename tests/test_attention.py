@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
-from lib import attention as module
-from lib.attention import attention, economize
+from lib import cpu as module
+from lib.cpu import attention, economize
 
 B, H, L, S, D = 5, 3, 7, 9, 8
 
@@ -20,7 +20,13 @@ def masks():
     visible = torch.rand(B, 1, L, S, generator=torch.Generator().manual_seed(1)) < 0.6
     visible[..., 0] = True
     floats = torch.zeros(B, H, L, S).masked_fill(~visible, -1e9) + torch.linspace(0, 1, S)
-    return {"none": None, "bool": visible, "floats": floats, "two dimensions": visible[0, 0], "one": visible[:1]}
+    return {
+        "none": None,
+        "bool": visible,
+        "floats": floats,
+        "two dimensions": visible[0, 0],
+        "one": visible[:1],
+    }
 
 
 @pytest.mark.parametrize("mask", masks())
@@ -34,14 +40,21 @@ def test_pieces_are_the_plain_formula(monkeypatch, mask):
     seed = int(torch.randint(2**62, ()))
     scores = q @ k.transpose(-1, -2) / D**0.5
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        scores = (
+            scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        )
     parts = module._pieces(q.detach(), k.detach(), mask, 0.25, D**-0.5, seed)
     dropped = torch.cat([dropped for _, _, dropped, _ in parts])
-    assert 0.15 < dropped.float().mean() < 0.35 and len({tuple(d.flatten().tolist()) for d in dropped}) == B
+    assert (
+        0.15 < dropped.float().mean() < 0.35
+        and len({tuple(d.flatten().tolist()) for d in dropped}) == B
+    )
     plain = (scores.softmax(-1).masked_fill(dropped, 0.0) / 0.75) @ v
     torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-5)
     upstream = torch.randn_like(ours)
-    for a, b in zip(*(torch.autograd.grad(x, (q, k, v), upstream) for x in (ours, plain)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(x, (q, k, v), upstream) for x in (ours, plain)), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
@@ -72,17 +85,27 @@ def test_under_autocast_it_stays_near():
 def test_encoders_attend_by_it(architecture, checkpointing, tmp_path):
     config = AutoConfig.for_model(architecture, vocab_size=99, max_position_embeddings=40)
     names = ("dim", "n_heads", "n_layers", "hidden_dim") if architecture == "distilbert" else ()
-    names = names or ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
+    names = names or (
+        "hidden_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "intermediate_size",
+    )
     for name, value in zip(names, (32, 4, 2, 48), strict=True):
         setattr(config, name, value)
     torch.manual_seed(0)
-    plain, model = AutoModelForMaskedLM.from_config(config), AutoModelForMaskedLM.from_config(config)
+    plain, model = (
+        AutoModelForMaskedLM.from_config(config),
+        AutoModelForMaskedLM.from_config(config),
+    )
     model.load_state_dict(plain.state_dict())
     economize(model, checkpointing)
     ids, keep = torch.randint(5, 99, (4, 12)), torch.ones(4, 12, dtype=torch.long)
     keep[1, 6:] = 0
     batch = {"input_ids": ids, "attention_mask": keep}
-    torch.testing.assert_close(model.eval()(**batch).logits, plain.eval()(**batch).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model.eval()(**batch).logits, plain.eval()(**batch).logits, atol=1e-5, rtol=1e-5
+    )
     model.train()
     calls = []
     original = module._Attention.forward
@@ -94,15 +117,21 @@ def test_encoders_attend_by_it(architecture, checkpointing, tmp_path):
             loss = model(**batch).logits.logsumexp(-1)[keep.bool()].sum()
             model.zero_grad()
             loss.backward()
-            grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+            grads.append(
+                torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            )
     finally:
         module._Attention.forward = original
-    assert len(calls) == 2 * 2 * (1 + checkpointing) and torch.equal(*grads), "two layers, again if checkpointed"
+    assert len(calls) == 2 * 2 * (1 + checkpointing) and torch.equal(*grads), (
+        "two layers, again if checkpointed"
+    )
     model.gradient_checkpointing_disable()
     torch.manual_seed(3)
     loss = model(**batch).logits.logsumexp(-1)[keep.bool()].sum()
     again = torch.autograd.grad(loss, [p for p in model.parameters() if p.grad is not None])
-    torch.testing.assert_close(torch.cat([g.flatten() for g in again]), grads[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.cat([g.flatten() for g in again]), grads[0], atol=1e-5, rtol=1e-5
+    )
     model.save_pretrained(tmp_path)
     assert module.NAME not in (tmp_path / "config.json").read_text()
     assert AutoModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"

@@ -9,9 +9,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lib.data import SENTENCE_END, BlockCollator, Blocks, Corpora, Cutter, StepSampler, open_corpora
-from lib.files import UserError, open_texts
+from lib.blocks import SENTENCE_END, BlockCollator, Blocks, Corpora, Cutter, open_corpora
+from lib.files import UserError
+from lib.loader import StepSampler
 from lib.text import to_ids
+from lib.texts import open_texts
 
 TRICKY = (
     'Dr. Smith et al. fought in the U.S. Army. "Is it?" Yes! See e.g. Fig. 3 or No. 5. Version 2.0 is out... and so '
@@ -43,16 +45,26 @@ def test_sentences_of_tricky_text():
 
 def byte_level_bpe(texts):
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
-    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-    names = dict(zip(("bos", "pad", "eos", "unk", "mask"), specials, strict=True)) | {"cls": "<s>", "sep": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **{f"{name}_token": t for name, t in names.items()})
+    backend.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), add_prefix_space=False
+    )
+    names = dict(zip(("bos", "pad", "eos", "unk", "mask"), specials, strict=True)) | {
+        "cls": "<s>",
+        "sep": "</s>",
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{f"{name}_token": t for name, t in names.items()}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +80,9 @@ def corpus(tmp_path_factory):
         ("", "\u200b"),
         ("Only a title", ""),
     ]
-    lines = [json.dumps({"_id": f"d{i}", "title": t, "text": x}) + "\n" for i, (t, x) in enumerate(rows)]
+    lines = [
+        json.dumps({"_id": f"d{i}", "title": t, "text": x}) + "\n" for i, (t, x) in enumerate(rows)
+    ]
     path.write_text("".join(lines))
     return path
 
@@ -76,7 +90,11 @@ def corpus(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 @pytest.mark.parametrize("max_length", [12, 80])
 def test_blocks_hold_every_token_once_and_fit(corpus, tiny_model_dir, kind, max_length):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir) if kind == "wordpiece" else byte_level_bpe([TRICKY] * 2)
+    tokenizer = (
+        AutoTokenizer.from_pretrained(tiny_model_dir)
+        if kind == "wordpiece"
+        else byte_level_bpe([TRICKY] * 2)
+    )
     texts = open_texts(corpus)
     blocks = Blocks(texts, tokenizer, max_length)
     rows = np.array(blocks.table[:, 0])
@@ -92,7 +110,9 @@ def test_blocks_hold_every_token_once_and_fit(corpus, tiny_model_dir, kind, max_
         assert max(map(len, ids)) <= max_length
         if len(parts) == 1:
             assert parts == [whole]
-        for part, following in zip(ids, ids[1:], strict=False):  # greedy: full, or the next sentence would not fit
+        for part, following in zip(
+            ids, ids[1:], strict=False
+        ):  # greedy: full, or the next sentence would not fit
             assert len(part) > max_length // 2 or len(part) + len(following) - 2 > max_length
     assert blocks.string(int(np.flatnonzero(rows == 5)[0])) == "Only a title"
     if max_length == 80 and kind == "wordpiece":
@@ -113,15 +133,25 @@ def test_the_table_is_made_once_per_tokenizer_and_setting(corpus, tiny_model_dir
     assert made() == once and isinstance(again.table, np.memmap)
     assert len(Blocks(texts, tokenizer, 21)) <= len(again) and len(made()) == len(once) + 1
     Blocks(texts, tokenizer, 20, title="none")
-    assert len(made()) == len(once) + 2 and not [p for p in texts.folder.iterdir() if p.name.startswith(".tmp")]
+    assert len(made()) == len(once) + 2 and not [
+        p for p in texts.folder.iterdir() if p.name.startswith(".tmp")
+    ]
 
 
 def test_batches(corpus, tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     blocks = Blocks(open_texts(corpus), tokenizer, 20, title="sep")
     examples = Corpora({"one": blocks}, seed=0)
-    places = next(iter(StepSampler(len(blocks), 3, rank=1, world=2, seed=0, start=5, epoch_order=examples.order)))
-    assert places == next(iter(StepSampler(len(blocks), 3, rank=1, world=2, seed=0, start=5))), "one order for both"
+    places = next(
+        iter(
+            StepSampler(
+                len(blocks), 3, rank=1, world=2, seed=0, start=5, epoch_order=examples.order
+            )
+        )
+    )
+    assert places == next(iter(StepSampler(len(blocks), 3, rank=1, world=2, seed=0, start=5))), (
+        "one order for both"
+    )
     batch = BlockCollator(tokenizer, 20)([examples[place] for place in places])
     assert batch["micro_step"] == 5 and batch["rows"].tolist() == [3, 4, 5]
     assert batch["tokens"] == batch["attention_mask"].sum() and batch["input_ids"].shape[1] <= 20
@@ -145,16 +175,26 @@ def test_a_corpus_without_tokens_stops(tmp_path, tiny_model_dir):
 def documents(tmp_path_factory):
     """Documents of twelve, three and one sentences, one cut beforehand, one cut into a single span."""
     path = tmp_path_factory.mktemp("documents") / "corpus.jsonl"
-    many = " ".join(f"Sentence {n} is on ice and snow and a bridge." for n in "A B C D E F G H I J K L".split())
-    rows = [{"_id": "many", "text": many}, {"_id": "three", "text": "Lava and ash. Ice and snow. A queen and a nest."}]
-    rows += [{"_id": "one", "text": "queens and nests"}, {"spans": ["Ash is grey", "Ice. Snow", "Nests"]}]
+    many = " ".join(
+        f"Sentence {n} is on ice and snow and a bridge." for n in "A B C D E F G H I J K L".split()
+    )
+    rows = [
+        {"_id": "many", "text": many},
+        {"_id": "three", "text": "Lava and ash. Ice and snow. A queen and a nest."},
+    ]
+    rows += [
+        {"_id": "one", "text": "queens and nests"},
+        {"spans": ["Ash is grey", "Ice. Snow", "Nests"]},
+    ]
     rows += [{"_id": "single", "spans": ["Ash is grey"]}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 @pytest.mark.parametrize("rule", ["coco", "cocondenser"])
-def test_spans_are_whole_sentences_and_given_ones_stay(documents, tiny_model_dir, rule, monkeypatch):
+def test_spans_are_whole_sentences_and_given_ones_stay(
+    documents, tiny_model_dir, rule, monkeypatch
+):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     size = len(tokenizer.tokenize("Sentence A is on ice and snow and a bridge.")) * 2 + 1
     blocks = Blocks(open_texts(documents), tokenizer, 4 * size, rule=rule, size=size)
@@ -163,7 +203,9 @@ def test_spans_are_whole_sentences_and_given_ones_stay(documents, tiny_model_dir
     assert {"many", "4"} <= found.keys() and not {"one", "single"} & found.keys()
     start, count = blocks.documents[found["many"]], blocks.counts[found["many"]]
     spans = [blocks.string(int(start + line)) for line in range(count)]
-    assert "".join(spans) == blocks.whole(0) and all(span.rstrip().endswith("bridge.") for span in spans)
+    assert "".join(spans) == blocks.whole(0) and all(
+        span.rstrip().endswith("bridge.") for span in spans
+    )
     lengths = [len(tokenizer.tokenize(span)) for span in spans]
     limit = size if rule == "coco" else 4 * size - 2
     assert max(lengths) <= limit and 2 <= count < 12
@@ -191,10 +233,16 @@ def test_blocks_of_documents_that_come_in_spans(documents, tiny_model_dir):
 
 
 def test_a_corpus_of_single_spans_stops(tmp_path, tiny_model_dir):
-    (tmp_path / "c.jsonl").write_text(json.dumps({"_id": "a", "text": "one sentence and no more"}) + "\n")
+    (tmp_path / "c.jsonl").write_text(
+        json.dumps({"_id": "a", "text": "one sentence and no more"}) + "\n"
+    )
     with pytest.raises(UserError, match="no document has two spans"):
         Blocks(
-            open_texts(tmp_path / "c.jsonl"), AutoTokenizer.from_pretrained(tiny_model_dir), 20, rule="coco", size=9
+            open_texts(tmp_path / "c.jsonl"),
+            AutoTokenizer.from_pretrained(tiny_model_dir),
+            20,
+            rule="coco",
+            size=9,
         )
     (tmp_path / "d.jsonl").write_text(json.dumps({"spans": [[7, 8], [9]]}) + "\n")
     with pytest.raises(UserError, match="d.jsonl:1: spans must be strings, not ids"):
@@ -214,14 +262,20 @@ class Part:
 def test_corpora_have_their_share_of_every_epoch():
     sizes = {"small": 10, "large": 90, "middle": 40}
     for temperature, expected in ((1.0, [10, 90, 40]), (1e9, [47, 47, 46]), (2.0, [23, 70, 47])):
-        corpora = Corpora({name: Part(size) for name, size in sizes.items()}, seed=3, temperature=temperature)
+        corpora = Corpora(
+            {name: Part(size) for name, size in sizes.items()}, seed=3, temperature=temperature
+        )
         assert corpora.quotas.sum() == len(corpora) == 140
         assert np.abs(corpora.quotas - expected).max() <= 1, (temperature, corpora.quotas)
         epochs = [corpora.order(epoch) for epoch in range(4)]
         for order in epochs:
-            counts = np.bincount(np.searchsorted(corpora.starts, order, side="right") - 1, minlength=3)
+            counts = np.bincount(
+                np.searchsorted(corpora.starts, order, side="right") - 1, minlength=3
+            )
             assert counts.tolist() == corpora.quotas.tolist()
-        assert np.array_equal(epochs[2], corpora.order(2)) and not np.array_equal(epochs[0], epochs[1])
+        assert np.array_equal(epochs[2], corpora.order(2)) and not np.array_equal(
+            epochs[0], epochs[1]
+        )
         visits = np.bincount(np.concatenate(epochs), minlength=140)
         for start, stop in zip(corpora.starts, corpora.starts[1:], strict=False):
             assert np.ptp(visits[start:stop]) <= 1, "no example twice before all others once"

@@ -9,7 +9,9 @@ import pytest
 from accelerate.state import AcceleratorState
 from scipy.sparse import csr_matrix
 
-from lib.files import Embeddings, UserError, finish_embeddings, open_texts, read_clusters, write_shard
+from lib.embeddings import Embeddings, finish_embeddings, write_shard
+from lib.files import UserError, read_clusters
+from lib.texts import open_texts
 from recipes import cluster_queries
 from recipes.cluster_queries import kmeans
 
@@ -28,7 +30,13 @@ def store(folder, vectors, shard_rows=17, **meta):
     for number, start in enumerate(range(0, vectors.shape[0], shard_rows)):
         part = vectors[start : start + shard_rows]
         write_shard(folder, number, part, [f"q{start + i}" for i in range(part.shape[0])])
-    meta = {"kind": "query", "head": "dense", "model": "m", "model_hash": "h", "input_fingerprint": "f"} | meta
+    meta = {
+        "kind": "query",
+        "head": "dense",
+        "model": "m",
+        "model_hash": "h",
+        "input_fingerprint": "f",
+    } | meta
     finish_embeddings(folder, {"count": vectors.shape[0], "dim": vectors.shape[1], **meta})
     return folder
 
@@ -56,13 +64,19 @@ def test_blobs_are_found_and_numbered_by_size():
 def test_every_query_goes_to_the_nearest_of_the_best_centroids(monkeypatch):
     """The centroids are faiss'; distances and the choice among them are computed here pair by pair."""
     seen = []
-    monkeypatch.setattr(faiss, "Kmeans", lambda *a, _new=faiss.Kmeans, **k: seen.append(_new(*a, **k)) or seen[-1])
+    monkeypatch.setattr(
+        faiss, "Kmeans", lambda *a, _new=faiss.Kmeans, **k: seen.append(_new(*a, **k)) or seen[-1]
+    )
     vectors = np.random.default_rng(4).standard_normal((400, 6)).astype(np.float32)
     for sample in (0, 150):
         clusters, distances = kmeans(vectors, 9, 20, 3, sample, 7)
-        pairs = np.linalg.norm(vectors[:, None].astype(np.float64) - seen[-1].centroids[None], axis=2)
+        pairs = np.linalg.norm(
+            vectors[:, None].astype(np.float64) - seen[-1].centroids[None], axis=2
+        )
         assert np.allclose(distances, pairs.min(1), atol=1e-3)
-        numbers = dict(zip(pairs.argmin(1).tolist(), clusters.tolist(), strict=True))  # ours of faiss' clusters
+        numbers = dict(
+            zip(pairs.argmin(1).tolist(), clusters.tolist(), strict=True)
+        )  # ours of faiss' clusters
         assert [numbers[c] for c in pairs.argmin(1).tolist()] == clusters.tolist()
         assert sorted(numbers.values()) == list(range(9))
         assert (np.diff(np.bincount(clusters)) <= 0).all()
@@ -83,7 +97,9 @@ def test_all_queries_train_the_centroids(monkeypatch, capfd):
     monkeypatch.setattr(faiss, "Kmeans", Spy)
     vectors = np.random.default_rng(5).standard_normal((1500, 4)).astype(np.float32)
     distances = kmeans(vectors, 3, 60, 1, 0, 0)[1]
-    assert seen[0][0] == 1500 and np.isclose(seen[0][1], (distances**2).sum(), rtol=1e-3)  # converged, on all of them
+    assert seen[0][0] == 1500 and np.isclose(
+        seen[0][1], (distances**2).sum(), rtol=1e-3
+    )  # converged, on all of them
     kmeans(vectors, 3, 60, 1, 100, 0)
     assert seen[1][0] == 100
     kmeans(vectors, 3, 60, 1, 9999, 0)
@@ -98,15 +114,25 @@ def test_end_to_end(tmp_path, monkeypatch, capfd, dtype):
     vectors, of = blobs()
     texts = tmp_path / "queries.tsv"
     texts.write_text("".join(f"q{row}\twhat about   number {row}?\n" for row in range(len(of))))
-    folder = store(tmp_path / "q", vectors.astype(dtype), input_fingerprint=open_texts(texts).fingerprint)
-    flags = {"queries_embeddings": folder, "queries": texts, "clusters": len(SIZES), "nearest": 2, "nredo": 10}
+    folder = store(
+        tmp_path / "q", vectors.astype(dtype), input_fingerprint=open_texts(texts).fingerprint
+    )
+    flags = {
+        "queries_embeddings": folder,
+        "queries": texts,
+        "clusters": len(SIZES),
+        "nearest": 2,
+        "nredo": 10,
+    }
     call(monkeypatch, **flags, output_dir=tmp_path / "a")
     out, err = capfd.readouterr()
     assert "4 clusters of 40 to 3 queries" in out and "trained on" in out and not err
     found = list(read_clusters(tmp_path / "a" / "clusters.tsv"))
     assert found == [(f"q{row}", blob) for row, blob in enumerate(of)]
     lines = (tmp_path / "a" / "summary.txt").read_text().splitlines()
-    assert len(lines) == 4 * 3 and lines[0].startswith("cluster 0: 40 queries, 50.00%, mean distance ")
+    assert len(lines) == 4 * 3 and lines[0].startswith(
+        "cluster 0: 40 queries, 50.00%, mean distance "
+    )
     stored = Embeddings(folder).take(range(len(of)))
     for cluster in range(4):
         members = np.flatnonzero(of == cluster)
@@ -117,12 +143,16 @@ def test_end_to_end(tmp_path, monkeypatch, capfd, dtype):
             assert float(distance) == pytest.approx(distances[at], abs=0.02)
             assert shown.strip() == f"q{members[at]}  what about number {members[at]}?"
     meta = json.loads((tmp_path / "a" / "meta.json").read_text())
-    assert meta["sizes"] == SIZES and meta["trained_on"] == 80 and meta["source"]["model_hash"] == "h"
+    assert (
+        meta["sizes"] == SIZES and meta["trained_on"] == 80 and meta["source"]["model_hash"] == "h"
+    )
 
     # the same bytes; complete; other arguments; begun anew where meta.json is missing
     call(monkeypatch, **flags, output_dir=tmp_path / "b")
     names = ["clusters.tsv", "summary.txt", "meta.json"]
-    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+    assert all(
+        (tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names
+    )
     call(monkeypatch, **flags, output_dir=tmp_path / "a")
     assert "is complete" in capfd.readouterr().out
     with pytest.raises(UserError, match="made with --seed 42, now 43"):
@@ -130,15 +160,27 @@ def test_end_to_end(tmp_path, monkeypatch, capfd, dtype):
     (tmp_path / "b" / "meta.json").unlink()
     (tmp_path / "b" / "clusters.tsv").unlink()
     call(monkeypatch, **flags, output_dir=tmp_path / "b")
-    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
-    store(folder, vectors.astype(dtype), input_fingerprint=open_texts(texts).fingerprint, model_hash="other")
+    assert all(
+        (tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names
+    )
+    store(
+        folder,
+        vectors.astype(dtype),
+        input_fingerprint=open_texts(texts).fingerprint,
+        model_hash="other",
+    )
     with pytest.raises(UserError, match="of other embeddings than .* holds now — remove"):
         call(monkeypatch, **flags, output_dir=tmp_path / "a")
 
 
 def test_without_texts_the_summary_has_ids(tmp_path, monkeypatch):
     vectors, of = blobs()
-    call(monkeypatch, queries_embeddings=store(tmp_path / "q", vectors), clusters=4, output_dir=tmp_path / "out")
+    call(
+        monkeypatch,
+        queries_embeddings=store(tmp_path / "q", vectors),
+        clusters=4,
+        output_dir=tmp_path / "out",
+    )
     lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
     assert len(lines) == 4 + 5 + 5 + 5 + 3 and set(lines[-1].split()[1]) <= set("q0123456789")
 
@@ -157,7 +199,11 @@ def test_refusals(tmp_path, monkeypatch, tiny_collection):
         store(tmp_path / name, what, **meta)
     for name, flags, message in (
         ("dense", {"clusters": 81}, "--clusters 81: more than the 80 queries .* give fewer"),
-        ("dense", {"clusters": 9, "sample": 8}, "--clusters 9: more than the 8 queries .* give fewer"),
+        (
+            "dense",
+            {"clusters": 9, "sample": 8},
+            "--clusters 9: more than the 8 queries .* give fewer",
+        ),
         ("dense", {"clusters": 1}, "--clusters 1: at least 2"),
         ("dense", {"niter": 0}, "--niter 0: at least 1"),
         ("dense", {"queries": tiny_collection.queries}, "not the embeddings of .*queries.tsv"),
@@ -167,19 +213,39 @@ def test_refusals(tmp_path, monkeypatch, tiny_collection):
         ("same", {}, "--clusters 3: 2 of them are empty, too few vectors differ"),
         ("none", {}, "no such folder"),
     ):
-        flags = {"queries_embeddings": tmp_path / name, "clusters": 3, "output_dir": tmp_path / "out"} | flags
+        flags = {
+            "queries_embeddings": tmp_path / name,
+            "clusters": 3,
+            "output_dir": tmp_path / "out",
+        } | flags
         with pytest.raises(UserError, match=message):
             call(monkeypatch, **flags)
-        assert not (tmp_path / "out" / "meta.json").exists() and not (tmp_path / "out" / "clusters.tsv").exists()
+        assert (
+            not (tmp_path / "out" / "meta.json").exists()
+            and not (tmp_path / "out" / "clusters.tsv").exists()
+        )
         (tmp_path / "out" / "args.json").unlink(missing_ok=True)
 
 
-def test_embeddings_that_encode_wrote(tmp_path, monkeypatch, script, tiny_model_dir, tiny_collection):
+def test_embeddings_that_encode_wrote(
+    tmp_path, monkeypatch, script, tiny_model_dir, tiny_collection
+):
     where = ["--input", tiny_collection.queries, "--kind", "query", "--output_dir", tmp_path / "q"]
-    done = script("encode", "--model", tiny_model_dir, "--pooling", "cls", *where, "--num_workers", 0)
+    done = script(
+        "encode", "--model", tiny_model_dir, "--pooling", "cls", *where, "--num_workers", 0
+    )
     assert done[0] == 0, done[2]
-    flags = {"queries_embeddings": tmp_path / "q", "queries": tiny_collection.queries, "clusters": 4}
+    flags = {
+        "queries_embeddings": tmp_path / "q",
+        "queries": tiny_collection.queries,
+        "clusters": 4,
+    }
     call(monkeypatch, **flags, output_dir=tmp_path / "out")
     found = dict(read_clusters(tmp_path / "out" / "clusters.tsv"))
-    assert sorted(found) == sorted(f"q{n}" for n in range(20)) and set(found.values()) == {0, 1, 2, 3}
+    assert sorted(found) == sorted(f"q{n}" for n in range(20)) and set(found.values()) == {
+        0,
+        1,
+        2,
+        3,
+    }
     assert "what about" in (tmp_path / "out" / "summary.txt").read_text()

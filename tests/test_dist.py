@@ -29,7 +29,10 @@ class Encoder(nn.Module):
         self.layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
 
     def forward(self, queries, passages):
-        return [None if side is None else torch.cat([self.layers(x) for x in side]) for side in (queries, passages)]
+        return [
+            None if side is None else torch.cat([self.layers(x) for x in side])
+            for side in (queries, passages)
+        ]
 
 
 def world_batch(micro_step, queries):
@@ -38,7 +41,9 @@ def world_batch(micro_step, queries):
     keys = torch.randint(0, 9, (queries * P,), generator=generator)
     filler = torch.rand(queries * P, generator=generator) < 0.2
     filler[::P] = False
-    positive_keys = torch.stack([keys[::P], torch.randint(0, 9, (queries,), generator=generator)], 1)
+    positive_keys = torch.stack(
+        [keys[::P], torch.randint(0, 9, (queries,), generator=generator)], 1
+    )
     q, p = (torch.randn(n, 8, generator=generator) for n in (queries, queries * P))
     return q, p, keys, filler, positive_keys
 
@@ -50,19 +55,32 @@ def train_step(accelerator, loss_name, chunked):
     model = accelerator.prepare(Encoder())
     for micro_step in range(MICRO_STEPS):
         q, p, keys, filler, positive_keys = world_batch(micro_step, 2 * B)
-        mine, groups = slice(rank * batch, (rank + 1) * batch), slice(rank * batch * P, (rank + 1) * batch * P)
+        mine, groups = (
+            slice(rank * batch, (rank + 1) * batch),
+            slice(rank * batch * P, (rank + 1) * batch * P),
+        )
         positives = (rank * batch + torch.arange(batch)) * P
-        mask = candidate_mask(positives, all_gather(filler[groups]), all_gather(keys[groups]), positive_keys[mine])
+        mask = candidate_mask(
+            positives, all_gather(filler[groups]), all_gather(keys[groups]), positive_keys[mine]
+        )
 
         def loss_fn(q_reps, p_reps, positives=positives, mask=mask):
             scores = q_reps @ all_gather_with_grad(p_reps).T
             if loss_name == "info_nce":
                 return info_nce(scores, positives, mask).mean(), {}
-            return triplet_nll(scores, positives, mask & own_group(positives, scores.shape[1], P)).mean(), {}
+            return triplet_nll(
+                scores, positives, mask & own_group(positives, scores.shape[1], P)
+            ).mean(), {}
 
         with accelerator.accumulate(model):
             loss, _ = contrastive_backward(
-                accelerator, model, q[mine].split(2), p[groups].split(5), loss_fn, seed=0, chunked=chunked
+                accelerator,
+                model,
+                q[mine].split(2),
+                p[groups].split(5),
+                loss_fn,
+                seed=0,
+                chunked=chunked,
             )
     assert accelerator.sync_gradients
     return all_gather(loss[None]).mean(), torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -76,14 +94,24 @@ def all_cases():
 
 
 def one_of_two(rank, port, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+    )
     torch.set_num_threads(1)
     accelerator, results = all_cases()
     assert accelerator.num_processes == 2 and world() == (rank, 2)
     x = torch.tensor([[float(rank)]], requires_grad=True)
     gathered = all_gather_with_grad(x)
-    (gathered * torch.tensor([[1.0], [10.0]]) * (rank + 1)).sum().backward()  # rank 0 weighs 1, rank 1 weighs 2
-    torch.save({"results": results, "order": gathered.detach(), "grad": x.grad}, f"{folder}/{rank}.pt")
+    (
+        gathered * torch.tensor([[1.0], [10.0]]) * (rank + 1)
+    ).sum().backward()  # rank 0 weighs 1, rank 1 weighs 2
+    torch.save(
+        {"results": results, "order": gathered.detach(), "grad": x.grad}, f"{folder}/{rank}.pt"
+    )
     torch.distributed.destroy_process_group()
     os._exit(0)  # at the end of the interpreter a thread of gloo's may abort
 
@@ -111,10 +139,18 @@ def test_two_processes_are_one_with_twice_the_batch(both):
         loss, grad = single[index]
         assert grad.abs().max() > 1e-3
         for found in both:
-            torch.testing.assert_close(found["results"][index][0], loss, atol=1e-5, rtol=0, msg=str(case))
-            torch.testing.assert_close(found["results"][index][1], grad, atol=1e-5, rtol=0, msg=str(case))
+            torch.testing.assert_close(
+                found["results"][index][0], loss, atol=1e-5, rtol=0, msg=str(case)
+            )
+            torch.testing.assert_close(
+                found["results"][index][1], grad, atol=1e-5, rtol=0, msg=str(case)
+            )
 
 
 def test_one_process_gathers_nothing():
     x = torch.ones(2, 3, requires_grad=True)
-    assert all_gather_with_grad(x) is x and torch.equal(all_gather(x), x) and not all_gather(x).requires_grad
+    assert (
+        all_gather_with_grad(x) is x
+        and torch.equal(all_gather(x), x)
+        and not all_gather(x).requires_grad
+    )

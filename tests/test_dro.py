@@ -37,13 +37,17 @@ def test_official_weights_on_a_worked_example():
     cosines = [[1, 0.96, -0.8], [0.96, 1, -0.6], [-0.8, -0.6, 1]]
     means, h = [2, 0.5, 0.5], [1 / 3] * 3
     for _ in range(2):  # the second step starts from weights that differ
-        gains = [[(means[i] * means[j]) ** 0.25 * cosines[i][j] for j in range(3)] for i in range(3)]
+        gains = [
+            [(means[i] * means[j]) ** 0.25 * cosines[i][j] for j in range(3)] for i in range(3)
+        ]
         exponents = [0.05 / 3 * sum(row) for row in gains]
         new = [h[i] ** 0.1 * math.exp(exponents[i]) for i in range(3)]
         h = [max(x / sum(new), 0.01) for x in new]
         dro.update(Given(dro, VECTORS), GROUPS)
         assert dro.h.tolist() == pytest.approx(h, abs=1e-6)
-        assert dro.loss(LOSSES, GROUPS).item() == pytest.approx(sum(w * m for w, m in zip(h, means, strict=True)))
+        assert dro.loss(LOSSES, GROUPS).item() == pytest.approx(
+            sum(w * m for w, m in zip(h, means, strict=True))
+        )
     assert h[0] > h[1] > h[2]
 
 
@@ -55,7 +59,8 @@ def test_paper_weights_on_a_worked_example():
         expected = sum(s * m for s, m in zip(share, means, strict=True)) / sum(share)
         assert dro.loss(LOSSES, GROUPS).item() == pytest.approx(expected)
         exponents = [
-            0.05 / 3 * sum((means[i] * means[j]) ** 0.25 * products[i][j] for j in range(3)) for i in range(3)
+            0.05 / 3 * sum((means[i] * means[j]) ** 0.25 * products[i][j] for j in range(3))
+            for i in range(3)
         ]
         new = [h[i] * math.exp(exponents[i]) for i in range(3)]
         h = [x / sum(new) for x in new]
@@ -111,7 +116,14 @@ def test_products_are_those_of_the_gradients_that_autograd_gives_each_group(kind
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 32, "max_position_embeddings": 40, "pad_token_id": 1}
     if kind == "distilbert":
-        sizes = {"vocab_size": 50, "dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32, "pad_token_id": 1}
+        sizes = {
+            "vocab_size": 50,
+            "dim": 16,
+            "n_layers": 3,
+            "n_heads": 2,
+            "hidden_dim": 32,
+            "pad_token_id": 1,
+        }
     model = AutoModel.from_config(AutoConfig.for_model(kind, **sizes)).eval()
     watch = GroupGradients(model, 2)
     layers = (model.transformer if kind == "distilbert" else model.encoder).layer[1:]
@@ -137,7 +149,9 @@ def test_products_are_those_of_the_gradients_that_autograd_gives_each_group(kind
         grads = torch.autograd.grad(losses()[groups == group].sum(), weights, allow_unused=True)
         rows.append(torch.cat([g.flatten() for g in grads if g is not None]))
     expected = torch.stack(rows) @ torch.stack(rows).T
-    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-6 * expected.abs().max().item())
+    torch.testing.assert_close(
+        found, expected.double(), rtol=1e-4, atol=1e-6 * expected.abs().max().item()
+    )
 
 
 def test_layers_that_cannot_be_watched_are_refused():

@@ -16,12 +16,23 @@ from accelerate.state import AcceleratorState
 from scipy.sparse import load_npz
 
 from encode import cut, main
-from lib.encoder import load_encoder, save_encoder
-from lib.files import Embeddings, UserError, open_texts, read_json, write_texts
+from lib.checkpoint import load_encoder, save_encoder
+from lib.embeddings import Embeddings
+from lib.files import UserError, read_json
 from lib.text import format_texts, to_ids, token_batches
+from lib.texts import open_texts, write_texts
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--shard_rows", "9", "--window", "5", "--tokens_per_batch", "100", "--num_workers", "1"]  # 40 texts: 5 shards
+SMALL = [
+    "--shard_rows",
+    "9",
+    "--window",
+    "5",
+    "--tokens_per_batch",
+    "100",
+    "--num_workers",
+    "1",
+]  # 40 texts: 5 shards
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +44,18 @@ def checkpoint(tiny_model_dir, tmp_path_factory):
 
 
 def command(checkpoint, source, output, *flags, kind="passage"):
-    arguments = ["--model", checkpoint, "--input", source, "--kind", kind, "--output_dir", output, *SMALL, *flags]
+    arguments = [
+        "--model",
+        checkpoint,
+        "--input",
+        source,
+        "--kind",
+        kind,
+        "--output_dir",
+        output,
+        *SMALL,
+        *flags,
+    ]
     return [sys.executable, "encode.py", *map(str, arguments)]
 
 
@@ -48,7 +70,11 @@ def encode(*args, **kwargs):
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.name != "args.json"}
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(Path(folder).iterdir())
+        if path.name != "args.json"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +87,13 @@ def reference(checkpoint, source, kind):
     model, texts = load_encoder(checkpoint), open_texts(source)
     rows = format_texts([texts[r] for r in range(len(texts))], kind, model.format, model.tokenizer)
     with torch.no_grad():  # one by one: neither order nor padding nor batches
-        ids = [torch.tensor([one]) for one in to_ids(rows, model.tokenizer, model.format.max_length(kind))]
-        reps = [model.encode({"input_ids": one, "attention_mask": torch.ones_like(one)}) for one in ids]
+        ids = [
+            torch.tensor([one])
+            for one in to_ids(rows, model.tokenizer, model.format.max_length(kind))
+        ]
+        reps = [
+            model.encode({"input_ids": one, "attention_mask": torch.ones_like(one)}) for one in ids
+        ]
     return texts.ids(range(len(texts))), torch.cat(reps).numpy()
 
 
@@ -82,17 +113,25 @@ def test_queries_take_prompt_and_length_of_their_own(checkpoint, tiny_collection
     _, expected = reference(checkpoint, tiny_collection.queries, "query")
     embeddings = Embeddings(tmp_path / "q")
     np.testing.assert_allclose(embeddings.take(range(20)), expected, atol=2e-3)  # stored as float16
-    assert embeddings.meta["prompt"] == "what: " and embeddings.meta["max_length"] == 8 and "what :" in printed
+    assert (
+        embeddings.meta["prompt"] == "what: "
+        and embeddings.meta["max_length"] == 8
+        and "what :" in printed
+    )
     assert np.load(tmp_path / "q" / "shard-00000.npy").dtype == np.float16
 
 
-def test_two_processes_write_the_same_bytes(encoded, checkpoint, tiny_collection, tmp_path, two_processes):
+def test_two_processes_write_the_same_bytes(
+    encoded, checkpoint, tiny_collection, tmp_path, two_processes
+):
     flags = command(checkpoint, tiny_collection.corpus, tmp_path / "a", "--dtype", "float32")[2:]
     assert "40 texts" in two_processes("encode.py", *flags)
     assert content(tmp_path / "a") == content(encoded[0])
 
 
-def test_a_lost_shard_is_made_again_and_a_complete_folder_left_alone(encoded, checkpoint, tiny_collection, tmp_path):
+def test_a_lost_shard_is_made_again_and_a_complete_folder_left_alone(
+    encoded, checkpoint, tiny_collection, tmp_path
+):
     flags = checkpoint, tiny_collection.corpus, tmp_path / "a", "--dtype", "float32"
     encode(*flags)
     for name in ("meta.json", "shard-00001.npy", "shard-00003.npy", "shard-00003.ids.txt"):
@@ -109,7 +148,9 @@ def test_a_lost_shard_is_made_again_and_a_complete_folder_left_alone(encoded, ch
 
 def test_killed_at_any_moment(encoded, checkpoint, tiny_collection, tmp_path):
     for name in range(15):  # 600 texts, 67 shards: something to kill
-        (tmp_path / "many.jsonl").open("a").write(tiny_collection.corpus.read_text().replace('"p', f'"{name}-p'))
+        (tmp_path / "many.jsonl").open("a").write(
+            tiny_collection.corpus.read_text().replace('"p', f'"{name}-p')
+        )
     flags = checkpoint, tmp_path / "many.jsonl"
     encode(*flags, tmp_path / "whole")
     kills, cut = 0, tmp_path / "cut"
@@ -129,7 +170,9 @@ def test_killed_at_any_moment(encoded, checkpoint, tiny_collection, tmp_path):
 @pytest.fixture(scope="module")
 def sparse(tiny_model_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sparse") / "model"
-    model = load_encoder(tiny_model_dir, None, {"max_query_length": 8, "max_passage_length": 40}, head="sparse")
+    model = load_encoder(
+        tiny_model_dir, None, {"max_query_length": 8, "max_passage_length": 40}, head="sparse"
+    )
     save_encoder(model, folder, {})
     return folder
 
@@ -138,25 +181,47 @@ def test_sparse_vectors_in_csr_shards(sparse, tiny_collection, tmp_path):
     printed = encode(sparse, tiny_collection.corpus, tmp_path / "whole")
     ids, expected = reference(sparse, tiny_collection.corpus, "passage")
     whole = Embeddings(tmp_path / "whole")
-    assert whole.ids(range(40)) == ids and whole.meta["head"] == "sparse" and whole.dim == expected.shape[1]
+    assert (
+        whole.ids(range(40)) == ids
+        and whole.meta["head"] == "sparse"
+        and whole.dim == expected.shape[1]
+    )
     np.testing.assert_allclose(whole.take(range(40)).toarray(), expected, atol=2e-5)
-    assert len(list((tmp_path / "whole").glob("*.npz"))) == 5 and load_npz(whole.paths[0]).dtype == np.float32
+    assert (
+        len(list((tmp_path / "whole").glob("*.npz"))) == 5
+        and load_npz(whole.paths[0]).dtype == np.float32
+    )
     assert f"{(expected > 0).sum() / 40:.1f} terms each" in printed
     encode(sparse, tiny_collection.corpus, tmp_path / "half", "--dtype", "float16")
     assert load_npz(tmp_path / "half" / "shard-00000.npz").dtype == np.float16
-    np.testing.assert_allclose(Embeddings(tmp_path / "half").take(range(40)).toarray(), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        Embeddings(tmp_path / "half").take(range(40)).toarray(), expected, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_pruned_vectors_keep_their_highest_weights(sparse, tiny_collection, tmp_path):
     _, expected = reference(sparse, tiny_collection.queries, "query")
-    encode(sparse, tiny_collection.queries, tmp_path / "q", "--max_terms", 7, "--min_weight", 0.5, kind="query")
-    for row, vector in zip(Embeddings(tmp_path / "q").take(range(20)).toarray(), expected, strict=True):
+    encode(
+        sparse,
+        tiny_collection.queries,
+        tmp_path / "q",
+        "--max_terms",
+        7,
+        "--min_weight",
+        0.5,
+        kind="query",
+    )
+    for row, vector in zip(
+        Embeddings(tmp_path / "q").take(range(20)).toarray(), expected, strict=True
+    ):
         kept = [v for v in np.argsort(-vector, kind="stable")[:7] if vector[v] > 0.5]
         assert np.flatnonzero(row).tolist() == sorted(kept)
         np.testing.assert_allclose(row[kept], vector[kept], atol=2e-5)
 
 
-def test_sparse_shards_of_two_processes_and_of_a_resumed_run(sparse, tiny_collection, tmp_path, two_processes):
+def test_sparse_shards_of_two_processes_and_of_a_resumed_run(
+    sparse, tiny_collection, tmp_path, two_processes
+):
     encode(sparse, tiny_collection.corpus, tmp_path / "one")
     two_processes("encode.py", *command(sparse, tiny_collection.corpus, tmp_path / "two")[2:])
     assert content(tmp_path / "one") == content(tmp_path / "two")
@@ -213,15 +278,29 @@ def test_what_is_refused(encoded, checkpoint, tiny_model_dir, tiny_collection, t
 
 
 def test_dry_run_and_override(checkpoint, tiny_collection, tmp_path):
-    printed = encode(checkpoint, tiny_collection.corpus, tmp_path / "x", "--dry_run", "--title", "none", "--override")
-    assert "disk" in printed and "title                    none" in printed and not (tmp_path / "x").exists()
+    printed = encode(
+        checkpoint,
+        tiny_collection.corpus,
+        tmp_path / "x",
+        "--dry_run",
+        "--title",
+        "none",
+        "--override",
+    )
+    assert (
+        "disk" in printed
+        and "title                    none" in printed
+        and not (tmp_path / "x").exists()
+    )
 
 
 def test_batches_cover_all_rows_within_the_budget():
     lengths = np.random.default_rng(0).integers(3, 50, 300).astype(np.int32)
     batches = token_batches(lengths, 120, 49)
     assert sorted(np.concatenate([rows for rows, _ in batches])) == list(range(300))
-    assert all(len(rows) * width <= 120 and lengths[rows].max() <= width <= 49 for rows, width in batches)
+    assert all(
+        len(rows) * width <= 120 and lengths[rows].max() <= width <= 49 for rows, width in batches
+    )
     assert max(len(rows) for rows, _ in batches) > 10
     assert [width for _, width in token_batches(np.array([9, 9]), 1, 9)] == [9, 9]
     assert [width for _, width in token_batches(np.array([0, 0]), 8, 9)] == [1]
@@ -237,7 +316,9 @@ def test_batches_have_few_shapes():
     assert len({width for _, width in shapes}) <= 56 and len(shapes) < 150, len(shapes)
 
 
-@pytest.mark.parametrize(("start", "stop", "window"), [(0, 1, 1), (3, 20, 5), (0, 100, 32), (7, 9, 8192)])
+@pytest.mark.parametrize(
+    ("start", "stop", "window"), [(0, 1, 1), (3, 20, 5), (0, 100, 32), (7, 9, 8192)]
+)
 def test_spans_cover_a_shard_in_order(start, stop, window):
     spans = cut(start, stop, window)
     assert [row for a, b in spans for row in range(a, b)] == list(range(start, stop))

@@ -12,14 +12,26 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
-from lib.data import length_chunks
-from lib.encoder import Dense, LayerNorm, load_encoder, model_hash, save_encoder
+from lib.checkpoint import load_encoder, model_hash, save_encoder
+from lib.cpu import PackedLinear, pack_linears
+from lib.encoder import Dense, LayerNorm
 from lib.files import UserError
-from lib.packed import PackedLinear, pack_linears
+from lib.groups import length_chunks
 from lib.text import pad, to_ids
 
-CARD = {"base": "tiny", "data": {"corpus": "c.jsonl"}, "command": ["python", "x.py"], "metrics": {"MRR@10": 0.5}}
-TEXTS = ["ants and sugar", "the lava of a crater " * 9, "bow", "orchestra", "rind mould goat whey milk, curd"]
+CARD = {
+    "base": "tiny",
+    "data": {"corpus": "c.jsonl"},
+    "command": ["python", "x.py"],
+    "metrics": {"MRR@10": 0.5},
+}
+TEXTS = [
+    "ants and sugar",
+    "the lava of a crater " * 9,
+    "bow",
+    "orchestra",
+    "rind mould goat whey milk, curd",
+]
 
 
 def batch_of(model, texts=TEXTS, **settings):
@@ -36,7 +48,10 @@ def vectors(model, texts=TEXTS, **settings):
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_pooling_is_what_transformers_gives_text_by_text(tiny_model_dir, pooling):
     model = load_encoder(tiny_model_dir, pooling)
-    plain, tokenizer = AutoModel.from_pretrained(tiny_model_dir).eval(), AutoTokenizer.from_pretrained(tiny_model_dir)
+    plain, tokenizer = (
+        AutoModel.from_pretrained(tiny_model_dir).eval(),
+        AutoTokenizer.from_pretrained(tiny_model_dir),
+    )
     with torch.no_grad():
         for text, found in zip(TEXTS, vectors(model), strict=True):  # no padding in the reference
             hidden = plain(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
@@ -53,7 +68,9 @@ def test_projection_and_normalisation(tiny_model_dir):
     expected = torch.layer_norm(vectors(plain) @ dense.weight.T, (24,), norm.weight, norm.bias)
     torch.testing.assert_close(vectors(model), expected / expected.norm(dim=1, keepdim=True))
     torch.manual_seed(1)
-    assert torch.equal(load_encoder(tiny_model_dir, "cls", projection=24).head[0].linear.weight, dense.weight)
+    assert torch.equal(
+        load_encoder(tiny_model_dir, "cls", projection=24).head[0].linear.weight, dense.weight
+    )
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
@@ -63,7 +80,9 @@ def test_the_width_of_the_padding_does_not_matter(tiny_model_dir, pooling):
     wide = {name: torch.nn.functional.pad(values, (0, 20)) for name, values in batch.items()}
     with torch.no_grad():
         torch.testing.assert_close(model.encode(wide), expected)
-    chunks, order = length_chunks("query", [("", text) for text in TEXTS], model.format, model.tokenizer, chunk_rows=2)
+    chunks, order = length_chunks(
+        "query", [("", text) for text in TEXTS], model.format, model.tokenizer, chunk_rows=2
+    )
     with torch.no_grad():
         torch.testing.assert_close(model.encode(chunks)[order], vectors(model))
         q_reps, p_reps = model(None, chunks)
@@ -77,7 +96,9 @@ def test_left_padding_pools_the_first_real_token(tiny_model_dir):
     with torch.no_grad():
         hidden = model.backbone(**batch).last_hidden_state
         for row, mask in enumerate(batch["attention_mask"]):
-            torch.testing.assert_close(model.encode(batch)[row], hidden[row, len(mask) - mask.sum()])
+            torch.testing.assert_close(
+                model.encode(batch)[row], hidden[row, len(mask) - mask.sum()]
+            )
 
 
 def test_every_parameter_has_a_gradient_and_pooling_is_fp32_under_autocast(tiny_model_dir):
@@ -107,7 +128,10 @@ def test_a_saved_checkpoint_comes_back_whole(tiny_model_dir, tmp_path, title):
     assert again.stated == {**texts, "max_chunks": 1, "max_characters": 0}
     assert (tmp_path / "a" / "modules.json").exists() == (title == "space")
     _, report = AutoModel.from_pretrained(tmp_path / "a", output_loading_info=True)
-    assert all(key.startswith("pooler.") for key in report["missing_keys"]) and not report["unexpected_keys"]
+    assert (
+        all(key.startswith("pooler.") for key in report["missing_keys"])
+        and not report["unexpected_keys"]
+    )
     card = (tmp_path / "a" / "README.md").read_text()
     assert "tiny" in card and "MRR@10: 0.5" in card and "python x.py" in card
     for name, value in [("title", "none"), ("query_prompt", ""), ("max_query_length", 8)]:
@@ -126,14 +150,18 @@ def test_saving_again_keeps_what_a_run_put_beside_the_checkpoint(tiny_model_dir,
     assert model_hash(tmp_path) == first and {"state", "2_Dense", "model.safetensors"} <= set(names)
     twice = {name: values * 2 for name, values in model.state_dict().items()}
     save_encoder(model, tmp_path, CARD, state_dict=twice)
-    assert sorted(path.name for path in tmp_path.iterdir()) == names and model_hash(tmp_path) != first
+    assert (
+        sorted(path.name for path in tmp_path.iterdir()) == names and model_hash(tmp_path) != first
+    )
     torch.testing.assert_close(load_encoder(tmp_path).state_dict(), twice)
     save_encoder(model, tmp_path, CARD)
     assert model_hash(tmp_path) == first
     broken = {name: values * float("nan") for name, values in model.state_dict().items()}
     with pytest.raises(UserError, match="other vectors"):
         save_encoder(model, tmp_path, CARD, state_dict=broken)
-    assert model_hash(tmp_path) == first and sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (
+        model_hash(tmp_path) == first and sorted(path.name for path in tmp_path.iterdir()) == names
+    )
 
 
 def edit(path, **changes):
@@ -156,8 +184,14 @@ def lose_a_weight(folder):
     "damage, message",
     [
         (lambda f: (f / "modules.json").unlink(), "states no pooling.*--pooling"),
-        (lambda f: edit(f / "1_Pooling/config.json", pooling_mode_max_tokens=True), r"cls \+ max_tokens"),
-        (lambda f: edit(f / "1_Pooling/config.json", pooling_mode="lasttoken"), "pooling by lasttoken"),
+        (
+            lambda f: edit(f / "1_Pooling/config.json", pooling_mode_max_tokens=True),
+            r"cls \+ max_tokens",
+        ),
+        (
+            lambda f: edit(f / "1_Pooling/config.json", pooling_mode="lasttoken"),
+            "pooling by lasttoken",
+        ),
         (lambda f: edit(f / "1_Pooling/config.json", include_prompt=False), "include_prompt"),
         (lambda f: swap_module(f, "sentence_transformers.models.CNN"), "the module .*CNN"),
         (lambda f: swap_module(f, "my_code.Dense"), "the module my_code.Dense"),
@@ -165,9 +199,18 @@ def lose_a_weight(folder):
         (lambda f: edit(f / "2_Dense/config.json", use_residual=True), "residual"),
         (lambda f: (f / "2_Dense/model.safetensors").unlink(), "no model.safetensors"),
         (lambda f: edit(f / "2_Dense/config.json", out_features=7), "do not fit"),
-        (lambda f: edit(f / "config_sentence_transformers.json", model_type="SparseEncoder"), "a SparseEncoder"),
-        (lambda f: edit(f / "sentence_bert_config.json", query_expansion={"length": 3}), "query_expansion"),
-        (lambda f: edit(f / "bottleneck.json", tokenizer={"ids": "other", "version": "0"}), "other ids"),
+        (
+            lambda f: edit(f / "config_sentence_transformers.json", model_type="SparseEncoder"),
+            "a SparseEncoder",
+        ),
+        (
+            lambda f: edit(f / "sentence_bert_config.json", query_expansion={"length": 3}),
+            "query_expansion",
+        ),
+        (
+            lambda f: edit(f / "isthmus.json", tokenizer={"ids": "other", "version": "0"}),
+            "other ids",
+        ),
         (lambda f: (f / "model.safetensors").write_bytes(b"cut short"), "cannot be loaded"),
         (lambda f: (f / "config.json").unlink(), "cannot be loaded"),
         (lose_a_weight, "2 weights are missing"),
@@ -185,8 +228,16 @@ def test_what_cannot_be_loaded_says_why(tiny_model_dir, tmp_path, damage, messag
 def test_flags_that_contradict_a_checkpoint(tiny_model_dir, tmp_path):
     model = load_encoder(tiny_model_dir, "cls", projection=24)
     save_encoder(model, tmp_path / "a", CARD)
-    assert [type(m) for m in load_encoder(tmp_path / "a", "cls", projection=24).head] == [Dense, LayerNorm]
-    for arguments in [("mean",), ("cls", None, 25), ("cls", {"max_query_length": 129}), ("cls", None, 0, True, True)]:
+    assert [type(m) for m in load_encoder(tmp_path / "a", "cls", projection=24).head] == [
+        Dense,
+        LayerNorm,
+    ]
+    for arguments in [
+        ("mean",),
+        ("cls", None, 25),
+        ("cls", {"max_query_length": 129}),
+        ("cls", None, 0, True, True),
+    ]:
         with pytest.raises(UserError):
             load_encoder(tmp_path / "a", *arguments)
 
@@ -205,14 +256,20 @@ def test_packed_weights_on_a_cpu_without_bf16():
     code = """
 import torch
 from lib.launch import make_accelerator
-from lib.packed import onednn, product
+from lib.cpu import onednn, product
 assert onednn(torch.float32) and not onednn(torch.bfloat16)
 weight, bias, x = (torch.randn(*size, dtype=torch.bfloat16) for size in ((5, 8), (5,), (3, 8)))
 expected = (x.double() @ weight.double().T + bias.double()).bfloat16()
 torch.testing.assert_close(product(weight, bias)(x), expected)
 make_accelerator()
 """
-    old = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "true"}
+    old = {
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_USE_CPU": "true",
+    }
     call = [sys.executable, "-c", code]
-    shown = subprocess.check_output(call, cwd=Path(__file__).parents[1], env={**os.environ, **old}, text=True)
+    shown = subprocess.check_output(
+        call, cwd=Path(__file__).parents[1], env={**os.environ, **old}, text=True
+    )
     assert "this CPU has no bf16 — --mixed_precision no" in shown

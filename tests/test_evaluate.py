@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lib import files
+from lib.embeddings import finish_embeddings, write_shard
 
 
 @pytest.fixture
@@ -16,9 +17,16 @@ def evaluate(script, tmp_path, monkeypatch):
 
 @pytest.fixture
 def runs(tmp_path):
-    files.write_qrels(tmp_path / "dev.tsv", {"q1": {"a": 1}, "q2": {"b": 2, "c": 1}, "q3": {"d": 1}})
+    files.write_qrels(
+        tmp_path / "dev.tsv", {"q1": {"a": 1}, "q2": {"b": 2, "c": 1}, "q3": {"d": 1}}
+    )
     files.write_qrels(tmp_path / "test.tsv", {"q4": {"a": 1}})
-    rows = [("q1", ["b", "a"], [2, 1]), ("q2", ["c", "b"], [1, 1]), ("q4", ["q4", "a"], [3, 2]), ("q9", ["a"], [1])]
+    rows = [
+        ("q1", ["b", "a"], [2, 1]),
+        ("q2", ["c", "b"], [1, 1]),
+        ("q4", ["q4", "a"], [3, 2]),
+        ("q9", ["a"], [1]),
+    ]
     files.write_run(tmp_path / "run", rows)
     files.write_run(tmp_path / "other", [(q, p[::-1], s) for q, p, s in rows])
     return tmp_path
@@ -47,7 +55,9 @@ def test_a_run_on_two_splits_and_its_policy(runs, evaluate):
     assert metrics(runs / "out")["metrics"] == {
         "RR@10": pytest.approx((0.5 + 1 + 0) / 3),
         "R@1": pytest.approx((0 + 0.5 + 0) / 3),
-        "nDCG@10": pytest.approx((1 / np.log2(3) + (1 + 2 / np.log2(3)) / (2 + 1 / np.log2(3)) + 0) / 3),
+        "nDCG@10": pytest.approx(
+            (1 / np.log2(3) + (1 + 2 / np.log2(3)) / (2 + 1 / np.log2(3)) + 0) / 3
+        ),
     }
     assert metrics(runs / "out", "test")["metrics"]["RR@10"] == 0.5
     for fact in (
@@ -58,7 +68,13 @@ def test_a_run_on_two_splits_and_its_policy(runs, evaluate):
     ):
         assert fact in shown
     rows = [line.split("\t") for line in (runs / "out" / "per_query.tsv").read_text().splitlines()]
-    assert rows[0] == ["qid", "split", "RR@10", "R@1", "nDCG@10"] and rows[3] == ["q3", "dev", "0", "0", "0"]
+    assert rows[0] == ["qid", "split", "RR@10", "R@1", "nDCG@10"] and rows[3] == [
+        "q3",
+        "dev",
+        "0",
+        "0",
+        "0",
+    ]
     assert files.read_run(runs / "out" / "run.trec")["q2"].pids == ["c", "b"], (
         "a tie: trec_eval takes the greater id first"
     )
@@ -66,26 +82,71 @@ def test_a_run_on_two_splits_and_its_policy(runs, evaluate):
 
 
 def test_ties_by_rank_identical_ids_and_levels(runs, evaluate):
-    evaluate("--run", "other", "--qrels", "dev.tsv", "--ties", "rank", "--metrics", "R@1", "--output_dir", "rank")
+    evaluate(
+        "--run",
+        "other",
+        "--qrels",
+        "dev.tsv",
+        "--ties",
+        "rank",
+        "--metrics",
+        "R@1",
+        "--output_dir",
+        "rank",
+    )
     assert files.read_run(runs / "rank" / "run.trec")["q2"].pids == ["b", "c"]
     evaluate(
-        "--run", "run", "--qrels", "test.tsv", "--ignore_identical_ids", "--metrics", "RR@10", "--output_dir", "same"
+        "--run",
+        "run",
+        "--qrels",
+        "test.tsv",
+        "--ignore_identical_ids",
+        "--metrics",
+        "RR@10",
+        "--output_dir",
+        "same",
     )
     assert metrics(runs / "same", "test")["metrics"]["RR@10"] == 1
     evaluate(
-        "--run", "run", "--qrels", "dev.tsv", "--relevance_level", 2, "--metrics", "RR@10", "--output_dir", "level"
+        "--run",
+        "run",
+        "--qrels",
+        "dev.tsv",
+        "--relevance_level",
+        2,
+        "--metrics",
+        "RR@10",
+        "--output_dir",
+        "level",
     )
     assert metrics(runs / "level")["metrics"]["RR@10"] == pytest.approx((0 + 0.5 + 0) / 3)
 
 
 def test_fusion_and_comparison(runs, evaluate):
-    evaluate("--run", "run", "other", "--qrels", "dev.tsv", "--metrics", "RR@10", "--output_dir", "fused")
-    assert files.read_run(runs / "fused" / "run.trec")["q1"].scores == pytest.approx([1 / 61 + 1 / 62] * 2)
     evaluate(
-        "--run", "run", "--qrels", "dev.tsv", "--compare", "other", "--metrics", "RR@10", "--output_dir", "compared"
+        "--run", "run", "other", "--qrels", "dev.tsv", "--metrics", "RR@10", "--output_dir", "fused"
+    )
+    assert files.read_run(runs / "fused" / "run.trec")["q1"].scores == pytest.approx(
+        [1 / 61 + 1 / 62] * 2
+    )
+    evaluate(
+        "--run",
+        "run",
+        "--qrels",
+        "dev.tsv",
+        "--compare",
+        "other",
+        "--metrics",
+        "RR@10",
+        "--output_dir",
+        "compared",
     )
     other = metrics(runs / "compared")["compare"]["RR@10"]
-    assert other["difference"] == pytest.approx(-0.5 / 3) and other["p"] == 1 and other["interval"][0] < 0
+    assert (
+        other["difference"] == pytest.approx(-0.5 / 3)
+        and other["p"] == 1
+        and other["interval"][0] < 0
+    )
 
 
 @pytest.fixture
@@ -96,10 +157,10 @@ def embedded(tmp_path):
     ids = ["q0", *(f"d{i}" for i in range(1, 12))]
     meta = {"model": "m", "model_hash": "1", "dim": 2}
     for start in (0, 5, 10):
-        files.write_shard(tmp_path / "p", start // 5, passages[start : start + 5], ids[start : start + 5])
-    files.finish_embeddings(tmp_path / "p", {**meta, "kind": "passage", "count": 12})
-    files.write_shard(tmp_path / "q", 0, passages[[0, 4, 8]], ["q0", "q1", "q2"])
-    files.finish_embeddings(tmp_path / "q", {**meta, "kind": "query", "count": 3})
+        write_shard(tmp_path / "p", start // 5, passages[start : start + 5], ids[start : start + 5])
+    finish_embeddings(tmp_path / "p", {**meta, "kind": "passage", "count": 12})
+    write_shard(tmp_path / "q", 0, passages[[0, 4, 8]], ["q0", "q1", "q2"])
+    finish_embeddings(tmp_path / "q", {**meta, "kind": "query", "count": 3})
     files.write_qrels(tmp_path / "test.tsv", {"q0": {"d1": 1}, "q1": {"d4": 1}, "q2": {"d10": 1}})
     return tmp_path
 
@@ -115,27 +176,54 @@ def test_search_rerank_and_self_retrieval(embedded, evaluate, two_processes):
     ]
     evaluate(*flags, "--depth", 4, "--metrics", "RR@10", "--output_dir", "out")
     run = files.read_run(embedded / "out" / "run.trec")
-    assert run["q0"].pids == ["q0", "d1", "d2", "d3"] and metrics(embedded / "out", "test")["metrics"]["RR@10"] == 0.5
-    evaluate(*flags, "--depth", 4, "--ignore_identical_ids", "--metrics", "RR@10", "--output_dir", "other")
+    assert (
+        run["q0"].pids == ["q0", "d1", "d2", "d3"]
+        and metrics(embedded / "out", "test")["metrics"]["RR@10"] == 0.5
+    )
+    evaluate(
+        *flags,
+        "--depth",
+        4,
+        "--ignore_identical_ids",
+        "--metrics",
+        "RR@10",
+        "--output_dir",
+        "other",
+    )
     assert files.read_run(embedded / "other" / "run.trec")["q0"].pids == ["d1", "d2", "d3", "d4"], (
         "the depth stays full"
     )
     two_processes("evaluate.py", *flags, "--depth", 4, "--metrics", "RR@10", "--output_dir", "pair")
-    assert (embedded / "pair" / "run.trec").read_text() == (embedded / "out" / "run.trec").read_text()
+    assert (embedded / "pair" / "run.trec").read_text() == (
+        embedded / "out" / "run.trec"
+    ).read_text()
     (embedded / "top").write_text("q0\td9\tx\ty\nq0\td1\tx\ty\nq1\tgone\tx\ty\nq1\td3\tx\ty\n")
-    shown = evaluate(*flags, "--candidates", embedded / "top", "--metrics", "RR@10", "--output_dir", "again")[1]
+    shown = evaluate(
+        *flags, "--candidates", embedded / "top", "--metrics", "RR@10", "--output_dir", "again"
+    )[1]
     assert "1 not in the corpus, 1 queries without any" in shown
     run = files.read_run(embedded / "again" / "run.trec")
     assert run["q0"].pids == ["d1", "d9"] and run["q1"].pids == ["d3"] and "q2" not in run
     for name, spoil in (("kind", "passage"), ("model_hash", "2")):
-        files.finish_embeddings(embedded / "q", {**files.read_json(embedded / "q" / "meta.json"), name: spoil})
+        finish_embeddings(
+            embedded / "q", {**files.read_json(embedded / "q" / "meta.json"), name: spoil}
+        )
         status, _, error = evaluate(*flags, "--output_dir", "bad")
-        assert status == 1 and error.count("\n") == 1 and not (embedded / "bad" / "metrics.json").exists(), error
+        assert (
+            status == 1
+            and error.count("\n") == 1
+            and not (embedded / "bad" / "metrics.json").exists()
+        ), error
 
 
 def test_bm25_and_mistakes(tmp_path, tiny_collection, evaluate):
     data = ["--bm25", "--queries", tiny_collection.queries, "--corpus", tiny_collection.corpus]
-    assert evaluate(*data, "--qrels", tiny_collection.qrels, "--metrics", "R@10", "--output_dir", "out")[0] == 0
+    assert (
+        evaluate(
+            *data, "--qrels", tiny_collection.qrels, "--metrics", "R@10", "--output_dir", "out"
+        )[0]
+        == 0
+    )
     assert metrics(tmp_path / "out", "qrels")["metrics"]["R@10"] > 0.5
     files.write_qrels(tmp_path / "a.qrels", {"q1": {"p1": 1}, "q2": {"gone": 1}})
     files.write_qrels(tmp_path / "b.qrels", {"q1": {"p1": 1}, "qx": {"p2": 1}})

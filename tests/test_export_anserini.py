@@ -7,7 +7,7 @@ import pytest
 from scipy.sparse import csr_matrix
 from transformers import AutoTokenizer
 
-from lib.files import Embeddings, finish_embeddings, write_shard
+from lib.embeddings import Embeddings, finish_embeddings, write_shard
 from recipes import export_anserini
 from recipes.export_anserini import quantise, terms
 
@@ -28,8 +28,15 @@ def embeddings(tmp_path, tiny_model_dir):
             weights[row, list(content)] = list(content.values())
         folder = tmp_path / name
         for shard, start in enumerate(range(0, len(rows), 3)):
-            write_shard(folder, shard, csr_matrix(weights[start : start + 3]), ids[start : start + 3])
-        stated = {"model": str(tiny_model_dir), "model_hash": "m", "input_fingerprint": "i", "head": "sparse"}
+            write_shard(
+                folder, shard, csr_matrix(weights[start : start + 3]), ids[start : start + 3]
+            )
+        stated = {
+            "model": str(tiny_model_dir),
+            "model_hash": "m",
+            "input_fingerprint": "i",
+            "head": "sparse",
+        }
         finish_embeddings(folder, {**stated, "kind": kind, "count": len(rows), "dim": dim, **meta})
         return folder
 
@@ -39,8 +46,15 @@ def embeddings(tmp_path, tiny_model_dir):
 @pytest.fixture(scope="module")
 def pieces(tokenizer):
     """[(column, token)] of two whole words and, last, of a "##" piece."""
-    words = [(v, token) for token, v in sorted(tokenizer.get_vocab().items()) if len(token) > 3 and token.isalpha()]
-    return [*words[:2], next((v, t) for t, v in sorted(tokenizer.get_vocab().items()) if t.startswith("##"))]
+    words = [
+        (v, token)
+        for token, v in sorted(tokenizer.get_vocab().items())
+        if len(token) > 3 and token.isalpha()
+    ]
+    return [
+        *words[:2],
+        next((v, t) for t, v in sorted(tokenizer.get_vocab().items()) if t.startswith("##")),
+    ]
 
 
 def test_every_line_of_a_collection(tokenizer, pieces, embeddings, script, tmp_path):
@@ -56,7 +70,13 @@ def test_every_line_of_a_collection(tokenizer, pieces, embeddings, script, tmp_p
     ]
     folder = embeddings("corpus", "passage", rows, [*"abcdef", "ö"], len(tokenizer) + 1)
     status, shown, errors = script(
-        "recipes.export_anserini", "--embeddings", folder, "--output_dir", tmp_path / "out", "--files", 2
+        "recipes.export_anserini",
+        "--embeddings",
+        folder,
+        "--output_dir",
+        tmp_path / "out",
+        "--files",
+        2,
     )
     assert status == 0, errors
     assert "7 passages, 1.4 terms each of 1.4 with a weight, the largest impact 300" in shown
@@ -67,10 +87,15 @@ def test_every_line_of_a_collection(tokenizer, pieces, embeddings, script, tmp_p
     first = [*both, {loaf: 1}]
     second = [{"[UNK]": 1}, {"[UNK]": 1}, {loaf: 300, f"[v{len(tokenizer)}]": 50}, {loaf: 1}]
     collection = tmp_path / "out/collection"
-    assert sorted(path.name for path in collection.iterdir()) == ["vectors-00.jsonl", "vectors-01.jsonl"]
+    assert sorted(path.name for path in collection.iterdir()) == [
+        "vectors-00.jsonl",
+        "vectors-01.jsonl",
+    ]
     for name, ids, vectors in (("00", "abc", first), ("01", "defö", second)):
         lines = (collection / f"vectors-{name}.jsonl").read_text().splitlines()
-        assert lines == [json.dumps({"id": i, "vector": v}) for i, v in zip(ids, vectors, strict=True)]
+        assert lines == [
+            json.dumps({"id": i, "vector": v}) for i, v in zip(ids, vectors, strict=True)
+        ]
     assert json.loads((tmp_path / "out/meta.json").read_text())["impacts"] == 10
 
 
@@ -81,17 +106,28 @@ def test_every_line_of_queries(tokenizer, pieces, embeddings, script, tmp_path):
     flags = ["--embeddings", folder, "--output_dir"]
     status, shown, errors = script("recipes.export_anserini", *flags, tmp_path / "out")
     assert status == 0 and "note" not in shown, errors
-    first = " ".join(repeated for _, repeated in sorted([(ant, f"{ants} {ants} {ants}"), (part, f"{piece} {piece}")]))
+    first = " ".join(
+        repeated
+        for _, repeated in sorted([(ant, f"{ants} {ants} {ants}"), (part, f"{piece} {piece}")])
+    )
     assert (tmp_path / "out/queries.tsv").read_text() == f"12\t{first}\n7\t[UNK]\n0\t{ants}\n"
     assert json.loads((tmp_path / "out/meta.json").read_text())["topic_reader"] == "TsvInt"
-    status, _, errors = script("recipes.export_anserini", *flags, tmp_path / "double", "--factor", 200)
-    assert (tmp_path / "double/queries.tsv").read_text().splitlines()[2] == f"0\t{ants} {ants}", errors
+    status, _, errors = script(
+        "recipes.export_anserini", *flags, tmp_path / "double", "--factor", 200
+    )
+    assert (tmp_path / "double/queries.tsv").read_text().splitlines()[2] == f"0\t{ants} {ants}", (
+        errors
+    )
 
 
 @pytest.mark.parametrize("name", ["q1", "007", "-1", "4294967296", "1_0", "٣"])
-def test_ids_that_are_no_integers_need_the_other_reader(name, tokenizer, embeddings, script, tmp_path):
+def test_ids_that_are_no_integers_need_the_other_reader(
+    name, tokenizer, embeddings, script, tmp_path
+):
     folder = embeddings("queries", "query", [{9: 1.0}] * 2, ["5", name], len(tokenizer))
-    status, shown, errors = script("recipes.export_anserini", "--embeddings", folder, "--output_dir", tmp_path / "out")
+    status, shown, errors = script(
+        "recipes.export_anserini", "--embeddings", folder, "--output_dir", tmp_path / "out"
+    )
     assert status == 0 and f"{name} is none — search with -topicReader TsvString" in shown, errors
     assert json.loads((tmp_path / "out/meta.json").read_text())["topic_reader"] == "TsvString"
 
@@ -104,7 +140,10 @@ def test_dot_products_of_the_files_are_those_of_the_rounded_matrix(
     draw, dim = np.random.default_rng(0), len(tokenizer)
     read = {}
     for name, kind, count in (("q", "query", 5), ("p", "passage", 11)):
-        rows = [dict.fromkeys(draw.choice(dim, draw.integers(1, 40), replace=False).tolist()) for _ in range(count)]
+        rows = [
+            dict.fromkeys(draw.choice(dim, draw.integers(1, 40), replace=False).tolist())
+            for _ in range(count)
+        ]
         rows = [{v: 3 * draw.random() ** 4 for v in row} for row in rows]
         rows[1] = {v: 1.0 for v in range(50)}
         folder = embeddings(name, kind, rows, [str(i) for i in range(count)], dim)
@@ -112,14 +151,18 @@ def test_dot_products_of_the_files_are_those_of_the_rounded_matrix(
         status, shown, errors = script("recipes.export_anserini", *flags)
         assert status == 0, errors
         assert ("more than 40 terms (1, ...)" in shown) == (kind == "query")
-        read[name] = np.rint(np.float32(100) * Embeddings(folder).take(range(count)).toarray()).astype(int)
+        read[name] = np.rint(
+            np.float32(100) * Embeddings(folder).take(range(count)).toarray()
+        ).astype(int)
         assert (read[name].sum(1) > 0).all()
     passages = {}
     for path in sorted((tmp_path / "out-p/collection").iterdir()):
         for line in path.read_text().splitlines():
             passages[json.loads(line)["id"]] = json.loads(line)["vector"]
     assert list(passages) == [str(i) for i in range(11)]
-    for query, line in zip(read["q"], (tmp_path / "out-q/queries.tsv").read_text().splitlines(), strict=True):
+    for query, line in zip(
+        read["q"], (tmp_path / "out-q/queries.tsv").read_text().splitlines(), strict=True
+    ):
         tokens = line.split("\t")[1].split()  # a term that stands w times counts w times
         scores = [sum(vector.get(token, 0) for token in tokens) for vector in passages.values()]
         assert scores == (read["p"] @ query).tolist()
@@ -127,7 +170,8 @@ def test_dot_products_of_the_files_are_those_of_the_rounded_matrix(
 
 def test_quantise_leaves_its_input_and_sorts_columns():
     given = csr_matrix(
-        (np.float32([0.1, 0.2, 0.15, 0.001, -5]), np.int32([1, 4, 3, 2, 0]), [0, 4, 4, 5]), shape=(3, 6)
+        (np.float32([0.1, 0.2, 0.15, 0.001, -5]), np.int32([1, 4, 3, 2, 0]), [0, 4, 4, 5]),
+        shape=(3, 6),
     )
     before = [part.copy() for part in (given.data, given.indices, given.indptr)]
     found = quantise(given, 100.0, 5)
@@ -147,7 +191,20 @@ class Tokens(list):
 
 
 def test_terms_are_whole_words_to_a_whitespace_analyser():
-    tokens = ["Ġword", "▁word", "##s", "Word", "word", "ß\u200d", "  ", "a\u3000b", "\x01", None, "", "x" * 128]
+    tokens = [
+        "Ġword",
+        "▁word",
+        "##s",
+        "Word",
+        "word",
+        "ß\u200d",
+        "  ",
+        "a\u3000b",
+        "\x01",
+        None,
+        "",
+        "x" * 128,
+    ]
     names = terms(Tokens(tokens), 14).tolist()
     assert names == [*tokens[:6], *(f"[v{column}]" for column in range(6, 14))]
     with pytest.raises(export_anserini.UserError, match="two columns share the term"):
@@ -158,7 +215,9 @@ def test_what_is_refused(tokenizer, embeddings, script, tmp_path):
     V = len(tokenizer)
 
     def refused(*flags):
-        status, _, errors = script("recipes.export_anserini", "--output_dir", tmp_path / "out", *flags)
+        status, _, errors = script(
+            "recipes.export_anserini", "--output_dir", tmp_path / "out", *flags
+        )
         assert status == 1 and len(errors.strip().splitlines()) == 1, errors
         assert not (tmp_path / "out").exists()
         return errors
@@ -175,7 +234,9 @@ def test_what_is_refused(tokenizer, embeddings, script, tmp_path):
     (good / "meta.json").unlink()
     assert "no meta.json" in refused("--embeddings", good)
     write_shard(tmp_path / "dense", 0, np.ones((1, V), dtype=np.float32), ids)
-    finish_embeddings(tmp_path / "dense", {"count": 1, "dim": V, "head": "dense", "kind": "passage"})
+    finish_embeddings(
+        tmp_path / "dense", {"count": 1, "dim": V, "head": "dense", "kind": "passage"}
+    )
     assert "dense vectors" in refused("--embeddings", tmp_path / "dense")
 
 

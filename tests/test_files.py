@@ -11,12 +11,14 @@ import pytest
 from scipy.sparse import csr_matrix, load_npz, vstack
 
 from lib import files
+from lib.embeddings import Embeddings, finish_embeddings, write_shard
 from lib.files import UserError
+from lib.texts import open_texts, read_texts, write_texts
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
 
 
 def put(path, text, compress=False):
@@ -26,8 +28,12 @@ def put(path, text, compress=False):
 
 CORPUS = [("7", "Ants", "Ants sleep."), ("9", "", "Bees fly."), ("x-1", "Ünï", "Öl \u2028 line")]
 CORPUS_FORMS = {
-    "beir.jsonl": "".join(json.dumps({"_id": i, "title": t, "text": x}) + "\n" for i, t, x in CORPUS),
-    "tevatron.jsonl.gz": "".join(json.dumps({"docid": i, "title": t, "text": x}) + "\n" for i, t, x in CORPUS),
+    "beir.jsonl": "".join(
+        json.dumps({"_id": i, "title": t, "text": x}) + "\n" for i, t, x in CORPUS
+    ),
+    "tevatron.jsonl.gz": "".join(
+        json.dumps({"docid": i, "title": t, "text": x}) + "\n" for i, t, x in CORPUS
+    ),
     "three.tsv": "".join(f"{i}\t{t}\t{x}\n" for i, t, x in CORPUS),
     "three.tsv.gz": "".join(f"{i}\t{t}\t{x}\r\n" for i, t, x in CORPUS),
     "bom.tsv": "\ufeff" + "".join(f"{i}\t{t}\t{x}\n" for i, t, x in CORPUS),
@@ -37,7 +43,7 @@ CORPUS_FORMS = {
 @pytest.mark.parametrize("name", CORPUS_FORMS)
 def test_every_corpus_format_gives_the_same_texts(tmp_path, name):
     path = put(tmp_path / name, CORPUS_FORMS[name], compress=name.endswith(".gz"))
-    texts = files.open_texts(path)
+    texts = open_texts(path)
     assert list(texts.stream()) == CORPUS and list(texts.stream(1, 2)) == CORPUS[1:2]
     assert texts[2] == CORPUS[2][1:] and texts.ids([2, 0]) == ["x-1", "7"]
     assert texts.rows(["9", "nowhere", "7"]).tolist() == [1, -1, 0]
@@ -45,43 +51,49 @@ def test_every_corpus_format_gives_the_same_texts(tmp_path, name):
 
 
 def test_documents_keep_their_url_beside_the_title(tmp_path):
-    put(tmp_path / "d.tsv.gz", "D1\thttp://u/1\tAnts\tAnts sleep.\r\nD2\thttp://u/2\t\tBees fly.\r\n", compress=True)
+    put(
+        tmp_path / "d.tsv.gz",
+        "D1\thttp://u/1\tAnts\tAnts sleep.\r\nD2\thttp://u/2\t\tBees fly.\r\n",
+        compress=True,
+    )
     expected = [("D1", "http://u/1\x1fAnts", "Ants sleep."), ("D2", "http://u/2\x1f", "Bees fly.")]
-    assert list(files.open_texts(tmp_path / "d.tsv.gz").stream()) == expected
-    files.write_texts(tmp_path / "again.jsonl", expected)
-    assert list(files.read_texts(tmp_path / "again.jsonl")) == expected
+    assert list(open_texts(tmp_path / "d.tsv.gz").stream()) == expected
+    write_texts(tmp_path / "again.jsonl", expected)
+    assert list(read_texts(tmp_path / "again.jsonl")) == expected
     with pytest.raises(UserError, match="D3 has neither title nor text"):
-        list(files.read_texts(put(tmp_path / "empty.tsv", "D3\t\t\t \n")))
+        list(read_texts(put(tmp_path / "empty.tsv", "D3\t\t\t \n")))
 
 
 def test_parquet_and_save_to_disk_equal_jsonl(tmp_path):
     table = datasets.Dataset.from_list([{"_id": i, "title": t, "text": x} for i, t, x in CORPUS])
     table.to_parquet(str(tmp_path / "c.parquet"))
     table.save_to_disk(str(tmp_path / "disk"))
-    assert list(files.read_texts(tmp_path / "c.parquet")) == CORPUS == list(files.read_texts(tmp_path / "disk"))
+    assert list(read_texts(tmp_path / "c.parquet")) == CORPUS == list(read_texts(tmp_path / "disk"))
 
 
 def test_titles_are_joined_in_any_order(tmp_path):
     corpus = put(tmp_path / "c.tsv", "1\tone\n2\ttwo\n3\tthree\n")
     titles = put(tmp_path / "t.tsv", "2\tB\n1\tA\n3\t\n")
-    assert [t for _, t, _ in files.read_texts(corpus, titles)] == ["A", "B", ""]
+    assert [t for _, t, _ in read_texts(corpus, titles)] == ["A", "B", ""]
     with pytest.raises(UserError, match="c.tsv:3: 3 has no title"):
-        list(files.read_texts(corpus, put(tmp_path / "t2.tsv", "2\tB\n1\tA\n")))
+        list(read_texts(corpus, put(tmp_path / "t2.tsv", "2\tB\n1\tA\n")))
 
 
 def test_texts_over_many_batches_and_a_changed_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "ROWS_PER_BATCH", 7)
+    monkeypatch.setattr("lib.texts.ROWS_PER_BATCH", 7)
     rows = [(f"d{i}", "", f"text {i % 13}") for i in range(50)]
-    files.write_texts(tmp_path / "c.jsonl.gz", rows)
-    texts = files.open_texts(tmp_path / "c.jsonl.gz")
+    write_texts(tmp_path / "c.jsonl.gz", rows)
+    texts = open_texts(tmp_path / "c.jsonl.gz")
     for start, stop in ((0, 50), (3, 4), (6, 8), (7, 14), (13, 50), (49, 99), (20, 20)):
         assert list(texts.stream(start, stop)) == rows[start:stop]
     assert all(texts.rows([f"d{i}"])[0] == i and texts.id(i) == f"d{i}" for i in range(50))
-    assert (texts.text_keys[:13] == texts.text_keys[13:26]).all() and len(set(texts.text_keys.tolist())) == 13
+    assert (texts.text_keys[:13] == texts.text_keys[13:26]).all() and len(
+        set(texts.text_keys.tolist())
+    ) == 13
     fingerprint = texts.fingerprint
-    files.write_texts(tmp_path / "c.jsonl.gz", rows[:-1] + [("d49", "", "other")])
+    write_texts(tmp_path / "c.jsonl.gz", rows[:-1] + [("d49", "", "other")])
     os.utime(tmp_path / "c.jsonl.gz", ns=(1, 1))
-    assert files.open_texts(tmp_path / "c.jsonl.gz").fingerprint != fingerprint
+    assert open_texts(tmp_path / "c.jsonl.gz").fingerprint != fingerprint
 
 
 @pytest.mark.parametrize("width", [2, 3, 4])
@@ -93,7 +105,10 @@ def test_qrels_are_told_apart_by_shape(tmp_path, width):
     }
     # RetroMAE reads columns 0 and 1 whatever the width: of the 4-column file it keeps the passage "0" and
     # protects no positive
-    assert files.read_qrels(put(tmp_path / "q", rows[width])) == {"q1": {"7": 1, "9": 1}, "q2": {"8": 1}}
+    assert files.read_qrels(put(tmp_path / "q", rows[width])) == {
+        "q1": {"7": 1, "9": 1},
+        "q2": {"8": 1},
+    }
     assert files.read_qrels(put(tmp_path / "s", rows[width].replace("\t", " "))) == {
         "q1": {"7": 1, "9": 1},
         "q2": {"8": 1},
@@ -138,7 +153,7 @@ BAD_CORPORA = {
 def test_bad_corpora(tmp_path, case):
     path = put(tmp_path / "c.txt", BAD_CORPORA[case][0])
     with pytest.raises(UserError, match=f"{path}{BAD_CORPORA[case][1]}"):
-        files.open_texts(path)
+        open_texts(path)
     assert not list((tmp_path / "cache").glob("*/meta.json"))
 
 
@@ -152,7 +167,7 @@ def test_damaged_files(tmp_path):
         list(files.lines(tmp_path / "latin.tsv"))
     for missing in ("missing.jsonl", str(tmp_path / "missing")):
         with pytest.raises(UserError, match="no such file"):
-            files.open_texts(missing)
+            open_texts(missing)
 
 
 def test_negatives_runs_candidates_triples(tmp_path):
@@ -160,14 +175,20 @@ def test_negatives_runs_candidates_triples(tmp_path):
     assert list(files.read_negatives(tsv)) == [("q1", ["9", "4", "12"]), ("q2", [])]
     run = put(tmp_path / "r.trec", "q1 Q0 4 2 1.5 t\nq1 Q0 9 1 2.5 t\nq2 Q0 3 1 0.5 t\n")
     assert list(files.read_negatives(run)) == [("q1", ["9", "4"]), ("q2", ["3"])]
-    assert files.read_run(run)["q1"].pids == ["4", "9"] and files.read_run(run)["q1"].ranks.tolist() == [2, 1]
-    assert files.read_run(put(tmp_path / "m.tsv", "q1\t7\t1\nq1\t8\t2\n"))["q1"].scores.tolist() == [-1, -2]
+    assert files.read_run(run)["q1"].pids == ["4", "9"] and files.read_run(run)[
+        "q1"
+    ].ranks.tolist() == [2, 1]
+    assert files.read_run(put(tmp_path / "m.tsv", "q1\t7\t1\nq1\t8\t2\n"))[
+        "q1"
+    ].scores.tolist() == [-1, -2]
     top = put(tmp_path / "top1000.dev", "q1\t7\tdo ants\tAnts sleep\nq1\t8\tdo ants\tBees\n")
     assert files.read_candidates(top) == {"q1": ["7", "8"]} and files.read_candidates(run) == {
         "q1": ["4", "9"],
         "q2": ["3"],
     }
-    assert list(files.read_triples(put(tmp_path / "t", "a b\tc d\te f\n"))) == [("a b", "c d", "e f")]
+    assert list(files.read_triples(put(tmp_path / "t", "a b\tc d\te f\n"))) == [
+        ("a b", "c d", "e f")
+    ]
     assert list(files.read_id_triples(put(tmp_path / "i", "1\t2\t3\r\n"))) == [("1", "2", "3")]
     assert list(files.read_scores(put(tmp_path / "s", "q1\t7\t[0.5]\nq1 8 -1e-2\n"))) == [
         ("q1", "7", 0.5),
@@ -184,7 +205,11 @@ def test_what_is_written_comes_back(tmp_path):
     scores = np.float32([3.1415927, 1e-30, -2.5])
     files.write_run(tmp_path / "run", [("q1", ["a", "b", "c"], scores)])
     back = files.read_run(tmp_path / "run")["q1"]
-    assert back.pids == ["a", "b", "c"] and (back.scores == scores).all() and back.ranks.tolist() == [1, 2, 3]
+    assert (
+        back.pids == ["a", "b", "c"]
+        and (back.scores == scores).all()
+        and back.ranks.tolist() == [1, 2, 3]
+    )
     qrels = {"q": {"a": 1, "b": 0}}
     files.write_qrels(tmp_path / "qrels", qrels)
     assert files.read_qrels(tmp_path / "qrels") == qrels
@@ -202,38 +227,54 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_embeddings(tmp_path):
     whole = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float16)
     for index, (low, high) in enumerate(((0, 3), (3, 6), (6, 8))):
-        files.write_shard(tmp_path, index, whole[low:high], [f"d{i}" for i in range(low, high)])
+        write_shard(tmp_path, index, whole[low:high], [f"d{i}" for i in range(low, high)])
     with pytest.raises(UserError, match="no meta.json"):
-        files.Embeddings(tmp_path)
-    files.finish_embeddings(tmp_path, {"count": 8, "dim": 4})
-    stored = files.Embeddings(tmp_path)
+        Embeddings(tmp_path)
+    finish_embeddings(tmp_path, {"count": 8, "dim": 4})
+    stored = Embeddings(tmp_path)
     assert (
         len(stored) == 8
         and stored.ids([7, 0, 3]) == ["d7", "d0", "d3"]
         and stored.rows(["d4", "?"]).tolist() == [4, -1]
     )
     assert (stored.take([7, 0, 3]) == whole[[7, 0, 3]].astype(np.float32)).all()
-    assert [(row, len(block)) for row, block in stored.blocks(1, 8, 2)] == [(1, 2), (3, 2), (5, 1), (6, 2)]
+    assert [(row, len(block)) for row, block in stored.blocks(1, 8, 2)] == [
+        (1, 2),
+        (3, 2),
+        (5, 1),
+        (6, 2),
+    ]
     assert (np.concatenate([block for _, block in stored.blocks(0, 8, 2)]) == whole).all()
-    files.finish_embeddings(tmp_path, {"count": 9, "dim": 4})
+    finish_embeddings(tmp_path, {"count": 9, "dim": 4})
     with pytest.raises(UserError, match="do not hold what meta.json states"):
-        files.Embeddings(tmp_path)
+        Embeddings(tmp_path)
 
 
 def test_sparse_embeddings(tmp_path):
     draw = np.random.default_rng(0)
-    whole = csr_matrix(np.where(draw.random((8, 30)) < 0.2, draw.random((8, 30)), 0).astype(np.float32))
+    whole = csr_matrix(
+        np.where(draw.random((8, 30)) < 0.2, draw.random((8, 30)), 0).astype(np.float32)
+    )
     for index, (low, high) in enumerate(((0, 3), (3, 6), (6, 8))):
-        files.write_shard(tmp_path, index, whole[low:high], [f"d{i}" for i in range(low, high)])
-    files.finish_embeddings(tmp_path, {"count": 8, "dim": 30, "head": "sparse"})
-    stored = files.Embeddings(tmp_path)
+        write_shard(tmp_path, index, whole[low:high], [f"d{i}" for i in range(low, high)])
+    finish_embeddings(tmp_path, {"count": 8, "dim": 30, "head": "sparse"})
+    stored = Embeddings(tmp_path)
     assert len(stored) == 8 and stored.rows(["d4", "?"]).tolist() == [4, -1]
     assert (load_npz(tmp_path / "shard-00001.npz") != whole[3:6]).nnz == 0
     for rows in ([7, 0, 3, 0], [], [5]):
         taken = stored.take(rows)
-        assert taken.shape == (len(rows), 30) and taken.dtype == np.float32 and (taken != whole[rows]).nnz == 0
-    assert [(row, block.shape[0]) for row, block in stored.blocks(1, 8, 2)] == [(1, 2), (3, 2), (5, 1), (6, 2)]
+        assert (
+            taken.shape == (len(rows), 30)
+            and taken.dtype == np.float32
+            and (taken != whole[rows]).nnz == 0
+        )
+    assert [(row, block.shape[0]) for row, block in stored.blocks(1, 8, 2)] == [
+        (1, 2),
+        (3, 2),
+        (5, 1),
+        (6, 2),
+    ]
     assert (vstack([block for _, block in stored.blocks(0, 8, 2)]) != whole).nnz == 0
     (tmp_path / "shard-00001.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match="damaged shard"):
-        files.Embeddings(tmp_path)
+        Embeddings(tmp_path)

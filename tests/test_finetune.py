@@ -25,12 +25,27 @@ def arguments(tiny_collection, tiny_model_dir, tmp_path):
     """Function from changes to the command line of a run of some seconds."""
 
     def build(*flags, **changes):
-        files = {name: getattr(tiny_collection, name) for name in ("corpus", "queries", "qrels", "negatives")}
-        texts = {"model": tiny_model_dir, "pooling": "mean", "max_query_length": 16, "max_passage_length": 48}
-        steps = {"passages_per_query": 4, "per_device_batch_size": 4, "learning_rate": 1e-3, "max_steps": 12}
+        files = {
+            name: getattr(tiny_collection, name)
+            for name in ("corpus", "queries", "qrels", "negatives")
+        }
+        texts = {
+            "model": tiny_model_dir,
+            "pooling": "mean",
+            "max_query_length": 16,
+            "max_passage_length": 48,
+        }
+        steps = {
+            "passages_per_query": 4,
+            "per_device_batch_size": 4,
+            "learning_rate": 1e-3,
+            "max_steps": 12,
+        }
         how = {"log_every": 1, "save_every": 2, "num_workers": 0, "output_dir": tmp_path / "out"}
         options = files | texts | steps | how | changes
-        return [w for k, v in options.items() if v is not None for w in (f"--{k}", str(v))] + list(flags)
+        return [w for k, v in options.items() if v is not None for w in (f"--{k}", str(v))] + list(
+            flags
+        )
 
     return build
 
@@ -54,13 +69,25 @@ def sparse(tiny_collection, tiny_model_dir, tmp_path):
     qids = [line.split("\t")[0] for line in tiny_collection.queries.read_text().splitlines()]
     pairs = [(q, f"p{n}", (7 * i + 3 * n) % 10 - 5) for i, q in enumerate(qids) for n in range(40)]
     write_scores(tmp_path / "teacher.tsv", pairs)
-    objective = {"teacher_scores": tmp_path / "teacher.tsv", "kl_weight": 1, "margin_mse_weight": 0.1}
+    objective = {
+        "teacher_scores": tmp_path / "teacher.tsv",
+        "kl_weight": 1,
+        "margin_mse_weight": 0.1,
+    }
     flops = {"flops_passages": 0.05, "flops_warmup_steps": 12}
-    return {"head": "sparse", "pooling": None, "contrastive_weight": 0.2, "learning_rate": 2e-3} | objective | flops
+    return (
+        {"head": "sparse", "pooling": None, "contrastive_weight": 0.2, "learning_rate": 2e-3}
+        | objective
+        | flops
+    )
 
 
 def dev_files(collection):
-    return {"dev_queries": collection.queries, "dev_qrels": collection.qrels, "dev_candidates": collection.candidates}
+    return {
+        "dev_queries": collection.queries,
+        "dev_qrels": collection.qrels,
+        "dev_candidates": collection.candidates,
+    }
 
 
 def log_of(folder):
@@ -75,8 +102,14 @@ def same_weights(one, other, atol=0, without="nothing"):
 
 
 @pytest.mark.parametrize("head", ["dense", "sparse"])
-def test_killed_at_random_moments_it_ends_bit_identical(arguments, call, tiny_collection, tmp_path, sparse, head):
-    how = dev_files(tiny_collection) | {"eval_every": 3, "num_workers": 1, "gradient_accumulation_steps": 2}
+def test_killed_at_random_moments_it_ends_bit_identical(
+    arguments, call, tiny_collection, tmp_path, sparse, head
+):
+    how = dev_files(tiny_collection) | {
+        "eval_every": 3,
+        "num_workers": 1,
+        "gradient_accumulation_steps": 2,
+    }
     how |= sparse if head == "sparse" else {}
     call(arguments(**how, output_dir=tmp_path / "whole"))
     script, kills = [sys.executable, str(ROOT / "finetune_biencoder.py")], 0
@@ -116,13 +149,24 @@ def test_two_processes_train_like_one_with_twice_the_batch(
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "model")
     how = sparse if head == "sparse" else {}
-    how |= {"model": tmp_path / "model", "max_steps": 4, "chunk_size": chunk_size, "learning_rate": 1e-3}
+    how |= {
+        "model": tmp_path / "model",
+        "max_steps": 4,
+        "chunk_size": chunk_size,
+        "learning_rate": 1e-3,
+    }
     call(arguments(**how, per_device_batch_size=8, output_dir=tmp_path / "one"))
     printed = two_processes("finetune_biencoder.py", *arguments(**how, output_dir=tmp_path / "two"))
     assert "4 queries x 2 process(es) x 1 accumulated = 8 per step" in printed
     sparse_names = ("kl", "margin_mse", "q_flops", "p_flops", "q_terms", "p_terms", "shared_terms")
     for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
-        for name in ("loss", "accuracy", "masked", "grad_norm", *(sparse_names if head == "sparse" else ())):
+        for name in (
+            "loss",
+            "accuracy",
+            "masked",
+            "grad_norm",
+            *(sparse_names if head == "sparse" else ()),
+        ):
             # Adam makes steps of full size of gradients that are zero but for rounding: an LM head has many. The rest
             # differs by rounding alone, which four steps of 1e-3 spread, more on one CPU's kernels than on another's
             rel = 1e-5 if one["step"] == 1 else 1e-3 if head == "sparse" else 2e-4
@@ -135,7 +179,9 @@ def test_two_processes_train_like_one_with_twice_the_batch(
         assert (apart > 1e-4).float().mean() < 0.02 and apart.max() < 8e-3
 
 
-def test_it_learns_and_best_is_what_its_score_says(arguments, call, tiny_collection, tmp_path, capsys):
+def test_it_learns_and_best_is_what_its_score_says(
+    arguments, call, tiny_collection, tmp_path, capsys
+):
     call(arguments(**dev_files(tiny_collection), eval_every=10, max_steps=30, log_every=5))
     log = log_of(tmp_path / "out")
     losses = [line["loss"] for line in log if "loss" in line]
@@ -144,7 +190,9 @@ def test_it_learns_and_best_is_what_its_score_says(arguments, call, tiny_collect
     assert list(scores) == [0, 10, 20, 30]
     call(arguments(**dev_files(tiny_collection), model=tmp_path / "out" / "best", pooling=None, max_steps=1,
                    learning_rate=0, output_dir=tmp_path / "again"))  # fmt: skip
-    assert log_of(tmp_path / "again")[0]["dev_mrr@10"] == pytest.approx(max(scores.values()), abs=1e-9)
+    assert log_of(tmp_path / "again")[0]["dev_mrr@10"] == pytest.approx(
+        max(scores.values()), abs=1e-9
+    )
     shown = capsys.readouterr().out
     for fact in (
         "4 queries x 1 process(es) x 1 accumulated = 4 per step",
@@ -156,11 +204,15 @@ def test_it_learns_and_best_is_what_its_score_says(arguments, call, tiny_collect
     assert "is complete" in capsys.readouterr().out
 
 
-def test_best_is_not_overwritten_by_a_worse_or_an_equal_one(arguments, call, tiny_collection, tmp_path, monkeypatch):
+def test_best_is_not_overwritten_by_a_worse_or_an_equal_one(
+    arguments, call, tiny_collection, tmp_path, monkeypatch
+):
     scores, saved = iter([0.1, 0.5, 0.5, 0.2, 0.6, 0.3]), []
     monkeypatch.setattr(finetune_biencoder, "dev_mrr", lambda *_, **__: next(scores))
     monkeypatch.setattr(
-        finetune_biencoder, "save_encoder", lambda model, folder, card: saved.append((Path(folder).name, card))
+        finetune_biencoder,
+        "save_encoder",
+        lambda model, folder, card: saved.append((Path(folder).name, card)),
     )
     call(arguments(**dev_files(tiny_collection), eval_every=2, max_steps=10))
     assert [(name, card["metrics"]["dev MRR@10"]) for name, card in saved] == [
@@ -194,7 +246,10 @@ def test_dry_run_shows_and_leaves_nothing(arguments, call, tmp_path, capsys):
         ({"kl_weight": 1}, "to distil, give --teacher_scores"),
         ({"teacher_scores": "x.tsv"}, "to distil, give --teacher_scores"),
         ({"head": "sparse"}, "leave out --pooling"),
-        ({"head": "sparse", "pooling": None, "flops_passages": 1e6, "learning_rate": 0.5}, "step .* nearly empty"),
+        (
+            {"head": "sparse", "pooling": None, "flops_passages": 1e6, "learning_rate": 0.5},
+            "step .* nearly empty",
+        ),
         ({"learning_rate": 1e38}, r"step \d+: .*(q\d+, ){3}q\d+"),
     ],
 )
@@ -212,30 +267,78 @@ def test_triplets_and_a_projection_train(arguments, call, tmp_path, capsys):
 
 
 def test_a_model_that_stays_dense_is_stopped(arguments, call):
-    small = {"per_device_batch_size": 2, "passages_per_query": 2, "max_steps": 120, "log_every": 50, "save_every": 200}
-    with pytest.raises(UserError, match="step 120: .* the vectors stay dense — raise --flops_queries"):
-        call(arguments(head="sparse", pooling=None, flops_passages=0, learning_rate=1e-6, warmup_steps=0, **small))
+    small = {
+        "per_device_batch_size": 2,
+        "passages_per_query": 2,
+        "max_steps": 120,
+        "log_every": 50,
+        "save_every": 200,
+    }
+    with pytest.raises(
+        UserError, match="step 120: .* the vectors stay dense — raise --flops_queries"
+    ):
+        call(
+            arguments(
+                head="sparse",
+                pooling=None,
+                flops_passages=0,
+                learning_rate=1e-6,
+                warmup_steps=0,
+                **small,
+            )
+        )
 
 
-def test_a_sparse_model_learns_and_gets_sparser(arguments, call, sparse, tiny_collection, tmp_path, capsys):
-    how = sparse | {"teacher_scores": None, "kl_weight": 0, "margin_mse_weight": 0, "contrastive_weight": 1}
+def test_a_sparse_model_learns_and_gets_sparser(
+    arguments, call, sparse, tiny_collection, tmp_path, capsys
+):
+    how = sparse | {
+        "teacher_scores": None,
+        "kl_weight": 0,
+        "margin_mse_weight": 0,
+        "contrastive_weight": 1,
+    }
     how |= {"flops_passages": 0.3, "flops_warmup_steps": 0, "learning_rate": 5e-3}
-    call(arguments("--exclude_special_tokens", **how | dev_files(tiny_collection), eval_every=20, max_steps=40))
+    call(
+        arguments(
+            "--exclude_special_tokens",
+            **how | dev_files(tiny_collection),
+            eval_every=20,
+            max_steps=40,
+        )
+    )
     log = [line for line in log_of(tmp_path / "out") if "loss" in line]
     for name, least in (("contrastive", 0.7), ("p_flops", 0.5), ("p_terms", 0.7)):
-        assert sum(line[name] for line in log[-5:]) < least * sum(line[name] for line in log[:5]), name
+        assert sum(line[name] for line in log[-5:]) < least * sum(line[name] for line in log[:5]), (
+            name
+        )
     assert all(0 <= line["shared_terms"] <= line["q_terms"] for line in log)
-    assert [line["step"] for line in log_of(tmp_path / "out") if "dev_mrr@10" in line] == [0, 20, 40]
+    assert [line["step"] for line in log_of(tmp_path / "out") if "dev_mrr@10" in line] == [
+        0,
+        20,
+        40,
+    ]
     assert "FLOPS                    0.3 of passages, 0.22" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "bottleneck.json").read_text())["exclude_special_tokens"]
+    assert json.loads((tmp_path / "out" / "isthmus.json").read_text())["exclude_special_tokens"]
 
 
-def test_bf16_saves_what_fp32_reads(arguments, call, tiny_collection, tmp_path, monkeypatch, capsys):
+def test_bf16_saves_what_fp32_reads(
+    arguments, call, tiny_collection, tmp_path, monkeypatch, capsys
+):
     for precision in ("no", "bf16"):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-        call(arguments(**dev_files(tiny_collection), max_steps=3, chunk_size=5, output_dir=tmp_path / precision))
+        call(
+            arguments(
+                **dev_files(tiny_collection),
+                max_steps=3,
+                chunk_size=5,
+                output_dir=tmp_path / precision,
+            )
+        )
     assert "precision bf16" in capsys.readouterr().out
     weights = load_file(tmp_path / "bf16" / "model.safetensors")
     assert {w.dtype for w in weights.values()} == {torch.float32}
-    losses = [[line["loss"] for line in log_of(tmp_path / n) if "loss" in line] for n in ("no", "bf16")]
+    losses = [
+        [line["loss"] for line in log_of(tmp_path / n) if "loss" in line] for n in ("no", "bf16")
+    ]
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib.files import UserError, read_qrels, read_texts
+from lib.files import UserError, read_qrels
 from lib.generations import (
     Generation,
     Refresh,
@@ -17,6 +17,7 @@ from lib.generations import (
     read_generations,
     remove_old_checkpoints,
 )
+from lib.texts import read_texts
 from recipes import generations
 
 MAIN = SimpleNamespace(is_main_process=True)
@@ -37,7 +38,10 @@ def test_generations_are_numbered_and_only_whole_ones_are_seen(tmp_path, negativ
     assert read_generations(folder) == []
     for number, step in enumerate((0, 40, 40), 1):
         path = publish(folder, negatives, {"step": step})
-        assert path.name == f"generation-{number:04d}" and (path / "negatives.tsv").read_text() == "q1\tp2,p3\n"
+        assert (
+            path.name == f"generation-{number:04d}"
+            and (path / "negatives.tsv").read_text() == "q1\tp2,p3\n"
+        )
     assert json.loads((path / "manifest.json").read_text()) == {"generation": 3, "step": 40}
     (folder / "generation-0009").mkdir()  # half of one, as a miner without atomic() would leave it
     (folder / "generation-0009" / "negatives.tsv").write_text("q1\tp2")
@@ -93,7 +97,7 @@ def test_checkpoints_are_found_newest_first_and_the_old_ones_go(tmp_path):
     assert newest_checkpoint(tmp_path) is None
     for step in (5, 10, 100, 20):
         checkpoint_path(tmp_path, step).mkdir(parents=True)
-        (checkpoint_path(tmp_path, step) / "bottleneck.json").write_text("{}")
+        (checkpoint_path(tmp_path, step) / "isthmus.json").write_text("{}")
     checkpoint_path(tmp_path, 200).mkdir()  # empty
     (tmp_path / "checkpoints" / ".tmp-1-checkpoint-00000300").mkdir()
     assert newest_checkpoint(tmp_path) == (100, checkpoint_path(tmp_path, 100))
@@ -107,10 +111,26 @@ def tool(tmp_path, tiny_collection, tiny_model_dir, capsys, monkeypatch):
     """tool("next", ...) -> what recipes/generations.py prints, stripped."""
 
     def call(task, *flags):
-        files = ["--queries", tiny_collection.queries, "--qrels", tiny_collection.qrels, "--slices", 3]
-        how = ["--negatives_dir", tmp_path / "generations", "--work", tmp_path / "mining", "--run", tmp_path / "run"]
+        files = [
+            "--queries",
+            tiny_collection.queries,
+            "--qrels",
+            tiny_collection.qrels,
+            "--slices",
+            3,
+        ]
+        how = [
+            "--negatives_dir",
+            tmp_path / "generations",
+            "--work",
+            tmp_path / "mining",
+            "--run",
+            tmp_path / "run",
+        ]
         how += ["--initial", tiny_model_dir, "--poll", 0, *files]
-        monkeypatch.setattr("sys.argv", ["generations.py", "--task", task, *map(str, [*how, *flags])])
+        monkeypatch.setattr(
+            "sys.argv", ["generations.py", "--task", task, *map(str, [*how, *flags])]
+        )
         generations.main()
         return capsys.readouterr().out.strip()
 
@@ -121,10 +141,14 @@ def mined(work, qids):
     (work / "negatives").mkdir()
     (work / "evaluation").mkdir()
     (work / "negatives/negatives.tsv").write_text("".join(f"{qid}\tp1\n" for qid in qids))
-    (work / "evaluation/metrics.json").write_text('{"splits": {"dev": {"metrics": {"RR@10": 0.25}}}}')
+    (work / "evaluation/metrics.json").write_text(
+        '{"splits": {"dev": {"metrics": {"RR@10": 0.25}}}}'
+    )
 
 
-def test_the_miner_takes_slices_in_turn_and_finishes_what_it_began(tool, tmp_path, tiny_collection, tiny_model_dir):
+def test_the_miner_takes_slices_in_turn_and_finishes_what_it_began(
+    tool, tmp_path, tiny_collection, tiny_model_dir
+):
     seen = []
     for number in range(3):
         work = Path(tool("next"))
@@ -133,7 +157,7 @@ def test_the_miner_takes_slices_in_turn_and_finishes_what_it_began(tool, tmp_pat
         assert listed == list(read_qrels(work / "qrels.tsv"))
         checkpoint = checkpoint_path(tmp_path / "run", 8 * number + 8)
         checkpoint.mkdir(parents=True)
-        for name in ("bottleneck.json", "config.json"):
+        for name in ("isthmus.json", "config.json"):
             (checkpoint / name).write_text("{}")
         assert tool("next") == str(work), "a newer checkpoint waits until this one is mined"
         mined(work, listed)
@@ -143,7 +167,13 @@ def test_the_miner_takes_slices_in_turn_and_finishes_what_it_began(tool, tmp_pat
     manifest = json.loads((tmp_path / "generations/generation-0003/manifest.json").read_text())
     path = str(checkpoint_path(tmp_path / "run", 16))
     dev = {"RR@10": 0.25}
-    assert manifest == {"generation": 3, "step": 16, "checkpoint": path, "queries": len(listed), "dev": dev}
+    assert manifest == {
+        "generation": 3,
+        "step": 16,
+        "checkpoint": path,
+        "queries": len(listed),
+        "dev": dev,
+    }
     work = Path(tool("next"))
     shutil.copytree(work, tmp_path / "kept")
     mined(work, listed)

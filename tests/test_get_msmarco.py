@@ -36,7 +36,9 @@ def get(tmp_path, recipe):
 
     def call(*flags):
         path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-        return recipe("get_msmarco.sh", tmp_path / "out", *flags, PATH=path, SERVED=str(tmp_path / "served"))
+        return recipe(
+            "get_msmarco.sh", tmp_path / "out", *flags, PATH=path, SERVED=str(tmp_path / "served")
+        )
 
     return call
 
@@ -70,15 +72,22 @@ def test_documents_and_triples_come_with_as_many_lines_as_said(get, tmp_path):
                 with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
                     tar.addfile(entry, io.BytesIO(b"\n" * count))
             else:
-                archive.write_bytes(gzip.compress(b"\n" * count, 1) if kind == "unpacked" else b"\n" * count)
+                archive.write_bytes(
+                    gzip.compress(b"\n" * count, 1) if kind == "unpacked" else b"\n" * count
+                )
         elif name not in OPTIONAL:
             (out / name).write_bytes(b"\n" * count)  # the passages are there already
     done = get("--documents", "--triples")
     assert done.returncode == 0, done.stderr
-    assert len(wanted) == 13 and all(f"{out}/{name}: {MADE[name][0]} lines\n" in done.stdout for name in wanted)
+    assert len(wanted) == 13 and all(
+        f"{out}/{name}: {MADE[name][0]} lines\n" in done.stdout for name in wanted
+    )
     asked = (served / "asked").read_text().split()
     assert {url.rpartition("/")[2] for url in asked} == addresses and len(asked) == len(addresses)
-    places = "https://msmarco.z22.web.core.windows.net/msmarcoranking/", "https://trec.nist.gov/data/deep/"
+    places = (
+        "https://msmarco.z22.web.core.windows.net/msmarcoranking/",
+        "https://trec.nist.gov/data/deep/",
+    )
     assert all(url.startswith(places) for url in asked)
 
     # a last line without its newline is a line; a missing one is noticed; what does not answer is named
@@ -86,9 +95,16 @@ def test_documents_and_triples_come_with_as_many_lines_as_said(get, tmp_path):
     queries.write_bytes(b"\n" * 5192 + b"q")
     (out / "documents/qrels.dev.tsv").write_bytes(b"\n" * 5192)
     done = get("--documents")
-    assert f"{queries}: 5193 lines" in done.stdout and "qrels.dev.tsv: 5192 lines, not 5193" in done.stderr
+    assert (
+        f"{queries}: 5193 lines" in done.stdout
+        and "qrels.dev.tsv: 5192 lines, not 5193" in done.stderr
+    )
     assert done.returncode == 1 and len((served / "asked").read_text().split()) == len(asked)
-    for gone in (out / "documents/qrels.dl20.txt", out / "download/2020qrels-docs.txt", served / "2020qrels-docs.txt"):
+    for gone in (
+        out / "documents/qrels.dl20.txt",
+        out / "download/2020qrels-docs.txt",
+        served / "2020qrels-docs.txt",
+    ):
         gone.unlink()
     (out / "documents/qrels.dev.tsv").write_bytes(b"\n" * 5193)
     done = get("--documents")

@@ -25,7 +25,10 @@ class Encoder(nn.Module):
         self.layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 4))
 
     def forward(self, queries, passages):
-        return [None if side is None else torch.cat([self.layers(x) for x in side]) for side in (queries, passages)]
+        return [
+            None if side is None else torch.cat([self.layers(x) for x in side])
+            for side in (queries, passages)
+        ]
 
 
 def loss_fn(kind):
@@ -35,7 +38,9 @@ def loss_fn(kind):
         scores = q_reps @ p_reps.T
         if kind == "info_nce":
             return info_nce(scores, positives, mask).mean(), {"scores": scores.detach()}
-        return triplet_nll(scores, positives, own_group(positives, B * P, P)).mean(), {"scores": scores.detach()}
+        return triplet_nll(scores, positives, own_group(positives, B * P, P)).mean(), {
+            "scores": scores.detach()
+        }
 
     return loss
 
@@ -67,15 +72,22 @@ def test_equals_the_unchunked_gradient_with_dropout(kind, size):
     model, loss = Encoder().train(), loss_fn(kind)
     queries, passages = (x.split(size) for x in batch())
     value, expected = reference(model, queries, passages, loss, seed=7)
-    got, stats = contrastive_backward(Accelerator(cpu=True), model, queries, passages, loss, 7, chunked=True)
-    assert got.item() == pytest.approx(value.item(), abs=1e-6) and stats["scores"].shape == (B, B * P)
+    got, stats = contrastive_backward(
+        Accelerator(cpu=True), model, queries, passages, loss, 7, chunked=True
+    )
+    assert got.item() == pytest.approx(value.item(), abs=1e-6) and stats["scores"].shape == (
+        B,
+        B * P,
+    )
     for parameter, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, grad, atol=1e-6, rtol=1e-5)
 
 
 def test_dropout_is_on_and_drawn_anew_at_another_seed():
     losses = [
-        contrastive_backward(Accelerator(cpu=True), Encoder().train(), [q], [p], loss_fn("info_nce"), seed, chunked)[0]
+        contrastive_backward(
+            Accelerator(cpu=True), Encoder().train(), [q], [p], loss_fn("info_nce"), seed, chunked
+        )[0]
         for q, p in [batch()]
         for seed, chunked in [(7, True), (7, True), (8, True), (7, False), (7, False), (8, False)]
     ]
@@ -87,7 +99,9 @@ def test_plain_and_chunked_agree_without_dropout():
     for chunked in (False, True):
         model = Encoder().eval()
         queries, passages = (x.split(4) for x in batch())
-        contrastive_backward(Accelerator(cpu=True), model, queries, passages, loss_fn("info_nce"), 7, chunked)
+        contrastive_backward(
+            Accelerator(cpu=True), model, queries, passages, loss_fn("info_nce"), 7, chunked
+        )
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-5)
 
@@ -96,7 +110,9 @@ def test_plain_and_chunked_agree_without_dropout():
 def test_accumulation_divides_once_and_fp16_scales_once(chunked):
     model, loss = Encoder().eval(), loss_fn("info_nce")
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # what --mixed_precision fp16 has on a GPU
+    accelerator.scaler = torch.amp.GradScaler(
+        "cpu", init_scale=1024.0
+    )  # what --mixed_precision fp16 has on a GPU
     expected = 0
     for seed in (1, 2):
         queries, passages = (x.split(4) for x in batch(seed))
@@ -104,7 +120,9 @@ def test_accumulation_divides_once_and_fp16_scales_once(chunked):
         expected = expected + torch.cat([g.flatten() for g in grads]) / 2
         with accelerator.accumulate(model):
             got, _ = contrastive_backward(accelerator, model, queries, passages, loss, 7, chunked)
-        assert got.item() == pytest.approx(value.item(), abs=1e-6)  # what the log shows is neither scaled nor divided
+        assert got.item() == pytest.approx(
+            value.item(), abs=1e-6
+        )  # what the log shows is neither scaled nor divided
     assert accelerator.sync_gradients
     got = torch.cat([p.grad.flatten() for p in model.parameters()]) / 1024
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from lib import files, index
-from lib.files import Embeddings, UserError, finish_embeddings, write_shard
-from lib.index import EMPTY, Dense, scan_device, unpack
-from lib.inverted import BM25
+from lib import search
+from lib.bm25 import BM25
+from lib.embeddings import Embeddings, finish_embeddings, write_shard
+from lib.files import UserError
+from lib.search import EMPTY, DenseIndex, scan_device, unpack
+from lib.texts import open_texts, write_texts
 
 
 def store(folder, vectors, shard_rows=7):
@@ -25,7 +27,9 @@ def naive(queries, vectors, k):
     scores = queries.astype(np.float32) @ vectors.astype(np.float32).T
     rows = np.array([sorted(range(len(vectors)), key=lambda r: (-s[r], r))[:k] for s in scores])
     pad = max(k - len(vectors), 0)
-    scores = np.pad(np.take_along_axis(scores, rows, 1), ((0, 0), (0, pad)), constant_values=-np.inf)
+    scores = np.pad(
+        np.take_along_axis(scores, rows, 1), ((0, 0), (0, pad)), constant_values=-np.inf
+    )
     return scores, np.pad(rows, ((0, 0), (0, pad)), constant_values=-1)
 
 
@@ -33,16 +37,20 @@ def naive(queries, vectors, k):
 def tied():
     """Small whole numbers: many equal scores, and each vector several times."""
     draw = np.random.default_rng(0)
-    return draw.integers(-2, 3, (9, 4)).astype(np.float32), draw.integers(-2, 3, (60, 4)).astype(np.float32)
+    return draw.integers(-2, 3, (9, 4)).astype(np.float32), draw.integers(-2, 3, (60, 4)).astype(
+        np.float32
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("k", [1, 5, 23, 60, 75])
 def test_exact_with_ties_at_the_cut(tmp_path, monkeypatch, tied, dtype, k):
     queries, vectors = tied
-    monkeypatch.setattr(index, "ROW_TILE", 4)  # less than a shard
-    monkeypatch.setattr(index, "QUERY_TILE", 2)
-    scores, rows = Dense(store(tmp_path, vectors.astype(dtype))).search(queries, k, at_a_time=4)
+    monkeypatch.setattr(search, "ROW_TILE", 4)  # less than a shard
+    monkeypatch.setattr(search, "QUERY_TILE", 2)
+    scores, rows = DenseIndex(store(tmp_path, vectors.astype(dtype))).search(
+        queries, k, at_a_time=4
+    )
     expected = naive(queries, vectors, k)
     assert (scores == expected[0]).all() and (rows == expected[1]).all()
 
@@ -60,39 +68,49 @@ def test_the_path_for_gpus_gives_the_same_order(tied, k):
 
 def test_random_vectors_and_faiss(tmp_path):
     draw = np.random.default_rng(1)
-    queries, vectors = draw.standard_normal((20, 16), np.float32), draw.standard_normal((500, 16), np.float32)
-    corpus = store(tmp_path, vectors, 64)
-    scores, rows = Dense(corpus).search(queries, 30)
-    assert (rows == naive(queries, vectors, 30)[1]).all()
-    assert (Dense(corpus, factory="Flat").search(queries, 30)[1] == rows).all()
-    beyond = Dense(corpus, factory="Flat").search(queries, 600)
-    assert (
-        (beyond[1][:, 500:] == -1).all() and np.isneginf(beyond[0][:, 500:]).all() and (beyond[1][:, :500] >= 0).all()
+    queries, vectors = (
+        draw.standard_normal((20, 16), np.float32),
+        draw.standard_normal((500, 16), np.float32),
     )
-    near = Dense(corpus, factory="IVF4,Flat").search(queries, 30)[1]
+    corpus = store(tmp_path, vectors, 64)
+    scores, rows = DenseIndex(corpus).search(queries, 30)
+    assert (rows == naive(queries, vectors, 30)[1]).all()
+    assert (DenseIndex(corpus, factory="Flat").search(queries, 30)[1] == rows).all()
+    beyond = DenseIndex(corpus, factory="Flat").search(queries, 600)
+    assert (
+        (beyond[1][:, 500:] == -1).all()
+        and np.isneginf(beyond[0][:, 500:]).all()
+        and (beyond[1][:, :500] >= 0).all()
+    )
+    near = DenseIndex(corpus, factory="IVF4,Flat").search(queries, 30)[1]
     assert np.mean([len(set(a) & set(b)) / 30 for a, b in zip(near, rows, strict=True)]) > 0.3
-    given = Dense(corpus).score(queries, rows)
+    given = DenseIndex(corpus).score(queries, rows)
     assert all(np.allclose(a, b, rtol=1e-5) for a, b in zip(given, scores, strict=True))
     with pytest.raises(UserError, match="--index Tree: faiss cannot make it"):
-        Dense(corpus, factory="Tree")
+        DenseIndex(corpus, factory="Tree")
 
 
 def test_vectors_that_are_not_finite_are_named(tmp_path):
     vectors = np.ones((20, 3), np.float32)
     vectors[13, 1] = np.nan
     with pytest.raises(UserError, match="the vector of d13 is not finite"):
-        Dense(store(tmp_path, vectors)).search(np.ones((2, 3), np.float32), 2)
+        DenseIndex(store(tmp_path, vectors)).search(np.ones((2, 3), np.float32), 2)
     with pytest.raises(UserError, match="query vector 0 is not finite"):
-        Dense(Embeddings(tmp_path)).search(np.full((1, 3), np.inf, np.float32), 2)
+        DenseIndex(Embeddings(tmp_path)).search(np.full((1, 3), np.inf, np.float32), 2)
 
 
-TEXTS = [("a", "", "the cats sat on a mat"), ("b", "Mats", "mat mat dogs"), ("c", "", "dogs run"), ("d", "", "the of")]
+TEXTS = [
+    ("a", "", "the cats sat on a mat"),
+    ("b", "Mats", "mat mat dogs"),
+    ("c", "", "dogs run"),
+    ("d", "", "the of"),
+]
 
 
 @pytest.fixture
 def texts(tmp_path, monkeypatch):
-    files.write_texts(tmp_path / "c.jsonl", TEXTS)
-    return files.open_texts(tmp_path / "c.jsonl")
+    write_texts(tmp_path / "c.jsonl", TEXTS)
+    return open_texts(tmp_path / "c.jsonl")
 
 
 def test_bm25_is_the_formula_of_lucene(tmp_path, texts):
@@ -110,12 +128,17 @@ def test_bm25_is_the_formula_of_lucene(tmp_path, texts):
         return total
 
     scores, rows = found.search(["The dog's mat", "dogs dogs", "unknown of", ""], 4)
-    for query, got, places in zip((["dog", "mat"], ["dog", "dog"], [], []), scores, rows, strict=True):
-        expected = sorted(((-score(query, d), r) for r, d in enumerate(terms) if score(query, d) > 0))
+    for query, got, places in zip(
+        (["dog", "mat"], ["dog", "dog"], [], []), scores, rows, strict=True
+    ):
+        expected = sorted(
+            ((-score(query, d), r) for r, d in enumerate(terms) if score(query, d) > 0)
+        )
         assert [r for _, r in expected] == places[places >= 0].tolist()
         assert np.allclose([-s for s, _ in expected], got[places >= 0], rtol=1e-5)
     assert np.allclose(
-        found.score(["dog mat"], [np.array([3, 1, 0])])[0], [0, *(score(["dog", "mat"], terms[r]) for r in (1, 0))]
+        found.score(["dog mat"], [np.array([3, 1, 0])])[0],
+        [0, *(score(["dog", "mat"], terms[r]) for r in (1, 0))],
     )
 
 
@@ -128,6 +151,6 @@ def test_bm25_is_saved_without_pickles_and_not_mixed_up(tmp_path, texts):
     assert {p.suffix for p in (tmp_path / "index").iterdir()} == {".npy", ".json"}
     with pytest.raises(UserError, match="a BM25 index with k1 0.9, not 1.2"):
         BM25.open(texts, tmp_path / "index", k1=1.2)
-    files.write_texts(tmp_path / "other.jsonl", TEXTS[:2])
+    write_texts(tmp_path / "other.jsonl", TEXTS[:2])
     with pytest.raises(UserError, match="a BM25 index with fingerprint"):
-        BM25.open(files.open_texts(tmp_path / "other.jsonl"), tmp_path / "index")
+        BM25.open(open_texts(tmp_path / "other.jsonl"), tmp_path / "index")

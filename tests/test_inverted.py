@@ -12,8 +12,9 @@ import torch.multiprocessing as mp
 from accelerate import Accelerator
 from scipy.sparse import csr_matrix, vstack
 
-from lib import index, inverted
-from lib.files import Embeddings, UserError, finish_embeddings, write_shard
+from lib import inverted, search
+from lib.embeddings import Embeddings, finish_embeddings, write_shard
+from lib.files import UserError
 from lib.inverted import Sparse
 
 N, V, Q = 331, 50, 12
@@ -50,7 +51,11 @@ def draw(rows, terms, seed, whole=False):
     """Few terms are frequent and many rare; whole numbers give ties everywhere and exact sums."""
     generator = np.random.default_rng(seed)
     has = generator.random((rows, terms)) < 0.7 / (1 + np.arange(terms)) ** 0.6
-    weights = generator.integers(1, 4, (rows, terms)) if whole else generator.lognormal(0, 0.8, (rows, terms))
+    weights = (
+        generator.integers(1, 4, (rows, terms))
+        if whole
+        else generator.lognormal(0, 0.8, (rows, terms))
+    )
     return csr_matrix(np.where(has, weights, 0).astype(np.float32))
 
 
@@ -70,7 +75,9 @@ def tied():
     queries = draw(Q, V, 1, whole=True).tolil()
     queries[3], queries[4], queries[5] = 0, 0, 0
     queries[4, 8], queries[5, 7] = 1, 1
-    return queries.tocsr(), vstack([passages.tocsr()] * 3 + [draw(N - N // 3 * 3, V, 2, whole=True)], "csr")
+    return queries.tocsr(), vstack(
+        [passages.tocsr()] * 3 + [draw(N - N // 3 * 3, V, 2, whole=True)], "csr"
+    )
 
 
 @pytest.mark.parametrize("k", [1, 5, 60, N, N + 9])
@@ -83,7 +90,7 @@ def test_order_with_ties_at_the_cut(tmp_path, tiles, tied, k):
     assert scores.dtype == np.float32 and rows.dtype == np.int64 and scores.shape == (Q, k)
     assert (rows[3:5] == -1).all() and np.isneginf(scores[3:5]).all()
     device = found._best_device(*found._queries(queries), k)  # what a GPU does, on a CPU
-    assert all((a == b).all() for a, b in zip(index.unpack(device), expected, strict=True))
+    assert all((a == b).all() for a, b in zip(search.unpack(device), expected, strict=True))
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8])
@@ -103,11 +110,12 @@ def test_scores_are_the_products(tmp_path, tiles, bits):
         assert error.max() > 1e-6  # quantised indeed
     given = found.score(queries, [*rows[:-1, :40], rows[-1, 5:25][::-1]])  # in any order
     assert (
-        all((given[q] == scores[q, :40]).all() for q in range(Q - 1)) and (given[-1] == scores[-1, 5:25][::-1]).all()
+        all((given[q] == scores[q, :40]).all() for q in range(Q - 1))
+        and (given[-1] == scores[-1, 5:25][::-1]).all()
     )
     absent = [np.flatnonzero(line == 0) for line in exact]
     assert all((part == 0).all() for part in found.score(queries, absent)) and sum(map(len, absent))
-    on_device = index.unpack(found._best_device(*found._queries(queries), 50))
+    on_device = search.unpack(found._best_device(*found._queries(queries), 50))
     assert np.allclose(on_device[0], scores[:, :50], rtol=1e-5)
     assert found.search(queries[:0], 3)[0].shape == (0, 3)
 
@@ -142,14 +150,22 @@ def test_ranges_of_rows_are_merged_to_the_same_bits(tmp_path, tiles, monkeypatch
     for rank in range(world):
         place = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
         parts.append(Sparse(tmp_path / "index", place)._best(*whole._queries(queries), 40))
-    monkeypatch.setattr(index, "all_gather", lambda keys: torch.cat(parts))
-    merged = index.unpack(index.merge(parts[0], 40, place))
+    monkeypatch.setattr(search, "all_gather", lambda keys: torch.cat(parts))
+    merged = search.unpack(search.merge(parts[0], 40, place))
     assert all((a == b).all() for a, b in zip(merged, whole.search(queries, 40), strict=True))
-    assert parts[0].unique().numel() < parts[0].numel() or world < 9  # 9 processes, 6 tiles: some have none
+    assert (
+        parts[0].unique().numel() < parts[0].numel() or world < 9
+    )  # 9 processes, 6 tiles: some have none
 
 
 def one_of_two(rank, port, folder):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+    )
     torch.set_num_threads(1)
     inverted.TILE = 64
     accelerator = Accelerator(cpu=True)
@@ -204,7 +220,10 @@ def test_a_killed_build_leaves_no_index(tmp_path, tiles):
         Sparse.open(corpus, tmp_path / "index")
         os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert len(list(tmp_path.glob(".tmp-*-index/weights.npy"))) == 1 and not (tmp_path / "index").exists()
+    assert (
+        len(list(tmp_path.glob(".tmp-*-index/weights.npy"))) == 1
+        and not (tmp_path / "index").exists()
+    )
     scores, _ = Sparse.open(corpus, tmp_path / "index").search(draw(Q, V, 5), 9)
     assert np.isfinite(scores).all()
 
@@ -218,7 +237,9 @@ def test_bad_input_is_named(tmp_path, tiles):
         queries = draw(Q, V, 5)
         queries.data[queries.indptr[9]] = bad
         for ask in (lambda: found.search(queries, 3), lambda: found.score(queries, [[0]] * Q)):  # noqa: B023
-            with pytest.raises(UserError, match="query vector 9 has a weight that is negative or not finite"):
+            with pytest.raises(
+                UserError, match="query vector 9 has a weight that is negative or not finite"
+            ):
                 ask()
         vectors = passages.copy()
         vectors.data[vectors.indptr[205]] = bad
@@ -228,9 +249,15 @@ def test_bad_input_is_named(tmp_path, tiles):
 
 
 def test_passages_without_any_term_and_entries_given_twice(tmp_path):
-    empty = Sparse.open(store(tmp_path / "p", csr_matrix((5, V), dtype=np.float32)), tmp_path / "index", bits=8)
+    empty = Sparse.open(
+        store(tmp_path / "p", csr_matrix((5, V), dtype=np.float32)), tmp_path / "index", bits=8
+    )
     scores, rows = empty.search(draw(Q, V, 5), 3)
-    assert (rows == -1).all() and np.isneginf(scores).all() and (empty.score(draw(1, V, 5), [[0, 4]])[0] == 0).all()
+    assert (
+        (rows == -1).all()
+        and np.isneginf(scores).all()
+        and (empty.score(draw(1, V, 5), [[0, 4]])[0] == 0).all()
+    )
     twice = csr_matrix((np.float32([1, 2, 0]), [4, 4, 5], [0, 3]), shape=(1, V))
     found = Sparse.open(store(tmp_path / "q", twice), tmp_path / "other")
     assert found.search(twice, 1)[0] == 9 and found.score(twice, [[0]])[0] == 9 and twice.nnz == 3

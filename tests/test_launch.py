@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from lib import launch
-from lib.data import StepSampler
 from lib.files import UserError
+from lib.loader import StepSampler
 from lib.text import step_seed
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +107,9 @@ def test_output_folders_are_never_shared(tmp_path):
     accelerator, out = Accelerator(cpu=True), tmp_path / "out"
 
     def claim(depth=3, **how):
-        return launch.claim_output(Args(str(out), depth), accelerator, ignore=("num_workers",), **how)
+        return launch.claim_output(
+            Args(str(out), depth), accelerator, ignore=("num_workers",), **how
+        )
 
     assert claim() is False and (out / "args.json").is_file()
     assert claim(4) is False, "nothing made yet: free for other arguments"
@@ -157,7 +159,9 @@ def test_state_comes_back_and_the_log_is_cut(tmp_path):
     assert (tmp_path / "log.jsonl").read_text().count("\n") == 2
     for number in (3, 4):
         step(again, optimizer_again, number)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_sampler_epochs_are_permutations_whatever_the_number_of_processes():
@@ -166,11 +170,19 @@ def test_sampler_epochs_are_permutations_whatever_the_number_of_processes():
     whole = [next(one) for _ in range(5)]
     assert whole == [next(pair[0]) + next(pair[1]) for _ in range(5)]
     examples = [example for batch in whole for example, _, _ in batch]
-    assert sorted(examples[:10]) == sorted(examples[10:]) == list(range(10)) and examples[:10] != examples[10:]
+    assert (
+        sorted(examples[:10]) == sorted(examples[10:]) == list(range(10))
+        and examples[:10] != examples[10:]
+    )
     assert [row for _, _, row in whole[1]] == [0, 1, 2, 3] and {m for _, m, _ in whole[3]} == {3}
-    assert next(iter(StepSampler(10, 4, 0, 1, seed=3, start=3))) == whole[3], "a resume starts in the middle"
+    assert next(iter(StepSampler(10, 4, 0, 1, seed=3, start=3))) == whole[3], (
+        "a resume starts in the middle"
+    )
     assert next(iter(StepSampler(10, 4, 0, 1, seed=4))) != whole[0]
-    assert len(np.unique([step_seed(0, *parts) for parts in ((0,), (1,), (0, 0), (1, 0), (0, 1))])) == 5
+    assert (
+        len(np.unique([step_seed(0, *parts) for parts in ((0,), (1,), (0, 0), (1, 0), (0, 1))]))
+        == 5
+    )
 
 
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
@@ -186,7 +198,9 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch, tmp_path):
     """And what a tracker gets: lists number by number."""
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
-    with pytest.raises(UserError, match="--report_to tensorboard: not installed — pip install tensorboard"):
+    with pytest.raises(
+        UserError, match="--report_to tensorboard: not installed — pip install tensorboard"
+    ):
         launch.make_accelerator(report_to="tensorboard", output_dir=tmp_path)
     accelerator, sent = Accelerator(cpu=True), []
     monkeypatch.setattr(accelerator, "log", lambda values, step: sent.append((step, values)))
@@ -195,14 +209,16 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch, tmp_path):
     assert '"group_weights": [0.25, 0.75]' in (tmp_path / "log.jsonl").read_text()
 
 
-@pytest.mark.parametrize("method", sorted({"fork", "forkserver"} & set(multiprocessing.get_all_start_methods())))
+@pytest.mark.parametrize(
+    "method", sorted({"fork", "forkserver"} & set(multiprocessing.get_all_start_methods()))
+)
 def test_workers_end_with_a_killed_trainer(method, tmp_path):
     (tmp_path / "trainer.py").write_text(
         """
 import multiprocessing, os, sys, time, torch
 from concurrent.futures import ProcessPoolExecutor
 from torch.utils.data import Dataset
-from lib.data import load
+from lib.loader import load
 from lib.launch import end_with_parent
 class Rows(Dataset):
     def __len__(self): return 3

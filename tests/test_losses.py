@@ -39,7 +39,9 @@ def test_info_nce_is_the_naive_loop(case):
     scores, positives, mask, _ = case
     for i, loss in enumerate(info_nce(scores, positives, mask)):
         total = sum(math.exp(scores[i, j]) for j in range(scores.shape[1]) if mask[i, j])
-        assert loss.item() == pytest.approx(-math.log(math.exp(scores[i, positives[i]]) / total), abs=1e-5)
+        assert loss.item() == pytest.approx(
+            -math.log(math.exp(scores[i, positives[i]]) / total), abs=1e-5
+        )
 
 
 def test_triplet_is_the_naive_loop(case):
@@ -47,28 +49,42 @@ def test_triplet_is_the_naive_loop(case):
     mask = mask & own_group(positives, scores.shape[1], P)
     for i, loss in enumerate(triplet_nll(scores, positives, mask)):
         start = int(positives[i])
-        terms = [softplus(float(scores[i, j] - scores[i, start])) for j in range(start + 1, start + P) if mask[i, j]]
+        terms = [
+            softplus(float(scores[i, j] - scores[i, start]))
+            for j in range(start + 1, start + P)
+            if mask[i, j]
+        ]
         assert loss.item() == pytest.approx(sum(terms) / max(len(terms), 1), abs=1e-5)
 
 
 def test_worked_examples():
     zero, all_true = torch.tensor([0]), torch.ones(1, 2, dtype=torch.bool)
-    assert info_nce(torch.tensor([[2.0, 0.0]]), zero, all_true).item() == pytest.approx(0.1269, abs=1e-4)
+    assert info_nce(torch.tensor([[2.0, 0.0]]), zero, all_true).item() == pytest.approx(
+        0.1269, abs=1e-4
+    )
     assert info_nce(torch.tensor([[2.0, 0.0]]), zero, torch.tensor([[True, False]])).item() == 0
     scores = torch.tensor([[2.0, 0.0, 3.0]])
-    assert triplet_nll(scores, zero, torch.ones(1, 3, dtype=torch.bool)).item() == pytest.approx(0.7201, abs=1e-4)
+    assert triplet_nll(scores, zero, torch.ones(1, 3, dtype=torch.bool)).item() == pytest.approx(
+        0.7201, abs=1e-4
+    )
     assert triplet_nll(scores, zero, torch.tensor([[True, False, False]])).item() == 0
     pair = torch.tensor([[1.3, -0.4]])
-    assert triplet_nll(pair, zero, all_true).item() == pytest.approx(-pair.log_softmax(1)[0, 0].item(), abs=1e-6)
+    assert triplet_nll(pair, zero, all_true).item() == pytest.approx(
+        -pair.log_softmax(1)[0, 0].item(), abs=1e-6
+    )
     a, b, c = 11, 12, 13
-    mask = candidate_mask(zero, torch.zeros(4, dtype=torch.bool), torch.tensor([a, b, a, c]), torch.tensor([[a, c]]))
+    mask = candidate_mask(
+        zero, torch.zeros(4, dtype=torch.bool), torch.tensor([a, b, a, c]), torch.tensor([[a, c]])
+    )
     assert mask.tolist() == [[True, True, False, False]]
 
 
 def test_candidate_mask_is_the_naive_loop():
     torch.manual_seed(1)
     B, P = 5, 3
-    passage_keys = torch.randint(0, 6, (B * P,))  # few keys: many passages stand in the batch several times
+    passage_keys = torch.randint(
+        0, 6, (B * P,)
+    )  # few keys: many passages stand in the batch several times
     filler = torch.rand(B * P) < 0.2
     positives = torch.arange(B) * P
     filler[positives] = False
@@ -91,7 +107,9 @@ def test_masked_columns_get_no_gradient(case):
 
 
 def test_losses_survive_large_scores():
-    scores = torch.tensor([[700.0, 768.0]], dtype=torch.bfloat16)  # LayerNorm heads score in the hundreds
+    scores = torch.tensor(
+        [[700.0, 768.0]], dtype=torch.bfloat16
+    )  # LayerNorm heads score in the hundreds
     mask, positives = torch.ones(1, 2, dtype=torch.bool), torch.tensor([0])
     assert info_nce(scores, positives, mask).item() == pytest.approx(68, abs=1e-3)
     assert triplet_nll(scores, positives, mask).item() == pytest.approx(68, abs=1e-3)
@@ -106,7 +124,12 @@ def test_accuracy_counts_a_tie_as_a_miss_and_ignores_masked_columns():
 def test_spread_is_the_naive_loop():
     reps = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) + 1
     std, cosine = spread(reps)
-    cosines = [torch.cosine_similarity(reps[i], reps[j], dim=0) for i in range(6) for j in range(6) if i != j]
+    cosines = [
+        torch.cosine_similarity(reps[i], reps[j], dim=0)
+        for i in range(6)
+        for j in range(6)
+        if i != j
+    ]
     assert cosine.item() == pytest.approx(torch.stack(cosines).mean().item(), abs=1e-6)
     assert std.item() == pytest.approx(reps.numpy().std(axis=0).mean(), abs=1e-6)
     assert spread(reps[:1].expand(6, 5))[1].item() == pytest.approx(1, abs=1e-6)
@@ -116,7 +139,13 @@ def test_distillation_is_the_naive_loop():
     torch.manual_seed(2)
     scores, teacher = (torch.randn(5, 4, requires_grad=True) * 3 for _ in range(2))
     mask = torch.tensor(
-        [[True] * 4, [True, False, True, True], [True, True, False, False], [True] + [False] * 3, [True] * 4]
+        [
+            [True] * 4,
+            [True, False, True, True],
+            [True, True, False, False],
+            [True] + [False] * 3,
+            [True] * 4,
+        ]
     )
     kl, margins = kl_divergence(scores, teacher, mask), margin_mse(scores, teacher, mask)
     for i in range(5):
@@ -129,37 +158,56 @@ def test_distillation_is_the_naive_loop():
         assert margins[i].item() == pytest.approx(sum(gaps) / max(len(gaps), 1), rel=1e-5)
     whole = torch.ones_like(mask)
     torch_kl = torch.nn.KLDivLoss(reduction="batchmean")(scores.log_softmax(1), teacher.softmax(1))
-    assert kl_divergence(scores, teacher, whole).mean().item() == pytest.approx(torch_kl.item(), abs=1e-5)
+    assert kl_divergence(scores, teacher, whole).mean().item() == pytest.approx(
+        torch_kl.item(), abs=1e-5
+    )
     with pytest.warns(UserWarning, match="batchmean"):
-        official = torch.nn.KLDivLoss(reduction="mean")(scores.log_softmax(1), teacher.softmax(1))  # RetroMAE's
-    assert kl_divergence(scores, teacher, whole).mean().item() / 4 == pytest.approx(official.item(), abs=1e-5)
+        official = torch.nn.KLDivLoss(reduction="mean")(
+            scores.log_softmax(1), teacher.softmax(1)
+        )  # RetroMAE's
+    assert kl_divergence(scores, teacher, whole).mean().item() / 4 == pytest.approx(
+        official.item(), abs=1e-5
+    )
     (grad,) = torch.autograd.grad((kl + margins).sum(), scores)
     assert grad.isfinite().all() and not grad[~mask].any() and not grad[3].any()
 
 
 def test_worked_examples_of_distillation():
     two = torch.ones(1, 2, dtype=torch.bool)
-    assert kl_divergence(torch.zeros(1, 2), torch.tensor([[math.log(3), 0]]), two).item() == pytest.approx(
-        0.1308, abs=1e-4
-    )
+    assert kl_divergence(
+        torch.zeros(1, 2), torch.tensor([[math.log(3), 0]]), two
+    ).item() == pytest.approx(0.1308, abs=1e-4)
     assert margin_mse(torch.tensor([[5.0, 3.0]]), torch.tensor([[9.0, 6.0]]), two).item() == 1
     assert group_columns(torch.tensor([8, 12]), 4).tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
 
 
 def test_flops_squares_the_mean_over_what_counts():
     torch.manual_seed(3)
-    reps, counts = torch.rand(6, 9).requires_grad_(), torch.tensor([True, True, False, True, True, True])
+    reps, counts = (
+        torch.rand(6, 9).requires_grad_(),
+        torch.tensor([True, True, False, True, True, True]),
+    )
     means = [sum(reps[n, v].item() for n in range(6) if counts[n]) / 5 for v in range(9)]
     loss = flops(reps, counts)
     assert loss.item() == pytest.approx(sum(mean**2 for mean in means), rel=1e-5)
     (grad,) = torch.autograd.grad(loss, reps)
-    assert grad[0].tolist() == pytest.approx([2 * mean / 5 for mean in means], rel=1e-5) and not grad[2].any()
+    assert (
+        grad[0].tolist() == pytest.approx([2 * mean / 5 for mean in means], rel=1e-5)
+        and not grad[2].any()
+    )
 
 
 def test_terms_are_counted_and_collapse_is_named():
-    q, p = torch.tensor([[1.0, 0, 0, 2], [0, 1, 0, 0]]), torch.tensor([[1.0, 1, 0, 1], [0, 0, 0, 1]])
-    counts = {name: value.item() for name, value in count_terms(q, p, torch.cat([p, p[:1]])).items()}
+    q, p = (
+        torch.tensor([[1.0, 0, 0, 2], [0, 1, 0, 0]]),
+        torch.tensor([[1.0, 1, 0, 1], [0, 0, 0, 1]]),
+    )
+    counts = {
+        name: value.item() for name, value in count_terms(q, p, torch.cat([p, p[:1]])).items()
+    }
     assert counts == {"q_terms": 1.5, "p_terms": pytest.approx(7 / 3), "shared_terms": 1.0}
     assert collapse(20, 100, 1000, True) is None and collapse(600, 900, 1000, False) is None
-    assert "nearly empty" in collapse(0.2, 100, 1000, False) and "lower --flops" in collapse(20, 0, 1000, True)
+    assert "nearly empty" in collapse(0.2, 100, 1000, False) and "lower --flops" in collapse(
+        20, 0, 1000, True
+    )
     assert "stay dense — raise --flops" in collapse(20, 501, 1000, True)

@@ -12,15 +12,42 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
+from lib.checkpoint import read_architecture
 from lib.files import UserError
-from lib.lm import read_architecture
-from lib.mae import MLM, SEED, CoCondenser, Condenser, DupMAE, LexMAE, RetroMAE, span_backward, span_contrast
+from lib.objectives import (
+    MLM,
+    SEED,
+    CoCondenser,
+    Condenser,
+    DupMAE,
+    LexMAE,
+    RetroMAE,
+    span_backward,
+    span_contrast,
+)
 from lib.text import pad
 from pretrain_mae import mean_loss
 
-SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 64}
-BERT = {**SIZES, "intermediate_size": 48, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-DISTIL = {"dim": 32, "n_heads": 4, "n_layers": 2, "hidden_dim": 48, "dropout": 0.0, "attention_dropout": 0.0}
+SIZES = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+}
+BERT = {
+    **SIZES,
+    "intermediate_size": 48,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+DISTIL = {
+    "dim": 32,
+    "n_heads": 4,
+    "n_layers": 2,
+    "hidden_dim": 48,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+}
 CONFIGS = {"bert": BERT, "roberta": BERT, "distilbert": {**DISTIL, "max_position_embeddings": 64}}
 OBJECTIVES = {
     "mlm": (MLM, {}),
@@ -45,18 +72,28 @@ TEXTS = [
 
 def build(tokenizer, architecture="bert", objective="retromae"):
     torch.manual_seed(0)
-    sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "initializer_range": 0.3}
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 0.3,
+    }
     config = AutoConfig.for_model(architecture, **CONFIGS[architecture], **sizes)
     cls, options = OBJECTIVES[objective]
     model = cls(AutoModelForMaskedLM.from_config(config), tokenizer, **options)
-    for name, parameter in model.named_parameters():  # biases and norms are constant at first: hide no mistake
+    for (
+        name,
+        parameter,
+    ) in model.named_parameters():  # biases and norms are constant at first: hide no mistake
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, mean=float("norm.weight" in name.lower()), std=0.1)
     return model
 
 
 def make_batch(tokenizer, texts=TEXTS, micro_step=3):
-    return pad(tokenizer(texts)["input_ids"], tokenizer) | {"rows": torch.arange(len(texts)), "micro_step": micro_step}
+    return pad(tokenizer(texts)["input_ids"], tokenizer) | {
+        "rows": torch.arange(len(texts)),
+        "micro_step": micro_step,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +162,9 @@ def naive_lexmae(model, ids, logits, decoder_ids, decoder_mask):
     x = torch.cat([slot[None], lm.base_model.embeddings(input_ids=decoder_ids[None])[0][1:]])
     x = slot_layers(model.decoder["layers"].layers, x)
     head = model.decoder["head"]
-    scores = head.norm(F.gelu(head.dense(x))) @ lm.get_output_embeddings().weight.T + model.decoder.bias
+    scores = (
+        head.norm(F.gelu(head.dense(x))) @ lm.get_output_embeddings().weight.T + model.decoder.bias
+    )
     return [nll(scores[i], ids[i]) for i in range(length) if decoder_mask[i]]
 
 
@@ -168,7 +207,9 @@ def naive_terms(model, batch, seed):
             terms["bow"] += naive_bag(model, text, logits[b], mask[b])
         if isinstance(model, LexMAE):
             again, more = model.corrupt_again(batch, mask, seed)
-            terms["decoder"] += naive_lexmae(model, text, logits[b, :length], again[b, :length], more[b])
+            terms["decoder"] += naive_lexmae(
+                model, text, logits[b, :length], again[b, :length], more[b]
+            )
         if isinstance(model, SEED):
             terms["decoder"] += naive_seed(model, text, h)
         if isinstance(model, Condenser):
@@ -180,7 +221,9 @@ def naive_terms(model, batch, seed):
             scores = torch.stack([h @ hidden[c, 0] for c in others])
             terms["contrast"].append(nll(scores, others.index(b + 1 if b % 2 == 0 else b - 1)))
     late = getattr(model, "late_mlm", True)
-    return {name: (sum(x), len(x)) for name, x in terms.items() if x and (name != "encoder" or late)}
+    return {
+        name: (sum(x), len(x)) for name, x in terms.items() if x and (name != "encoder" or late)
+    }
 
 
 def gradients(loss, model):
@@ -198,13 +241,17 @@ def test_losses_are_those_of_the_formulas(tokenizer, architecture, objective):
     for name, (loss, labels) in naive.items():
         assert terms[name].labels == labels > 0
         torch.testing.assert_close(terms[name].loss / labels, loss / labels, atol=1e-5, rtol=1e-6)
-    weights = {"seed": {"encoder": 0.5, "decoder": 0.5}, "dupmae": {"bow": 0.1}}.get(objective.split()[0], {})
+    weights = {"seed": {"encoder": 0.5, "decoder": 0.5}, "dupmae": {"bow": 0.1}}.get(
+        objective.split()[0], {}
+    )
     if model.settings.get("bow") == "paper":
         weights = {}
     theirs = sum(weights.get(name, 1.0) * loss / labels for name, (loss, labels) in naive.items())
     loss, _ = mean_loss(Accelerator(cpu=True), terms)
     torch.testing.assert_close(loss, theirs, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(gradients(loss, model), gradients(theirs, model), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        gradients(loss, model), gradients(theirs, model), atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -226,7 +273,9 @@ def test_texts_without_tokens_have_a_finite_loss_and_no_mlm(tokenizer, objective
     terms = model(make_batch(tokenizer, ["", ""]), 0)
     loss, _ = mean_loss(Accelerator(cpu=True), terms)
     own = {name for name, term in terms.items() if term.labels}
-    assert own == ({"decoder"} if objective.startswith("seed") else {"contrast"} & terms.keys())  # SEED's [SEP]
+    assert own == (
+        {"decoder"} if objective.startswith("seed") else {"contrast"} & terms.keys()
+    )  # SEED's [SEP]
     grad = gradients(loss, model)
     assert torch.isfinite(grad).all() and (own or not (loss or grad.any()))
 
@@ -236,7 +285,11 @@ def test_labels_stand_at_ordinary_tokens_only(tokenizer, objective):
     model, batch = build(tokenizer, "bert", objective), make_batch(tokenizer)
     ordinary = model.words(batch) >= 0
     corrupted, mask = model.corrupt(batch, 1)
-    assert mask.any() and not (mask & ~ordinary).any() and torch.equal(corrupted[~mask], batch["input_ids"][~mask])
+    assert (
+        mask.any()
+        and not (mask & ~ordinary).any()
+        and torch.equal(corrupted[~mask], batch["input_ids"][~mask])
+    )
     special = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id}
     assert not special & set(batch["input_ids"][ordinary].tolist())
     rebuilt = model.rebuild(batch)
@@ -261,7 +314,9 @@ def test_retromae_no_token_reaches_its_own_prediction(tokenizer, objective):
         assert change[i] == 0 and ((change > 1e-6) == view[0, :length, i]).all()
         moved += int((change > 1e-6).sum())
     assert moved > length
-    assert ((rows(h + 0.1 * torch.randn(32), ids) - before).abs().amax(-1) > 1e-6).all(), "h reaches every row"
+    assert ((rows(h + 0.1 * torch.randn(32), ids) - before).abs().amax(-1) > 1e-6).all(), (
+        "h reaches every row"
+    )
     swapped = ids.clone()
     swapped[0, 0] = tokenizer.mask_token_id
     assert torch.equal(rows(h, swapped), before), "slot 0 is h, not an embedding"
@@ -270,7 +325,9 @@ def test_retromae_no_token_reaches_its_own_prediction(tokenizer, objective):
 def test_dupmae_counts_each_token_once(tokenizer):
     model = build(tokenizer, "bert", "dupmae")
     batch = make_batch(tokenizer, ["ash ice", "ash ash ash ash ice ice"])
-    hidden = torch.randn(32).expand(2, batch["input_ids"].shape[1], 32)  # equal maxima: the targets alone can differ
+    hidden = torch.randn(32).expand(
+        2, batch["input_ids"].shape[1], 32
+    )  # equal maxima: the targets alone can differ
     counts = batch["attention_mask"].bool()
     texts = [{name: batch[name][[b]] for name in ("input_ids", "attention_mask")} for b in (0, 1)]
     one = [model.bag_of_words(hidden[[b]], counts[[b]], text) for b, text in enumerate(texts)]
@@ -288,19 +345,27 @@ def test_lexmae_bottleneck_and_masks(tokenizer):
     b = model.bottleneck(u)
     torch.testing.assert_close(b, torch.softmax(u, 1) @ E.detach())
     grad_u, grad_e = torch.autograd.grad(b.pow(2).sum(), (u, E), allow_unused=True)
-    assert grad_e is None and grad_u.abs().sum() > 0, "all gradient goes through the weights, none into E"
+    assert grad_e is None and grad_u.abs().sum() > 0, (
+        "all gradient goes through the weights, none into E"
+    )
     texts = ["ash ice lava queen worker nest soldier larvae trail sugar " * 5] * 400
     batch = make_batch(tokenizer, texts)
     batch = {k: v[:, :64] if torch.is_tensor(v) and v.ndim == 2 else v for k, v in batch.items()}
     _, mask = model.corrupt(batch, 3)
     again, more = model.corrupt_again(batch, mask, 3)
     tokens = (model.words(batch) >= 0).sum(1)
-    assert torch.equal(mask.sum(1), (0.3 * tokens.double()).ceil().long()) and not (mask & ~more).any()
+    assert (
+        torch.equal(mask.sum(1), (0.3 * tokens.double()).ceil().long()) and not (mask & ~more).any()
+    )
     assert (more.sum() / tokens.sum()).item() == pytest.approx(0.5, abs=0.01)
     fate = again[mask]
-    assert (fate == tokenizer.mask_token_id).float().mean() == pytest.approx(0.8, abs=0.02), "drawn anew"
+    assert (fate == tokenizer.mask_token_id).float().mean() == pytest.approx(0.8, abs=0.02), (
+        "drawn anew"
+    )
     corrupted, _ = model.corrupt(batch, 3)
-    assert (corrupted[mask] == again[mask]).float().mean() == pytest.approx(0.8**2 + 0.1**2, abs=0.02)
+    assert (corrupted[mask] == again[mask]).float().mean() == pytest.approx(
+        0.8**2 + 0.1**2, abs=0.02
+    )
     with pytest.raises(UserError, match="at least --encoder_mask_ratio 0.3"):
         LexMAE(model.lm, tokenizer, decoder_mask_ratio=0.2)
 
@@ -308,7 +373,10 @@ def test_lexmae_bottleneck_and_masks(tokenizer):
 @pytest.mark.parametrize("objective", [LexMAE, Condenser, CoCondenser])
 def test_a_token_hidden_from_encoder_and_decoder_reaches_no_prediction(tokenizer, objective):
     """[MASK] stands in its place for both, so no state may tell which token it was, there or elsewhere."""
-    model, batch = objective(build(tokenizer, "bert", "mlm").lm, tokenizer, mask="token"), make_batch(tokenizer)
+    model, batch = (
+        objective(build(tokenizer, "bert", "mlm").lm, tokenizer, mask="token"),
+        make_batch(tokenizer),
+    )
     corrupted, mask = model.corrupt(batch, 2)
     read = model.corrupt_again(batch, mask, 2)[0] if objective is LexMAE else corrupted
     hidden = mask & (corrupted == tokenizer.mask_token_id) & (read == tokenizer.mask_token_id)
@@ -320,21 +388,32 @@ def test_a_token_hidden_from_encoder_and_decoder_reaches_no_prediction(tokenizer
     assert torch.equal(*seen) and losses[0] != losses[1], "equal states, other labels"
 
 
-@pytest.mark.parametrize(("window", "row", "seen"), [(2, 4, [0, 3, 4]), (8, 9, [0, 2, 3, 4, 5, 6, 7, 8, 9])])
+@pytest.mark.parametrize(
+    ("window", "row", "seen"), [(2, 4, [0, 3, 4]), (8, 9, [0, 2, 3, 4, 5, 6, 7, 8, 9])]
+)
 def test_seed_window(tokenizer, window, row, seen):
-    model = SEED(build(tokenizer, "bert", "mlm").lm, tokenizer, attention_window=window, decoder_layers=1)
-    assert len(SEED(model.lm, tokenizer, attention_window=window).decoder.layers) == {2: 3, 8: 1}[window]
+    model = SEED(
+        build(tokenizer, "bert", "mlm").lm, tokenizer, attention_window=window, decoder_layers=1
+    )
+    assert (
+        len(SEED(model.lm, tokenizer, attention_window=window).decoder.layers)
+        == {2: 3, 8: 1}[window]
+    )
     view = model.decoder.view(12)
     assert view[row].nonzero()[:, 0].tolist() == seen
     for i in range(12):
-        assert view[i].nonzero()[:, 0].tolist() == sorted({0, *range(max(i - window + 1, 0), i + 1)})
+        assert view[i].nonzero()[:, 0].tolist() == sorted(
+            {0, *range(max(i - window + 1, 0), i + 1)}
+        )
     E, h, places = torch.randn(1, 12, 32), torch.randn(1, 32), torch.arange(12)
     before = model.decoder(E, h, places)
     for j in range(12):
         other = E.clone()
         other[0, j] = torch.randn(32)
         change = (model.decoder(other, h, places) - before).abs().amax(-1) > 1e-6
-        assert torch.equal(change, view[:, j]), "a token is read where the window says, never before it"
+        assert torch.equal(change, view[:, j]), (
+            "a token is read where the window says, never before it"
+        )
     assert ((model.decoder(E, torch.randn(1, 32), places) - before).abs().amax(-1) > 1e-6).all()
 
 
@@ -344,7 +423,10 @@ def test_seed_predicts_what_follows_from_h_alone(tokenizer):
     assert terms["decoder"].labels == (batch["attention_mask"].sum(1) - 1).sum(), "x1 ... xn [SEP]"
     hidden = torch.randn(*batch["input_ids"].shape, 32)
     other = torch.cat([hidden[:, :1], torch.randn_like(hidden[:, 1:])], 1)
-    of = [model.decode(x[:, 0], batch["input_ids"], model.targets(batch), batch).loss for x in (hidden, other)]
+    of = [
+        model.decode(x[:, 0], batch["input_ids"], model.targets(batch), batch).loss
+        for x in (hidden, other)
+    ]
     assert of[0] == of[1]
 
 
@@ -353,9 +435,13 @@ def test_condenser_head_reads_late_cls_and_middle_states(tokenizer):
     keep, places = batch["attention_mask"], torch.arange(batch["input_ids"].numel())
     late, middle = model.states(batch["input_ids"], keep)
     lm = model.lm.base_model
-    assert torch.equal(middle, lm.encoder.layer[0](lm.embeddings(batch["input_ids"]), keep[:, None, None].bool()))
+    assert torch.equal(
+        middle, lm.encoder.layer[0](lm.embeddings(batch["input_ids"]), keep[:, None, None].bool())
+    )
     before = model.decoder(late[:, 0], middle, keep, places)
-    assert torch.equal(before, model.decoder(late[:, 0], torch.cat([late[:, :1], middle[:, 1:]], 1), keep, places))
+    assert torch.equal(
+        before, model.decoder(late[:, 0], torch.cat([late[:, :1], middle[:, 1:]], 1), keep, places)
+    )
     assert not torch.allclose(before, model.decoder(late[:, 0] + 0.1, middle, keep, places))
     assert not torch.allclose(before, model.decoder(late[:, 0], middle + 0.1, keep, places))
 
@@ -379,14 +465,18 @@ def test_padding_changes_nothing(tokenizer, architecture, objective):
     for name, term in model(wide, 5).items():
         torch.testing.assert_close(term.loss, model(batch, 5)[name].loss, atol=1e-4, rtol=1e-5)
     if model.rebuild(batch):
-        torch.testing.assert_close(model.rebuild(wide).loss, model.rebuild(batch).loss, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(
+            model.rebuild(wide).loss, model.rebuild(batch).loss, atol=1e-4, rtol=1e-5
+        )
     torch.testing.assert_close(model.represent(wide), model.represent(batch), atol=1e-5, rtol=1e-5)
 
 
 def test_other_architectures_are_refused(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     AutoConfig.for_model("electra", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="electra is not supported.* — use bert, roberta, distilbert"):
+    with pytest.raises(
+        UserError, match="electra is not supported.* — use bert, roberta, distilbert"
+    ):
         read_architecture(str(tmp_path))
     AutoConfig.for_model("bert", vocab_size=9).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="9 embeddings for"):
@@ -412,14 +502,26 @@ def world_step(folder, objective, rows=0):
     else:
         loss, sums = mean_loss(accelerator, model(batch, 11))
         accelerator.backward(loss)
-    return (sums[:, 0] / sums[:, 1]).sum(), torch.cat([p.grad.flatten() for p in model.parameters()]), W
+    return (
+        (sums[:, 0] / sums[:, 1]).sum(),
+        torch.cat([p.grad.flatten() for p in model.parameters()]),
+        W,
+    )
 
 
-CASES = [(objective, 0) for objective in OBJECTIVES] + [("cocondenser", 2)]  # the last with GradCache
+CASES = [(objective, 0) for objective in OBJECTIVES] + [
+    ("cocondenser", 2)
+]  # the last with GradCache
 
 
 def one_of_two(rank, port, folder, out):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+    )
     torch.set_num_threads(1)
     torch.save([world_step(folder, *case) for case in CASES], f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()

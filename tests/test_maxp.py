@@ -9,15 +9,20 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from lib import files, index
-from lib.data import GroupCollator, Groups, length_chunks, preview, rerank
-from lib.encoder import load_encoder, save_encoder
-from lib.files import FIELD, Embeddings, UserError, finish_embeddings, open_texts, read_json, write_shard
-from lib.index import Dense, unpack
+from lib import files, search
+from lib.checkpoint import load_encoder, save_encoder
+from lib.dev import rerank
+from lib.embeddings import Embeddings, finish_embeddings, write_shard
+from lib.files import UserError, read_json
+from lib.groups import GroupCollator, Groups, length_chunks, preview
+from lib.search import DenseIndex, unpack
 from lib.text import TextFormat, chunk_ids, format_texts, join_title, to_ids
+from lib.texts import FIELD, open_texts
 
 LENGTH, M = 10, 9  # tokens of a chunk, of which 8 are of the text
-WORDS = "colony queen worker nest lava crater string snow oven tail orbit milk pod song goat".split()  # a token each
+WORDS = (
+    "colony queen worker nest lava crater string snow oven tail orbit milk pod song goat".split()
+)  # a token each
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +32,33 @@ def documents(tmp_path_factory):
     rows = []
     for number, words in enumerate([1, 9, 90, 19, 27, 33, 41, 19, 57, 60, 150, 6]):
         body = rows[3][3] if number == 7 else " ".join(draw.choice(WORDS, words))
-        rows.append((f"D{number}", "ash" if number % 4 else "", "ice snow" if number % 3 else "", body))
+        rows.append(
+            (f"D{number}", "ash" if number % 4 else "", "ice snow" if number % 3 else "", body)
+        )
     (folder / "docs.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
     queries = [(f"q{number}", " ".join(draw.choice(WORDS, 3))) for number in range(5)]
     (folder / "queries.tsv").write_text("".join(f"{qid}\t{text}\n" for qid, text in queries))
-    files.write_qrels(folder / "qrels.tsv", {f"q{number}": {f"D{2 * number + 1}": 1} for number in range(5)})
+    files.write_qrels(
+        folder / "qrels.tsv", {f"q{number}": {f"D{2 * number + 1}": 1} for number in range(5)}
+    )
     return SimpleNamespace(
-        rows=rows, corpus=folder / "docs.tsv", queries=folder / "queries.tsv", qrels=folder / "qrels.tsv"
+        rows=rows,
+        corpus=folder / "docs.tsv",
+        queries=folder / "queries.tsv",
+        qrels=folder / "qrels.tsv",
     )
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tiny_model_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "model"
-    how = {"title": "sep", "max_query_length": 8, "max_passage_length": LENGTH, "max_chunks": M, "max_characters": 700}
+    how = {
+        "title": "sep",
+        "max_query_length": 8,
+        "max_passage_length": LENGTH,
+        "max_chunks": M,
+        "max_characters": 700,
+    }
     save_encoder(load_encoder(tiny_model_dir, "cls", how), folder, {})
     return folder
 
@@ -48,7 +66,10 @@ def checkpoint(tiny_model_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def naive(documents, tiny_model_dir):
     """For each document the vectors of its chunks, each encoded alone by plain transformers."""
-    model, tokenizer = AutoModel.from_pretrained(tiny_model_dir).eval(), AutoTokenizer.from_pretrained(tiny_model_dir)
+    model, tokenizer = (
+        AutoModel.from_pretrained(tiny_model_dir).eval(),
+        AutoTokenizer.from_pretrained(tiny_model_dir),
+    )
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     vectors = []
     for _, *parts in documents.rows:
@@ -56,7 +77,10 @@ def naive(documents, tiny_model_dir):
         ids = tokenizer(string, add_special_tokens=False)["input_ids"]
         chunks = [ids[at : at + LENGTH - 2] for at in range(0, len(ids), LENGTH - 2)][:M]
         with torch.no_grad():
-            hidden = [model(torch.tensor([[cls, *chunk, sep]])).last_hidden_state[0, 0] for chunk in chunks]
+            hidden = [
+                model(torch.tensor([[cls, *chunk, sep]])).last_hidden_state[0, 0]
+                for chunk in chunks
+            ]
         vectors.append(torch.stack(hidden).numpy())
     assert {len(part) for part in vectors} >= {1, 2, 3, 4, 5, 8, 9}
     return vectors
@@ -65,9 +89,30 @@ def naive(documents, tiny_model_dir):
 @pytest.fixture
 def encode(script, checkpoint, documents):
     def call(output, *flags, source=documents.corpus, kind="passage", model=checkpoint):
-        small = "--shard_rows", 3, "--window", 2, "--tokens_per_batch", 60, "--num_workers", 0, "--dtype", "float32"
+        small = (
+            "--shard_rows",
+            3,
+            "--window",
+            2,
+            "--tokens_per_batch",
+            60,
+            "--num_workers",
+            0,
+            "--dtype",
+            "float32",
+        )
         return script(
-            "encode", "--model", model, "--input", source, "--kind", kind, "--output_dir", output, *small, *flags
+            "encode",
+            "--model",
+            model,
+            "--input",
+            source,
+            "--kind",
+            kind,
+            "--output_dir",
+            output,
+            *small,
+            *flags,
         )
 
     return call
@@ -84,33 +129,55 @@ def tokenizer(tiny_model_dir):
 
 def test_url_title_and_body(documents, tokenizer):
     texts = open_texts(documents.corpus)
-    assert [texts[row] for row in range(12)] == [(url + FIELD + title, body) for _, url, title, body in documents.rows]
+    assert [texts[row] for row in range(12)] == [
+        (url + FIELD + title, body) for _, url, title, body in documents.rows
+    ]
     assert join_title("u" + FIELD + "t", "b", "space", None) == "u t b"
     assert join_title("u" + FIELD + "t", "b", "sep", tokenizer) == "u[SEP]t[SEP]b"
-    assert join_title(FIELD + "t", "b", "sep", tokenizer) == join_title("t", "b", "sep", tokenizer) == "t[SEP]b"
-    assert join_title("u" + FIELD, " ", "sep", tokenizer) == "u" and join_title(FIELD, "b", "sep", tokenizer) == "b"
+    assert (
+        join_title(FIELD + "t", "b", "sep", tokenizer)
+        == join_title("t", "b", "sep", tokenizer)
+        == "t[SEP]b"
+    )
+    assert (
+        join_title("u" + FIELD, " ", "sep", tokenizer) == "u"
+        and join_title(FIELD, "b", "sep", tokenizer) == "b"
+    )
     assert join_title("u" + FIELD + "t", "b", "none", tokenizer) == "b"
     assert join_title("u" + FIELD + "t", "", "none", tokenizer) == "u t"
     form = TextFormat("sep", passage_prompt="oven: ", max_characters=12)
     strings = format_texts([("ash" + FIELD + "bow", "ice snow")], "passage", form, tokenizer)
     assert strings == ["oven: ash[SEP]bow["]  # 12 characters behind the prompt
-    url, title, body = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in ("ash", "ice snow", "pod"))
+    url, title, body = (
+        tokenizer(part, add_special_tokens=False)["input_ids"]
+        for part in ("ash", "ice snow", "pod")
+    )
     cls, sep = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
-    strings = format_texts([("ash" + FIELD + "ice snow", "pod")], "passage", TextFormat("sep"), tokenizer)
+    strings = format_texts(
+        [("ash" + FIELD + "ice snow", "pod")], "passage", TextFormat("sep"), tokenizer
+    )
     assert to_ids(strings, tokenizer, 99) == [cls + url + sep + title + sep + body + sep]
     assert format_texts([("", "x" * 20)], "query", form, tokenizer) == ["x" * 20]
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 9])
 def test_chunks_are_the_tokens_in_order(tokenizer, chunks):
-    strings = [" ".join(WORDS[:2] * n)[: 9 * n] for n in range(12)] + ["ash " * n for n in (8, 16, 17, 80)]
+    strings = [" ".join(WORDS[:2] * n)[: 9 * n] for n in range(12)] + [
+        "ash " * n for n in (8, 16, 17, 80)
+    ]
     whole = tokenizer(strings, add_special_tokens=False)["input_ids"]
     found = chunk_ids(strings, tokenizer, LENGTH, chunks)
     for ids, some in zip(whole, found, strict=True):
-        assert len(some) == min(max(-(-len(ids) // 8), 1), chunks) and all(len(one) == LENGTH for one in some[:-1])
+        assert len(some) == min(max(-(-len(ids) // 8), 1), chunks) and all(
+            len(one) == LENGTH for one in some[:-1]
+        )
         assert sum((one[1:-1] for one in some), []) == ids[: 8 * chunks]
-        assert {(one[0], one[-1]) for one in some} == {(tokenizer.cls_token_id, tokenizer.sep_token_id)}
-    assert [some[0] for some in found] == to_ids(strings, tokenizer, LENGTH) and chunk_ids([], tokenizer, 9, 2) == []
+        assert {(one[0], one[-1]) for one in some} == {
+            (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        }
+    assert [some[0] for some in found] == to_ids(strings, tokenizer, LENGTH) and chunk_ids(
+        [], tokenizer, 9, 2
+    ) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,8 +195,12 @@ def test_order_repeats_the_first_chunk_where_one_lacks(documents, tokenizer):
             for batch in batches
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
-        expected = chunk_ids(format_texts(rows, "passage", form, tokenizer), tokenizer, LENGTH, most)
-        assert len(read) == sum(map(len, expected)) and all(len(batch["input_ids"]) <= 4 for batch in batches)
+        expected = chunk_ids(
+            format_texts(rows, "passage", form, tokenizer), tokenizer, LENGTH, most
+        )
+        assert len(read) == sum(map(len, expected)) and all(
+            len(batch["input_ids"]) <= 4 for batch in batches
+        )
         wanted = [ids for some in expected for ids in some + some[:1] * (most - len(some))]
         assert [read[place] for place in order] == wanted and order.dtype == torch.int64
         assert sorted(set(order.tolist())) == list(range(len(read)))
@@ -138,7 +209,9 @@ def test_order_repeats_the_first_chunk_where_one_lacks(documents, tokenizer):
 
 def test_gradient_of_a_maximum_reaches_the_best_chunk_alone(documents, checkpoint):
     model, texts = load_encoder(checkpoint), open_texts(documents.corpus)
-    batches, order = length_chunks("passage", [texts[row] for row in range(12)], model.format, model.tokenizer, 5)
+    batches, order = length_chunks(
+        "passage", [texts[row] for row in range(12)], model.format, model.tokenizer, 5
+    )
     reps = model.encode(batches).detach().requires_grad_()
     query = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
     (query @ reps[order].T).unflatten(1, (-1, M)).amax(2).sum().backward()
@@ -150,8 +223,14 @@ def test_gradient_of_a_maximum_reaches_the_best_chunk_alone(documents, checkpoin
 
 
 def test_groups_preview_and_rerank(documents, naive, checkpoint):
-    model, queries, corpus = load_encoder(checkpoint), open_texts(documents.queries), open_texts(documents.corpus)
-    collate = GroupCollator(Groups(queries, corpus, documents.qrels), model.tokenizer, model.format, 4)
+    model, queries, corpus = (
+        load_encoder(checkpoint),
+        open_texts(documents.queries),
+        open_texts(documents.corpus),
+    )
+    collate = GroupCollator(
+        Groups(queries, corpus, documents.qrels), model.tokenizer, model.format, 4
+    )
     batch = collate([collate.groups[example, 0, example] for example in range(3)])
     assert batch["passage_order"].shape == (3 * M,) and batch["query_order"].shape == (3,)
     with torch.no_grad():
@@ -161,7 +240,9 @@ def test_groups_preview_and_rerank(documents, naive, checkpoint):
         np.testing.assert_allclose(reps[: len(own)], own, atol=2e-5)
         np.testing.assert_allclose(reps[len(own) :], np.tile(own[0], (M - len(own), 1)), atol=2e-5)
     facts = preview(collate)
-    assert "| [CLS]" in facts["first positive"] and facts["passage tokens"].endswith(f"0.0% of texts cut at {M} x 10")
+    assert "| [CLS]" in facts["first positive"] and facts["passage tokens"].endswith(
+        f"0.0% of texts cut at {M} x 10"
+    )
     model.format.max_chunks = 3  # of D1, D3, D5, D7, D9
     longer = sum(len(naive[row]) > 3 for row in range(1, 11, 2)) / 5
     assert preview(collate)["passage tokens"].endswith(f"{longer:.1%} of texts cut at 3 x 10")
@@ -169,7 +250,9 @@ def test_groups_preview_and_rerank(documents, naive, checkpoint):
     candidates = {f"q{number}": [f"D{row}" for row in (5, 3, 7, 0, 10)] for number in range(5)}
     with torch.no_grad():
         ranked = rerank(model, "cpu", collate, queries, candidates, 4)
-        q_reps = length_chunks("query", [queries[row] for row in range(5)], model.format, model.tokenizer, 9)
+        q_reps = length_chunks(
+            "query", [queries[row] for row in range(5)], model.format, model.tokenizer, 9
+        )
         q_reps = model.encode(q_reps[0])[q_reps[1]].numpy()
     for number, (qid, pids) in enumerate(ranked.items()):
         scores = {pid: max(naive[int(pid[1:])] @ q_reps[number]) for pid in candidates[qid]}
@@ -180,10 +263,17 @@ def test_groups_preview_and_rerank(documents, naive, checkpoint):
 # checkpoints
 
 
-def test_a_checkpoint_states_how_passages_are_cut(checkpoint, tiny_model_dir, tmp_path, monkeypatch):
-    model = load_encoder(checkpoint, strict=True, overrides={"max_chunks": M, "max_characters": 700})
+def test_a_checkpoint_states_how_passages_are_cut(
+    checkpoint, tiny_model_dir, tmp_path, monkeypatch
+):
+    model = load_encoder(
+        checkpoint, strict=True, overrides={"max_chunks": M, "max_characters": 700}
+    )
     assert (model.format.max_chunks, model.format.max_characters) == (M, 700) and not model.portable
-    assert read_json(checkpoint / "bottleneck.json")["version"] == 2 and not (checkpoint / "modules.json").exists()
+    assert (
+        read_json(checkpoint / "isthmus.json")["version"] == 2
+        and not (checkpoint / "modules.json").exists()
+    )
     for name, value in (("max_chunks", 1), ("max_chunks", 4), ("max_characters", 0)):
         with pytest.raises(UserError, match=f"its {name} is"):
             load_encoder(checkpoint, overrides={name: value}, strict=True)
@@ -192,18 +282,23 @@ def test_a_checkpoint_states_how_passages_are_cut(checkpoint, tiny_model_dir, tm
         with pytest.raises(UserError, match=f"{name} {value} — give"):
             load_encoder(checkpoint, overrides={name: value})
 
-    save_encoder(load_encoder(tiny_model_dir, "cls"), tmp_path / "plain", {})  # as earlier versions wrote it
-    assert "max_chunks" not in read_json(tmp_path / "plain" / "bottleneck.json")
-    assert read_json(tmp_path / "plain" / "bottleneck.json")["version"] == 1
+    save_encoder(
+        load_encoder(tiny_model_dir, "cls"), tmp_path / "plain", {}
+    )  # as earlier versions wrote it
+    assert "max_chunks" not in read_json(tmp_path / "plain" / "isthmus.json")
+    assert read_json(tmp_path / "plain" / "isthmus.json")["version"] == 1
     with pytest.raises(UserError, match="its max_chunks is 1, not 4"):
         load_encoder(tmp_path / "plain", overrides={"max_chunks": 4}, strict=True)
-    assert load_encoder(tmp_path / "plain").portable and load_encoder(tmp_path / "plain").format.max_chunks == 1
+    assert (
+        load_encoder(tmp_path / "plain").portable
+        and load_encoder(tmp_path / "plain").format.max_chunks == 1
+    )
     for change in ({"max_chunks": 2}, {"max_characters": 5}):
         assert not load_encoder(tmp_path / "plain", overrides=change).portable
     with pytest.raises(UserError, match="a sparse vector is one per text"):
         load_encoder(tiny_model_dir, overrides={"max_chunks": 2}, head="sparse")
-    private = read_json(checkpoint / "bottleneck.json")
-    (tmp_path / "plain" / "bottleneck.json").write_text(json.dumps({**private, "version": 3}))
+    private = read_json(checkpoint / "isthmus.json")
+    (tmp_path / "plain" / "isthmus.json").write_text(json.dumps({**private, "version": 3}))
     with pytest.raises(UserError, match="a newer version"):
         load_encoder(tmp_path / "plain")
     monkeypatch.setattr(type(model.tokenizer), "is_fast", False)
@@ -216,7 +311,11 @@ def test_a_checkpoint_states_how_passages_are_cut(checkpoint, tiny_model_dir, tm
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "args.json"}
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.iterdir())
+        if path.name != "args.json"
+    }
 
 
 def test_encode_gives_a_vector_to_each_chunk(encode, documents, naive, tmp_path):
@@ -226,13 +325,26 @@ def test_encode_gives_a_vector_to_each_chunk(encode, documents, naive, tmp_path)
     assert "12 texts" in printed and f"{sum(counts) / 12:.2f} per text, 9 at most" in printed
     found = Embeddings(tmp_path / "a")
     assert (len(found), found.num_vectors, found.max_chunks) == (12, sum(counts), M)
-    assert (found.meta["count"], found.meta["vectors"], found.meta["max_chunks"]) == (12, sum(counts), M)
+    assert (found.meta["count"], found.meta["vectors"], found.meta["max_chunks"]) == (
+        12,
+        sum(counts),
+        M,
+    )
     np.testing.assert_allclose(found.take(range(sum(counts))), np.concatenate(naive), atol=2e-5)
-    lines = [line for path in sorted((tmp_path / "a").glob("*.ids.txt")) for line in path.read_text().split()]
+    lines = [
+        line
+        for path in sorted((tmp_path / "a").glob("*.ids.txt"))
+        for line in path.read_text().split()
+    ]
     assert lines == [f"D{row}" for row, count in enumerate(counts) for _ in range(count)]
-    assert found.ids([11, 0, 7]) == ["D11", "D0", "D7"] and found.rows(["D10", "?", "D0"]).tolist() == [10, -1, 0]
+    assert found.ids([11, 0, 7]) == ["D11", "D0", "D7"] and found.rows(
+        ["D10", "?", "D0"]
+    ).tolist() == [10, -1, 0]
     assert found.first.tolist() == np.cumsum([0, *counts]).tolist()
-    assert found.text_of.tolist() == np.repeat(np.arange(12), counts).tolist() and found.text_of.dtype == np.int32
+    assert (
+        found.text_of.tolist() == np.repeat(np.arange(12), counts).tolist()
+        and found.text_of.dtype == np.int32
+    )
 
     (tmp_path / "b").mkdir()  # died: a shard and the end are missing
     for name, data in content(tmp_path / "a").items():
@@ -248,7 +360,9 @@ def test_encode_gives_a_vector_to_each_chunk(encode, documents, naive, tmp_path)
     assert "is complete" in encode(tmp_path / "b")[1]
     assert "its max_chunks is 9, not 2" in encode(tmp_path / "c", "--max_chunks", 2)[2]
     encode(tmp_path / "c", "--max_chunks", 2, "--override")
-    np.testing.assert_allclose(Embeddings(tmp_path / "c").take([0, 1, 2]), found.take([0, 1, 2]), atol=2e-5)
+    np.testing.assert_allclose(
+        Embeddings(tmp_path / "c").take([0, 1, 2]), found.take([0, 1, 2]), atol=2e-5
+    )
     assert np.diff(Embeddings(tmp_path / "c").first).tolist() == [min(count, 2) for count in counts]
     assert "per text" in encode(tmp_path / "d", "--dry_run")[1] and not (tmp_path / "d").exists()
 
@@ -260,7 +374,18 @@ def test_encode_gives_a_vector_to_each_chunk(encode, documents, naive, tmp_path)
 
 def test_two_processes_write_the_same_bytes(encode, checkpoint, documents, two_processes, tmp_path):
     encode(tmp_path / "one")
-    small = "--shard_rows", 3, "--window", 2, "--tokens_per_batch", 60, "--num_workers", 0, "--dtype", "float32"
+    small = (
+        "--shard_rows",
+        3,
+        "--window",
+        2,
+        "--tokens_per_batch",
+        60,
+        "--num_workers",
+        0,
+        "--dtype",
+        "float32",
+    )
     what = "--model", checkpoint, "--input", documents.corpus, "--kind", "passage"
     two_processes("encode.py", *what, "--output_dir", tmp_path / "two", *small)
     assert content(tmp_path / "one") == content(tmp_path / "two")
@@ -300,12 +425,14 @@ def best(chunks, query, k):
 @pytest.mark.parametrize("path", ["_search_cpu", "_search_device"])
 def test_search_gives_distinct_texts_by_their_best_chunk(stored, monkeypatch, path, k):
     corpus, chunks, queries = stored
-    monkeypatch.setattr(Dense, "_search_cpu", getattr(Dense, path))
-    monkeypatch.setattr(index, "QUERY_TILE", 3)
-    monkeypatch.setattr(index, "ROW_TILE", 4)
-    scores, rows = Dense(corpus).search(queries, k, at_a_time=5)
+    monkeypatch.setattr(DenseIndex, "_search_cpu", getattr(DenseIndex, path))
+    monkeypatch.setattr(search, "QUERY_TILE", 3)
+    monkeypatch.setattr(search, "ROW_TILE", 4)
+    scores, rows = DenseIndex(corpus).search(queries, k, at_a_time=5)
     expected = [best(chunks, query, k) for query in queries]
-    assert scores.tolist() == [one for one, _ in expected] and rows.tolist() == [one for _, one in expected]
+    assert scores.tolist() == [one for one, _ in expected] and rows.tolist() == [
+        one for _, one in expected
+    ]
 
 
 def test_search_goes_as_deep_as_it_must(tmp_path):
@@ -316,38 +443,57 @@ def test_search_goes_as_deep_as_it_must(tmp_path):
     corpus = Embeddings(tmp_path)
     for factory in (None, "Flat"):
         for k in range(1, 11):
-            scores, rows = Dense(corpus, factory=factory).search(np.ones((1, 1), np.float32), k)
-            assert rows.tolist() == [list(range(k))] and scores.tolist() == [[-9.0 * row for row in range(k)]]
+            scores, rows = DenseIndex(corpus, factory=factory).search(
+                np.ones((1, 1), np.float32), k
+            )
+            assert rows.tolist() == [list(range(k))] and scores.tolist() == [
+                [-9.0 * row for row in range(k)]
+            ]
 
 
 @pytest.mark.parametrize("world", [2, 4, 20])
 @pytest.mark.parametrize("k", [3, 15, 20])
 def test_any_number_of_processes_finds_the_same(stored, monkeypatch, world, k):
     corpus, chunks, queries = stored
-    ranks = [SimpleNamespace(process_index=r, num_processes=world, device=torch.device("cpu")) for r in range(world)]
+    ranks = [
+        SimpleNamespace(process_index=r, num_processes=world, device=torch.device("cpu"))
+        for r in range(world)
+    ]
     parts = []
     with monkeypatch.context() as patch:
-        patch.setattr(index, "merge", lambda keys, k, accelerator: parts.append(keys) or keys)
+        patch.setattr(search, "merge", lambda keys, k, accelerator: parts.append(keys) or keys)
         for rank in ranks:
             rank.is_main_process = rank is ranks[0]
-            Dense(corpus, rank).search(queries, k)
-    monkeypatch.setattr(index, "all_gather", lambda keys: torch.cat(parts))
-    scores, rows = unpack(index.merge(parts[0], k, ranks[0]))
+            DenseIndex(corpus, rank).search(queries, k)
+    monkeypatch.setattr(search, "all_gather", lambda keys: torch.cat(parts))
+    scores, rows = unpack(search.merge(parts[0], k, ranks[0]))
     expected = [best(chunks, query, k) for query in queries]
-    assert scores.tolist() == [one for one, _ in expected] and rows.tolist() == [one for _, one in expected]
+    assert scores.tolist() == [one for one, _ in expected] and rows.tolist() == [
+        one for _, one in expected
+    ]
 
 
 def test_faiss_and_scores_of_given_texts(stored):
     corpus, chunks, _ = stored
-    queries = np.random.default_rng(1).standard_normal((8, 4), np.float32)  # vectors tie only with their copies
+    queries = np.random.default_rng(1).standard_normal(
+        (8, 4), np.float32
+    )  # vectors tie only with their copies
     for k in (4, 15, 20):
-        exact, near = Dense(corpus).search(queries, k), Dense(corpus, factory="Flat").search(queries, k)
+        exact, near = (
+            DenseIndex(corpus).search(queries, k),
+            DenseIndex(corpus, factory="Flat").search(queries, k),
+        )
         np.testing.assert_allclose(near[0], exact[0], rtol=1e-5)
         assert all(len(set(row[row >= 0])) == min(k, 15) for row in near[1])
-    found = Dense(corpus, factory="IVF3,Flat:nprobe=3").search(queries, 15)
-    np.testing.assert_allclose(found[0], Dense(corpus).search(queries, 15)[0], rtol=1e-5)
-    given = [np.array(rows, dtype=np.int64) for rows in ([3, 0, 14], [], [7, 7], [11], range(15), [0], [13], [6])]
-    for query, rows, scores in zip(queries, given, Dense(corpus).score(queries, given), strict=True):
+    found = DenseIndex(corpus, factory="IVF3,Flat:nprobe=3").search(queries, 15)
+    np.testing.assert_allclose(found[0], DenseIndex(corpus).search(queries, 15)[0], rtol=1e-5)
+    given = [
+        np.array(rows, dtype=np.int64)
+        for rows in ([3, 0, 14], [], [7, 7], [11], range(15), [0], [13], [6])
+    ]
+    for query, rows, scores in zip(
+        queries, given, DenseIndex(corpus).score(queries, given), strict=True
+    ):
         expected = [max(chunk @ query for chunk in chunks[row]) for row in rows]
         np.testing.assert_allclose(scores, expected, rtol=1e-5)
         assert scores.dtype == np.float32
@@ -359,18 +505,24 @@ def test_a_chunk_that_is_not_finite_names_its_text(stored):
     vectors[len(chunks[5]) + 2, 1] = np.inf  # the third of d6
     write_shard(corpus.folder, 1, vectors, [f"d{row}" for row in range(5, 10) for _ in chunks[row]])
     with pytest.raises(UserError, match="the vector of d6 is not finite"):
-        Dense(Embeddings(corpus.folder)).search(queries, 2)
+        DenseIndex(Embeddings(corpus.folder)).search(queries, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # mining and evaluation
 
 
-def test_mining_and_evaluation_see_documents(encode, script, documents, naive, tmp_path, monkeypatch):
+def test_mining_and_evaluation_see_documents(
+    encode, script, documents, naive, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert encode("p")[0] == 0 and encode("q", source=documents.queries, kind="query")[0] == 0
     queries = Embeddings("q")
-    assert "max_chunks" not in queries.meta and queries.first is None and len(queries) == queries.num_vectors == 5
+    assert (
+        "max_chunks" not in queries.meta
+        and queries.first is None
+        and len(queries) == queries.num_vectors == 5
+    )
     vectors = queries.take(range(5))
     pairs = "--queries_embeddings", "q", "--corpus_embeddings", "p", "--qrels", documents.qrels
     how = "--corpus", documents.corpus, "--depth", 6, "--output_dir", "n"
@@ -378,7 +530,9 @@ def test_mining_and_evaluation_see_documents(encode, script, documents, naive, t
     assert status == 0, error
     status, _, error = script("evaluate", *pairs, "--depth", 20, "--output_dir", "e")
     assert status == 0, error
-    (tmp_path / "some.tsv").write_text("".join(f"q{q}\tD{d}\t{d}\n" for q in range(5) for d in (1, 4, 10)))
+    (tmp_path / "some.tsv").write_text(
+        "".join(f"q{q}\tD{d}\t{d}\n" for q in range(5) for d in (1, 4, 10))
+    )
     assert script("evaluate", *pairs, "--candidates", "some.tsv", "--output_dir", "r")[0] == 0
     mined, run = dict(files.read_negatives("n/negatives.tsv")), files.read_run("e/run.trec")
     reranked = files.read_run("r/run.trec")
@@ -387,7 +541,11 @@ def test_mining_and_evaluation_see_documents(encode, script, documents, naive, t
         qid, positive = f"q{number}", {f"D{2 * number + 1}"}
         entry = run[qid]
         assert sorted(entry.pids) == sorted(f"D{row}" for row in range(12))
-        np.testing.assert_allclose(entry.scores, [scores[int(pid[1:])] for pid in entry.pids], atol=2e-4)
+        np.testing.assert_allclose(
+            entry.scores, [scores[int(pid[1:])] for pid in entry.pids], atol=2e-4
+        )
         copies = {"D3", "D7"} if positive & {"D3", "D7"} else positive  # by their body
         assert mined[qid] == [pid for pid in entry.pids[:6] if pid not in copies]
-        np.testing.assert_allclose(reranked[qid].scores, sorted(scores[[1, 4, 10]], reverse=True), atol=2e-4)
+        np.testing.assert_allclose(
+            reranked[qid].scores, sorted(scores[[1, 4, 10]], reverse=True), atol=2e-4
+        )

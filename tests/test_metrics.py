@@ -28,7 +28,8 @@ def listed(pids, scores, ranks=None):
 def random_run():
     draw = np.random.default_rng(0)
     qrels = {
-        f"q{q}": {f"d{d}": int(draw.integers(-1, 4)) for d in draw.choice(80, 12, replace=False)} for q in range(30)
+        f"q{q}": {f"d{d}": int(draw.integers(-1, 4)) for d in draw.choice(80, 12, replace=False)}
+        for q in range(30)
     }
     run = {}
     for q in range(2, 32):  # q0 and q1 have no result, q30 and q31 no judgment
@@ -73,11 +74,15 @@ def test_ties_as_trec_eval_or_by_rank():
 
 def test_graded_example_by_hand():
     entry, qrels = listed("abcd", [4, 3, 2, 1]), {"q": {"b": 3, "d": 1, "z": 2, "a": 0}}
-    values = score_run({"q": entry}, qrels, ["nDCG@3", "RR@10", "Hole@2", "Hole@4", "R@10"], level=2)
+    values = score_run(
+        {"q": entry}, qrels, ["nDCG@3", "RR@10", "Hole@2", "Hole@4", "R@10"], level=2
+    )
     best = 3 + 2 / math.log2(3) + 1 / math.log2(4)
     assert values["nDCG@3"]["q"] == pytest.approx(3 / math.log2(3) / best)
     assert values["RR@10"]["q"] == 0.5 and values["R@10"]["q"] == 0.5
-    assert values["Hole@2"]["q"] == 0 and values["Hole@4"]["q"] == 0.25, "a passage judged 0 is no hole, c is one"
+    assert values["Hole@2"]["q"] == 0 and values["Hole@4"]["q"] == 0.25, (
+        "a passage judged 0 is no hole, c is one"
+    )
 
 
 def test_mrr_is_divided_by_all_judged_queries():
@@ -111,7 +116,10 @@ def test_fusion_by_hand():
 @pytest.mark.parametrize("n", [9, 60])
 def test_randomisation_test_against_scipy(n):
     gap = np.random.default_rng(n).normal(0.15, 0.5, n)
-    samples, how = (gap, np.zeros(n)), {"permutation_type": "samples", "n_resamples": 10_000, "rng": 0}
+    samples, how = (
+        (gap, np.zeros(n)),
+        {"permutation_type": "samples", "n_resamples": 10_000, "rng": 0},
+    )
     reference = scipy.stats.permutation_test(samples, lambda a, b: np.mean(a - b), **how).pvalue
     assert randomisation_test(gap) == pytest.approx(reference, abs=1e-9 if n == 9 else 0.02)
     assert randomisation_test(np.zeros(n)) == 1 and randomisation_test(np.ones(20)) < 1e-3

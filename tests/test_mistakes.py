@@ -11,6 +11,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from lib import files
+from lib.embeddings import finish_embeddings, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,9 @@ def ground(tmp_path_factory, tiny_collection, tiny_model_dir):
     put("headless.qrels", ["q1\tp1\t1"])
     put("irrelevant.qrels", ["q1 0 p1 0"])
     positives = files.read_qrels(tiny_collection.qrels)
-    files.write_negatives(here / "positives.tsv", [(qid, list(judged)) for qid, judged in positives.items()])
+    files.write_negatives(
+        here / "positives.tsv", [(qid, list(judged)) for qid, judged in positives.items()]
+    )
     files.write_negatives(here / "unknown.tsv", [("q1", ["p1", "p999"])])
     files.write_scores(here / "few.tsv", [("q0", "p0", 1.5)])
     files.write_negatives(here / "others.tsv", [("q77", ["p1", "p2"])])
@@ -46,7 +49,14 @@ def ground(tmp_path_factory, tiny_collection, tiny_model_dir):
     shutil.copytree(tiny_model_dir, here / "sparse")
     (here / "sparse" / "modules.json").write_text(
         json.dumps(
-            [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.sparse_encoder.models.SpladePooling"}]
+            [
+                {
+                    "idx": 0,
+                    "name": "0",
+                    "path": "",
+                    "type": "sentence_transformers.sparse_encoder.models.SpladePooling",
+                }
+            ]
         )
     )
     for name, kind, model in (
@@ -54,13 +64,22 @@ def ground(tmp_path_factory, tiny_collection, tiny_model_dir):
         ("vectors_p", "passage", "2"),
         ("unfinished", "passage", "1"),
     ):
-        files.write_shard(here / name, 0, np.ones((1, 2), np.float32), ["q0" if kind == "query" else "p0"])
+        write_shard(
+            here / name, 0, np.ones((1, 2), np.float32), ["q0" if kind == "query" else "p0"]
+        )
         if name != "unfinished":
             meta = {"model": "m", "model_hash": model, "dim": 2, "count": 1, "kind": kind}
-            files.finish_embeddings(here / name, meta)
-    files.write_shard(here / "vectors_s", 0, csr_matrix(np.ones((1, 2), np.float32)), ["p0"])
-    meta = {"model": "m", "model_hash": "1", "dim": 2, "count": 1, "kind": "passage", "head": "sparse"}
-    files.finish_embeddings(here / "vectors_s", meta)
+            finish_embeddings(here / name, meta)
+    write_shard(here / "vectors_s", 0, csr_matrix(np.ones((1, 2), np.float32)), ["p0"])
+    meta = {
+        "model": "m",
+        "model_hash": "1",
+        "dim": 2,
+        "count": 1,
+        "kind": "passage",
+        "head": "sparse",
+    }
+    finish_embeddings(here / "vectors_s", meta)
     (here / "thesis").mkdir()
     (here / "thesis" / "chapter.tex").touch()
     return here
@@ -89,7 +108,10 @@ MISTAKES = [
     (ENCODE + "CORPUS --batch_size 8", "unknown argument --batch_size"),
     (PRETRAIN + "CORPUS --model nowhere/", "nowhere"),
     (PRETRAIN + "CORPUS", "--model"),
-    (PRETRAIN + "CORPUS --model MODEL --objective lexmoe", "argument --objective: invalid choice: 'lexmoe'"),
+    (
+        PRETRAIN + "CORPUS --model MODEL --objective lexmoe",
+        "argument --objective: invalid choice: 'lexmoe'",
+    ),
     (PRETRAIN + "latin.tsv --model MODEL", "latin.tsv:1: not UTF-8"),
     (FINETUNE + "positives.tsv", "positives.tsv:1: passage"),
     (FINETUNE + "unknown.tsv", "unknown.tsv:1: passage p999 is not in"),
@@ -105,7 +127,10 @@ MISTAKES = [
     (FINETUNE + "NEGATIVES --passages_per_query 1", "unused with --passages_per_query 1"),
     (FINETUNE.replace("QUERIES", "one_column.tsv") + "NEGATIVES", "one_column.tsv:1: 1 columns"),
     (FINETUNE.replace("QRELS", "unknown_passage.qrels") + "NEGATIVES", "passage p999 is not in"),
-    (FINETUNE.replace("QRELS", "irrelevant.qrels") + "NEGATIVES", "irrelevant.qrels: no passage is judged relevant"),
+    (
+        FINETUNE.replace("QRELS", "irrelevant.qrels") + "NEGATIVES",
+        "irrelevant.qrels: no passage is judged relevant",
+    ),
     (
         FINETUNE + "NEGATIVES --learning_rate 1e30 --warmup_steps 0 --max_steps 9",
         "step 2: loss or gradient not finite",
@@ -122,7 +147,10 @@ MISTAKES = [
         "evaluate --queries_embeddings vectors_q --corpus_embeddings vectors_s --allow_unknown --qrels QRELS",
         "vectors_s: sparse vectors",
     ),
-    ("evaluate --queries_embeddings vectors_q --corpus_embeddings unfinished --qrels QRELS", "no meta.json"),
+    (
+        "evaluate --queries_embeddings vectors_q --corpus_embeddings unfinished --qrels QRELS",
+        "no meta.json",
+    ),
     (
         "evaluate --queries_embeddings vectors_p --corpus_embeddings vectors_q --allow_unknown --qrels QRELS",
         "of kind passage",
@@ -136,14 +164,19 @@ def test_mistake(script, ground, tiny_collection, tiny_model_dir, monkeypatch, t
     monkeypatch.chdir(ground)
     places = {
         "MODEL": tiny_model_dir,
-        **{name.upper(): getattr(tiny_collection, name) for name in ("corpus", "queries", "qrels", "negatives")},
+        **{
+            name.upper(): getattr(tiny_collection, name)
+            for name in ("corpus", "queries", "qrels", "negatives")
+        },
     }
     name, *flags = [str(places.get(word, word)) for word in typed.split()]
     if "--output_dir" not in flags:
         flags += ["--output_dir", "out"]
     before = set(ground.iterdir())
     status, _, error = script(name, *flags)
-    line = next((line for line in re.split("[\\r\\n]", error) if line.startswith(f"{name}.py: ")), "")
+    line = next(
+        (line for line in re.split("[\\r\\n]", error) if line.startswith(f"{name}.py: ")), ""
+    )
     assert status == 1 and said in line and " — " in line, error
     assert "Traceback" not in error
     made = set(ground.iterdir()) - before

@@ -42,7 +42,10 @@ def expected(folder, qrels_path, names, level):
         else:
             assert name == "Hole@10"
             first = [(ranked.get(qid, [])[:10], judged) for qid, judged in qrels.items()]
-            per_query = [np.mean([pid not in judged for pid in pids]) if pids else 0 for pids, judged in first]
+            per_query = [
+                np.mean([pid not in judged for pid in pids]) if pids else 0
+                for pids, judged in first
+            ]
         result.append(f"{np.mean(per_query):.4f}")
     return result
 
@@ -66,33 +69,54 @@ def table(done, out):
 
 
 @pytest.mark.slow
-def test_passages_by_bm25_count_grade_2_on_trec_and_grade_1_on_dev(recipe, tiny_msmarco, tiny_collection, tmp_path):
+def test_passages_by_bm25_count_grade_2_on_trec_and_grade_1_on_dev(
+    recipe, tiny_msmarco, tiny_collection, tmp_path
+):
     (tiny_msmarco / "queries.dl20.tsv").unlink()  # a set that was not fetched
     candidates, texts = candidates_of(tiny_collection), texts_of(tiny_collection)
-    (tiny_msmarco / "collection.tsv").write_text("".join(f"{pid}\t{text}\n" for pid, text in texts.items()))
+    (tiny_msmarco / "collection.tsv").write_text(
+        "".join(f"{pid}\t{text}\n" for pid, text in texts.items())
+    )
     pairs = [(qid, pid) for qid, pids in candidates.items() for pid in pids]
-    (tiny_msmarco / "top1000.dl19.tsv").write_text("".join(f"{q}\t{p}\twhat?\t{texts[p]}\n" for q, p in pairs))
+    (tiny_msmarco / "top1000.dl19.tsv").write_text(
+        "".join(f"{q}\t{p}\twhat?\t{texts[p]}\n" for q, p in pairs)
+    )
     judged = [
-        (qid, pid, 1 if int(qid[1:]) < 10 else 2) for qid, pid in read_rows(tiny_msmarco / "qrels.dl19.txt", (0, 2))
+        (qid, pid, 1 if int(qid[1:]) < 10 else 2)
+        for qid, pid in read_rows(tiny_msmarco / "qrels.dl19.txt", (0, 2))
     ]
-    judged += [(f"q{number}", candidates[f"q{number}"][0], 2) for number in range(10)]  # not what BM25 finds
+    judged += [
+        (f"q{number}", candidates[f"q{number}"][0], 2) for number in range(10)
+    ]  # not what BM25 finds
     for name in ("qrels.dl19.txt", "qrels.dev.tsv"):
-        (tiny_msmarco / name).write_text("".join(f"{qid}\t0\t{pid}\t{grade}\n" for qid, pid, grade in judged))
+        (tiny_msmarco / name).write_text(
+            "".join(f"{qid}\t0\t{pid}\t{grade}\n" for qid, pid, grade in judged)
+        )
 
     out = tmp_path / "out"
     names, *rows = table(recipe("msmarco_eval.sh", "bm25", tiny_msmarco, out, "--k1", "1.2"), out)
     assert names == ["set", "ranking", "queries", "RR@10", "nDCG@10", "AP", "R@1000", "Hole@10"]
-    assert [row[:3] for row in rows] == [["dev", "full", "20"], ["dl19", "full", "20"], ["dl19", "reranked", "20"]]
+    assert [row[:3] for row in rows] == [
+        ["dev", "full", "20"],
+        ["dl19", "full", "20"],
+        ["dl19", "reranked", "20"],
+    ]
     dev, full, reranked = (out / f"evaluation-{name}" for name in ("dev", "dl19", "dl19-reranked"))
     assert rows[0][3:] == expected(dev, tiny_msmarco / "qrels.dev.tsv", names[3:], 1)
     for row, folder in zip(rows[1:], (full, reranked), strict=True):
         assert row[3:] == expected(folder, tiny_msmarco / "qrels.dl19.txt", names[3:], 2)
         assert row[3] != expected(folder, tiny_msmarco / "qrels.dl19.txt", names[3:], 1)[0]
-    assert lists(dev / "run.trec") == lists(full / "run.trec") and float(rows[0][3]) > float(rows[1][3])
+    assert lists(dev / "run.trec") == lists(full / "run.trec") and float(rows[0][3]) > float(
+        rows[1][3]
+    )
     for qid, pids in lists(reranked / "run.trec").items():
         assert sorted(pids) == sorted(candidates[qid])
     arguments = json.loads((dev / "args.json").read_text())["arguments"]
-    assert arguments["corpus"].endswith("collection.tsv") and arguments["k1"] == 1.2 and arguments["depth"] == 1000
+    assert (
+        arguments["corpus"].endswith("collection.tsv")
+        and arguments["k1"] == 1.2
+        and arguments["depth"] == 1000
+    )
 
 
 @pytest.mark.slow
@@ -107,13 +131,27 @@ def test_documents_by_a_model_go_on_by_the_same_command(
     (documents / "queries.dl19.tsv").write_text(tiny_collection.queries.read_text())
     judged = read_rows(tiny_msmarco / "qrels.dl19.txt", (0, 2))
     qrels = documents / "qrels.dl19.txt"
-    qrels.write_text("".join(f"{qid} Q0 {pid} {1 + at % 3}\n" for at, (qid, pid) in enumerate(judged)))
+    qrels.write_text(
+        "".join(f"{qid} Q0 {pid} {1 + at % 3}\n" for at, (qid, pid) in enumerate(judged))
+    )
     candidates = candidates_of(tiny_collection)
-    kept = [line for line in tiny_collection.candidates.read_text().splitlines() if line.split()[0] in candidates]
+    kept = [
+        line
+        for line in tiny_collection.candidates.read_text().splitlines()
+        if line.split()[0] in candidates
+    ]
     (documents / "top100.dl19.trec").write_text("\n".join(kept) + "\n")
 
     out = tmp_path / "out"
-    command = "msmarco_eval.sh", tiny_model_dir, tiny_msmarco, out, "--documents", "--pooling", "mean"
+    command = (
+        "msmarco_eval.sh",
+        tiny_model_dir,
+        tiny_msmarco,
+        out,
+        "--documents",
+        "--pooling",
+        "mean",
+    )
     names, *rows = table(recipe(*command), out)
     assert names[3:] == ["RR@10", "RR@100", "nDCG@10", "AP", "R@100", "Hole@10"]
     assert [row[:3] for row in rows] == [["dl19", "full", "20"], ["dl19", "reranked", "20"]]
@@ -122,7 +160,9 @@ def test_documents_by_a_model_go_on_by_the_same_command(
         assert row[3:] == expected(folder, qrels, names[3:], 1)
         assert row[4] != expected(folder, qrels, names[3:], 2)[1]
         assert json.loads((folder / "args.json").read_text())["arguments"]["depth"] == 100
-    everything, again = (lists(out / f"evaluation-{name}" / "run.trec") for name in ("dl19", "dl19-reranked"))
+    everything, again = (
+        lists(out / f"evaluation-{name}" / "run.trec") for name in ("dl19", "dl19-reranked")
+    )
     assert again == {q: [p for p in everything[q] if p in pids] for q, pids in candidates.items()}
 
     (out / "table.tsv").unlink()

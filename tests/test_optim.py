@@ -81,7 +81,11 @@ def test_each_step_is_the_definition(weight_decay):
 def test_the_rules_one_by_one():
     """First step on a tensor of n equal numbers a, gradient c > 0: u = 0.1 / sqrt(0.001) everywhere."""
     u = 0.1 / 0.001**0.5
-    for a, moved in ((0.5, 0.5), (0.0, u), (20.0, 10 / 4)):  # |p| / |u| · u = a;  ratio 1;  |p| = 80 counts as 10
+    for a, moved in (
+        (0.5, 0.5),
+        (0.0, u),
+        (20.0, 10 / 4),
+    ):  # |p| / |u| · u = a;  ratio 1;  |p| = 80 counts as 10
         p = nn.Parameter(torch.full((16,), a))
         p.grad = torch.full((16,), 7.0)
         Lamb([p], lr=0.01).step()
@@ -99,7 +103,9 @@ def test_equals_a_public_implementation(weight_decay):
     theirs = pytest.importorskip("pytorch_optimizer").Lamb
     a, b = tensors(), tensors()
     ours = Lamb(groups(a, weight_decay), lr=0.02)
-    theirs = theirs(groups(b, weight_decay), lr=0.02, eps=1e-8, weight_decouple=False, adam_debias=True)
+    theirs = theirs(
+        groups(b, weight_decay), lr=0.02, eps=1e-8, weight_decouple=False, adam_debias=True
+    )
     for step in range(20):
         give_gradients(a, step)
         give_gradients(b, step)
@@ -114,7 +120,10 @@ def test_resumes_bit_identically(tmp_path):
     optimizer = Lamb(groups(straight, 0.1), lr=0.02)
     for step in range(6):
         if step == 3:
-            torch.save(([p.detach().clone() for p in straight], optimizer.state_dict()), tmp_path / "state.pt")
+            torch.save(
+                ([p.detach().clone() for p in straight], optimizer.state_dict()),
+                tmp_path / "state.pt",
+            )
         give_gradients(straight, step)
         optimizer.step()
     values, state = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -187,7 +196,6 @@ def test_the_choice():
     for name, kind in (("lamb", Lamb), ("adamw", torch.optim.AdamW)):
         optimizer = make_optimizer(name, parameter_groups(model, 0.1), 2e-3)
         assert type(optimizer) is kind
-        assert [(g["lr"], g["weight_decay"], g["betas"], g["eps"]) for g in optimizer.param_groups] == [
-            (2e-3, 0.1, (0.9, 0.999), 1e-8),
-            (2e-3, 0.0, (0.9, 0.999), 1e-8),
-        ]
+        assert [
+            (g["lr"], g["weight_decay"], g["betas"], g["eps"]) for g in optimizer.param_groups
+        ] == [(2e-3, 0.1, (0.9, 0.999), 1e-8), (2e-3, 0.0, (0.9, 0.999), 1e-8)]

@@ -19,7 +19,12 @@ import pretrain_mae
 from lib.files import UserError
 
 ROOT = Path(__file__).parents[1]
-CONFIG = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+CONFIG = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 
 
 def command(out, **flags):
@@ -58,8 +63,12 @@ def here(monkeypatch):
 def start(out, **flags):
     """Runs it in a process of its own."""
     words = [sys.executable, ROOT / "pretrain_mae.py", *command(out, **flags)]
-    with open(f"{out}.log", "a") as log:  # no pipe: who reads it to the end waits for loader workers too
-        return subprocess.Popen(words, stdout=log, stderr=log, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
+    with open(
+        f"{out}.log", "a"
+    ) as log:  # no pipe: who reads it to the end waits for loader workers too
+        return subprocess.Popen(
+            words, stdout=log, stderr=log, env=os.environ | {"ACCELERATE_USE_CPU": "true"}
+        )
 
 
 def scratch(tmp_path, tiny_model_dir, **more):
@@ -71,17 +80,30 @@ def scratch(tmp_path, tiny_model_dir, **more):
 
 def test_from_scratch_and_on_from_there(tmp_path, tiny_model_dir, tiny_collection, here, capsys):
     corpus, new = tiny_collection.corpus, scratch(tmp_path, tiny_model_dir)
-    log = here(tmp_path / "mlm", corpus=corpus, objective="mlm", max_steps=30, learning_rate=1e-2, **new)
+    log = here(
+        tmp_path / "mlm", corpus=corpus, objective="mlm", max_steps=30, learning_rate=1e-2, **new
+    )
     assert len(log) == 30 and log[-1]["loss"] == log[-1]["encoder_loss"] < log[0]["loss"] - 0.5
     assert log[0]["lr"] == pytest.approx(1e-2 / 3) and log[2]["lr"] == 1e-2 > log[-1]["lr"] > 0
-    assert (tmp_path / "mlm" / "done").is_file() and not (tmp_path / "mlm" / "decoder.json").is_file()
+    assert (tmp_path / "mlm" / "done").is_file() and not (
+        tmp_path / "mlm" / "decoder.json"
+    ).is_file()
 
-    log = here(tmp_path / "one", corpus=corpus, model=tmp_path / "mlm", max_steps=6, title="sep", save_every=2)
+    log = here(
+        tmp_path / "one",
+        corpus=corpus,
+        model=tmp_path / "mlm",
+        max_steps=6,
+        title="sep",
+        save_every=2,
+    )
     assert log[0]["loss"] == pytest.approx(log[0]["encoder_loss"] + log[0]["decoder_loss"])
     assert "decoder: new" in capsys.readouterr().out
     here(tmp_path / "two", corpus=corpus, model=tmp_path / "one", max_steps=2)
     echo = capsys.readouterr().out
-    assert f"decoder: that of {tmp_path / 'one'}" in echo and "title: sep" in echo, "the checkpoint's own join"
+    assert f"decoder: that of {tmp_path / 'one'}" in echo and "title: sep" in echo, (
+        "the checkpoint's own join"
+    )
     assert (
         load_file(tmp_path / "one" / "decoder.safetensors").keys()
         == load_file(tmp_path / "two" / "decoder.safetensors").keys()
@@ -96,7 +118,12 @@ def test_from_scratch_and_on_from_there(tmp_path, tiny_model_dir, tiny_collectio
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, tiny_model_dir, tiny_collection, here):
-    flags = {"corpus": tiny_collection.corpus, "model": tiny_model_dir, "max_steps": 80, "save_every": 5}
+    flags = {
+        "corpus": tiny_collection.corpus,
+        "model": tiny_model_dir,
+        "max_steps": 80,
+        "save_every": 5,
+    }
     flags |= {"gradient_accumulation_steps": 2, "num_workers": 1, "learning_rate": 1e-3}
     whole, killed = start(tmp_path / "whole", **flags), start(tmp_path / "killed", **flags)
     log, when = tmp_path / "killed" / "log.jsonl", random.randint(1, 60)
@@ -111,9 +138,9 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, tiny_model_dir, tiny_co
     resumed = start(tmp_path / "killed", resume=True, **flags)
     assert resumed.wait(120) == 0 and whole.wait(120) == 0, (tmp_path / "killed.log").read_text()
     for name in ("model.safetensors", "decoder.safetensors"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes(), (
-            f"killed at {when}"
-        )
+        assert (tmp_path / "whole" / name).read_bytes() == (
+            tmp_path / "killed" / name
+        ).read_bytes(), f"killed at {when}"
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == list(range(1, 81))
 
@@ -136,7 +163,11 @@ OBJECTIVES = {
     "lexmae": {"terms": ["encoder", "decoder"]},
     "seed": {"terms": ["encoder", "decoder"], "attention_window": 8},
     "condenser": {"terms": ["encoder", "decoder"]},
-    "cocondenser": {"terms": ["encoder", "decoder", "contrast"], "chunk_size": 2, "span_tokens": 12},
+    "cocondenser": {
+        "terms": ["encoder", "decoder", "contrast"],
+        "chunk_size": 2,
+        "span_tokens": 12,
+    },
 }
 
 
@@ -146,18 +177,36 @@ def test_every_objective_stops_resumes_and_goes_on(
 ):
     options = {**OBJECTIVES[objective]}
     terms = options.pop("terms")
-    flags = {"corpus": sentences, "objective": objective, **options, "learning_rate": 1e-3, "save_every": 2}
-    probes = {"probe_every": 3, "probe_queries": tiny_collection.queries, "probe_qrels": tiny_collection.qrels}
+    flags = {
+        "corpus": sentences,
+        "objective": objective,
+        **options,
+        "learning_rate": 1e-3,
+        "save_every": 2,
+    }
+    probes = {
+        "probe_every": 3,
+        "probe_queries": tiny_collection.queries,
+        "probe_qrels": tiny_collection.qrels,
+    }
     log = here(tmp_path / "whole", model=tiny_model_dir, max_steps=5, **probes, **flags)
     steps = [line for line in log if "loss" in line]
     assert [line["step"] for line in log] == [0, 1, 2, 3, 3, 4, 5, 5] and len(steps) == 5
     for line in steps:
-        weights = {"bow": 0.1} if objective == "dupmae" else dict.fromkeys(terms, 0.5) if objective == "seed" else {}
+        weights = (
+            {"bow": 0.1}
+            if objective == "dupmae"
+            else dict.fromkeys(terms, 0.5)
+            if objective == "seed"
+            else {}
+        )
         total = sum(weights.get(term, 1.0) * line[f"{term}_loss"] for term in terms)
         assert line["loss"] == pytest.approx(total) and 0 <= line["waited"] <= 1 < line["tokens/s"]
     for line in log:
         assert ("probe_cosine" in line) == ("loss" not in line)
-    assert {"probe_cosine", "probe_recall@100"} < log[-1].keys() and log[-1]["probe_recall@100"] == 1
+    assert {"probe_cosine", "probe_recall@100"} < log[-1].keys() and log[-1][
+        "probe_recall@100"
+    ] == 1
     assert ("probe_rebuild" in log[-1]) == (objective != "mlm")
 
     def stop(*args):
@@ -171,9 +220,15 @@ def test_every_objective_stops_resumes_and_goes_on(
     monkeypatch.setattr(pretrain_mae, "save_state", save_state)
     here(tmp_path / "stopped", model=tiny_model_dir, max_steps=5, resume=True, **flags)
     names = sorted(path.name for path in (tmp_path / "whole").glob("*.safetensors"))
-    assert names == ["model.safetensors"] if objective == "mlm" else ["decoder.safetensors", "model.safetensors"]
+    assert (
+        names == ["model.safetensors"]
+        if objective == "mlm"
+        else ["decoder.safetensors", "model.safetensors"]
+    )
     for name in names:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes()
+        assert (tmp_path / "whole" / name).read_bytes() == (
+            tmp_path / "stopped" / name
+        ).read_bytes()
     _, info = AutoModelForMaskedLM.from_pretrained(tmp_path / "whole", output_loading_info=True)
     assert not any(info.values()), info
 
@@ -182,15 +237,33 @@ def test_every_objective_stops_resumes_and_goes_on(
         here(tmp_path / "dry", model=tmp_path / "whole", dry_run=True, **flags)
     shown = capsys.readouterr().out
     assert "[MASK]" in shown and f"decoder: {'none' if objective == 'mlm' else 'that of'}" in shown
-    here(tmp_path / "other", corpus=sentences, model=tmp_path / "whole", max_steps=1, objective="retromae")
-    origin = "" if objective == "mlm" else f", that of {tmp_path / 'whole'} is of the objective {objective}"
+    here(
+        tmp_path / "other",
+        corpus=sentences,
+        model=tmp_path / "whole",
+        max_steps=1,
+        objective="retromae",
+    )
+    origin = (
+        ""
+        if objective == "mlm"
+        else f", that of {tmp_path / 'whole'} is of the objective {objective}"
+    )
     assert f"decoder: new{origin}" in capsys.readouterr().out
 
 
-def test_cocondenser_goes_on_with_the_head_of_condenser(tmp_path, tiny_model_dir, sentences, here, capsys):
+def test_cocondenser_goes_on_with_the_head_of_condenser(
+    tmp_path, tiny_model_dir, sentences, here, capsys
+):
     flags = {"corpus": sentences, "max_steps": 1}
     here(tmp_path / "one", objective="condenser", model=tiny_model_dir, **flags)
-    here(tmp_path / "two", objective="cocondenser", model=tmp_path / "one", encoder_dropout=False, **flags)
+    here(
+        tmp_path / "two",
+        objective="cocondenser",
+        model=tmp_path / "one",
+        encoder_dropout=False,
+        **flags,
+    )
     assert f"decoder: that of {tmp_path / 'one'}" in capsys.readouterr().out
     here(tmp_path / "three", objective="condenser", model=tmp_path / "two", **flags)
     assert f"decoder: that of {tmp_path / 'two'}" in capsys.readouterr().out
@@ -198,44 +271,76 @@ def test_cocondenser_goes_on_with_the_head_of_condenser(tmp_path, tiny_model_dir
 
 def test_several_corpora(tmp_path, tiny_model_dir, tiny_collection, sentences, here, capsys):
     corpora = [f"plain={tiny_collection.corpus}", f"cut={sentences}"]
-    here(tmp_path / "out", corpus=corpora, model=tiny_model_dir, max_steps=2, balance=100.0, objective="mlm")
+    here(
+        tmp_path / "out",
+        corpus=corpora,
+        model=tiny_model_dir,
+        max_steps=2,
+        balance=100.0,
+        objective="mlm",
+    )
     shown = capsys.readouterr().out
     assert "corpus plain" in shown and "corpus cut" in shown and "40 texts" in shown
 
 
-def test_two_processes_log_the_losses_of_one(tmp_path, tiny_model_dir, tiny_collection, here, two_processes):
+def test_two_processes_log_the_losses_of_one(
+    tmp_path, tiny_model_dir, tiny_collection, here, two_processes
+):
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    flags = {"corpus": tiny_collection.corpus, "max_steps": 3, **scratch(tmp_path, tiny_model_dir, **still)}
-    assert "2 process(es) on cpu" in two_processes("pretrain_mae.py", *command(tmp_path / "pair", **flags))
+    flags = {
+        "corpus": tiny_collection.corpus,
+        "max_steps": 3,
+        **scratch(tmp_path, tiny_model_dir, **still),
+    }
+    assert "2 process(es) on cpu" in two_processes(
+        "pretrain_mae.py", *command(tmp_path / "pair", **flags)
+    )
     single = here(tmp_path / "single", **{**flags, "per_device_batch_size": 8})
-    logged = [json.loads(line) for line in (tmp_path / "pair" / "log.jsonl").read_text().splitlines()]
+    logged = [
+        json.loads(line) for line in (tmp_path / "pair" / "log.jsonl").read_text().splitlines()
+    ]
     for one, two in zip(single, logged, strict=True):
         for name in ("encoder_loss", "decoder_loss", "grad_norm"):
             assert one[name] == pytest.approx(two[name], abs=1e-4), name
 
 
-def test_a_dry_run_shows_and_writes_nothing(tmp_path, tiny_model_dir, tiny_collection, here, capsys):
+def test_a_dry_run_shows_and_writes_nothing(
+    tmp_path, tiny_model_dir, tiny_collection, here, capsys
+):
     with pytest.raises(FileNotFoundError):  # there is no log
         here(tmp_path / "out", corpus=tiny_collection.corpus, model=tiny_model_dir, dry_run=True)
     shown = capsys.readouterr().out
-    assert "[MASK]" in shown and "decoder row" in shown and "4 blocks x 1 process(es) x 1 accumulated = 4" in shown
+    assert (
+        "[MASK]" in shown
+        and "decoder row" in shown
+        and "4 blocks x 1 process(es) x 1 accumulated = 4" in shown
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_mistakes_end_in_a_line(tmp_path, tiny_model_dir, tiny_collection, here):
     good = {"corpus": tiny_collection.corpus, "model": tiny_model_dir, "max_steps": 9}
     for flags, message in (
-        ({"learning_rate": 1e30}, r"step \d: loss or gradient not finite for texts p\d+, .* — lower --learning_rate"),
+        (
+            {"learning_rate": 1e30},
+            r"step \d: loss or gradient not finite for texts p\d+, .* — lower --learning_rate",
+        ),
         ({"max_length": 129}, "the model has 128 positions"),
         ({"encoder_mask_ratio": 1.5}, "--encoder_mask_ratio 1.5: a share"),
         ({"per_device_batch_size": 0}, "--per_device_batch_size 0: counts from 1"),
         ({"bow": "paper"}, "--bow: retromae has no such option"),
         ({"objective": "mlm", "chunk_size": 2}, "--chunk_size: mlm has no such option"),
         ({"objective": "condenser", "skip_from": 2}, "--skip_from 2: the encoder has 2 layers"),
-        ({"objective": "lexmae", "decoder_mask_ratio": 0.1}, "the decoder's mask holds the encoder's"),
+        (
+            {"objective": "lexmae", "decoder_mask_ratio": 0.1},
+            "the decoder's mask holds the encoder's",
+        ),
         ({"objective": "cocondenser", "per_device_batch_size": 1}, "the other spans of a contrast"),
         ({"balance": 0}, "--balance 0.0: a temperature"),
-        ({"probe_every": 1, "probe_queries": tiny_collection.queries}, "give --probe_queries and --probe_qrels"),
+        (
+            {"probe_every": 1, "probe_queries": tiny_collection.queries},
+            "give --probe_queries and --probe_qrels",
+        ),
         ({"model": tmp_path}, "not a model and tokenizer"),
         ({"model_config": "x.json"}, "which model"),
         ({"corpus": tmp_path / "none.jsonl"}, "no such file"),

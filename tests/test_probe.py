@@ -5,18 +5,24 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from lib import probe as module
-from lib.data import BlockCollator, open_corpora
-from lib.files import UserError, open_texts, read_qrels
-from lib.mae import MLM, SEED, Condenser, DupMAE, LexMAE, RetroMAE
+from lib.blocks import BlockCollator, open_corpora
+from lib.files import UserError, read_qrels
+from lib.objectives import MLM, SEED, Condenser, DupMAE, LexMAE, RetroMAE
 from lib.probe import Probe
 from lib.text import pad
+from lib.texts import open_texts
 
 
 @pytest.fixture
 def setting(tiny_model_dir, tiny_collection):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     corpora = open_corpora([str(tiny_collection.corpus)], None, (tokenizer, 64, "space"), seed=0)
-    return AutoModelForMaskedLM.from_pretrained(tiny_model_dir), tokenizer, corpora, BlockCollator(tokenizer, 64)
+    return (
+        AutoModelForMaskedLM.from_pretrained(tiny_model_dir),
+        tokenizer,
+        corpora,
+        BlockCollator(tokenizer, 64),
+    )
 
 
 @pytest.mark.parametrize("objective", [MLM, RetroMAE, LexMAE])
@@ -42,7 +48,9 @@ def test_recall_and_cosine_are_those_of_a_loop(setting, tiny_collection, monkeyp
 
     blocks = next(iter(corpora.parts.values()))
     texts, queries = blocks.texts, open_texts(tiny_collection.queries)
-    v = torch.nn.functional.normalize(vectors([blocks.string(i) for i in range(len(blocks))]), dim=1)
+    v = torch.nn.functional.normalize(
+        vectors([blocks.string(i) for i in range(len(blocks))]), dim=1
+    )
     cosines = [float(v[i] @ v[j]) for i in range(len(v)) for j in range(len(v)) if i != j]
     assert values["probe_cosine"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-4)
     assert ("probe_rebuild" in values) == (objective is not MLM)
@@ -60,7 +68,9 @@ def test_recall_and_cosine_are_those_of_a_loop(setting, tiny_collection, monkeyp
         positives = {place[blocks.whole(int(texts.rows([pid])[0]))] for pid in judged}
         best = scores.sort(descending=True, stable=True).indices[:3].tolist()
         recalls.append(len(positives & {*best}) / len(positives))
-    assert probe(model, torch.device("cpu"))["probe_recall@100"] == pytest.approx(sum(recalls) / len(recalls))
+    assert probe(model, torch.device("cpu"))["probe_recall@100"] == pytest.approx(
+        sum(recalls) / len(recalls)
+    )
     assert 0 < sum(recalls) < len(recalls)
 
 
@@ -75,7 +85,10 @@ def test_rebuilding_sees_nothing_but_the_bottleneck(setting, objective, monkeypa
     decoder.register_forward_hook(lambda *call: seen.append(call[-1].detach()))
     batch = pad(tokenizer(["lava and ash of a volcano", "queen and nest"])["input_ids"], tokenizer)
     ordinary = model.words(batch) >= 0
-    other = {**batch, "input_ids": torch.where(ordinary, int(model.ordinary_ids[7]), batch["input_ids"])}
+    other = {
+        **batch,
+        "input_ids": torch.where(ordinary, int(model.ordinary_ids[7]), batch["input_ids"]),
+    }
     assert model.rebuild(batch).labels == model.rebuild(other).labels == ordinary.sum()
     assert torch.equal(*seen) and len(seen[0]) == ordinary.sum()
     h += 1 + torch.rand(2, 32)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.files import open_texts, read_qrels
+from lib.files import read_qrels
+from lib.texts import open_texts
 from recipes.python_docs import fault, split_docstring, words
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,10 @@ def function(name, docstring):
 @pytest.fixture
 def package(tmp_path):
     """A package of 30 modules with 12 functions each, and the planted cases of the test below."""
-    draw, words = random.Random(0), [f"{a}{b}" for a in "bdfgklmnprst" for b in ("ato", "ilu", "erra", "onsi", "umba")]
+    draw, words = (
+        random.Random(0),
+        [f"{a}{b}" for a in "bdfgklmnprst" for b in ("ato", "ilu", "erra", "onsi", "umba")],
+    )
     for module in range(30):
         code = ""
         for number in range(12):
@@ -43,7 +47,9 @@ def package(tmp_path):
         "twins": f"Convert the given string to a number.\n\n    {third}",
         "bare": "Only a first paragraph here, without a rest.",
     }
-    (tmp_path / "pack" / "zplanted.py").write_text("".join(function(name, text) for name, text in planted.items()))
+    (tmp_path / "pack" / "zplanted.py").write_text(
+        "".join(function(name, text) for name, text in planted.items())
+    )
     (tmp_path / "pack" / "broken.py").write_text("def f(:\n")
     return tmp_path / "pack"
 
@@ -53,20 +59,42 @@ def test_the_collection(package, script, tmp_path):
         flags = ["--roots", package, "--output_dir", tmp_path / out, "--eval_queries", 60]
         status, _, errors = script("recipes.python_docs", *flags)
         assert status == 0, errors
-    files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file())
+    files = sorted(
+        p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file()
+    )
     assert len(files) == 9
-    assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
+    assert all(
+        (tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files
+    )
 
-    corpus, queries = (open_texts(tmp_path / "one" / f"{name}.jsonl") for name in ("corpus", "queries"))
+    corpus, queries = (
+        open_texts(tmp_path / "one" / f"{name}.jsonl") for name in ("corpus", "queries")
+    )
     planted = ("kept", "copied", "similar", "twin", "twins", "bare")
-    found = dict(zip(planted, corpus.rows([f"zplanted.{name}" for name in planted]) >= 0, strict=True))
-    assert found == {"kept": True, "copied": False, "similar": False, "twin": True, "twins": True, "bare": False}
-    assert (queries.rows(["q:zplanted.kept", "q:zplanted.twin", "q:zplanted.twins"]) >= 0).tolist() == [True, 0, 0]
+    found = dict(
+        zip(planted, corpus.rows([f"zplanted.{name}" for name in planted]) >= 0, strict=True)
+    )
+    assert found == {
+        "kept": True,
+        "copied": False,
+        "similar": False,
+        "twin": True,
+        "twins": True,
+        "bare": False,
+    }
+    assert (
+        queries.rows(["q:zplanted.kept", "q:zplanted.twin", "q:zplanted.twins"]) >= 0
+    ).tolist() == [True, 0, 0]
     title, text = corpus[corpus.rows(["zplanted.kept"])[0]]
     assert title == "zplanted.kept" and text.startswith("The same long explanation")
 
     counts = json.loads((tmp_path / "one" / "stats.json").read_text())["counts"]
-    assert counts["files that do not parse"] == counts["exact duplicates"] == counts["near duplicates"] == 1
+    assert (
+        counts["files that do not parse"]
+        == counts["exact duplicates"]
+        == counts["near duplicates"]
+        == 1
+    )
     assert counts["ambiguous queries"] == 2 and counts["passages"] == len(corpus) == 363
     modules = {}
     for split in ("train", "dev", "test"):
@@ -79,10 +107,9 @@ def test_the_collection(package, script, tmp_path):
 
 
 def test_docstrings_are_taken_apart():
-    assert split_docstring("f(x) -> y\n\nReturn :class:`~a.B` of x.\n\nMore ``here``.\n----\nEnd.") == (
-        "Return a.B of x.",
-        "More here. End.",
-    )
+    assert split_docstring(
+        "f(x) -> y\n\nReturn :class:`~a.B` of x.\n\nMore ``here``.\n----\nEnd."
+    ) == ("Return a.B of x.", "More here. End.")
     assert fault("Only this", "") == "without a rest"
     assert words("A_b c'd 3") == ["a", "b", "c", "d", "3"]
 
@@ -94,6 +121,8 @@ def test_all_of_it_on_a_small_collection(recipe, tmp_path):
     table = done.stdout.split("test queries against 400 passages\n")[1].splitlines()
     assert table[0].split() == ["MRR@10", "nDCG@10", "Recall@100"]
     for name, line in zip(("BM25", "stage 1", "stage 2"), table[1:4], strict=True):
-        assert line.startswith(name) and all(0 < float(value) <= 1 for value in line[len(name) :].split())
+        assert line.startswith(name) and all(
+            0 < float(value) <= 1 for value in line[len(name) :].split()
+        )
     assert table[4].startswith("stage 2 ") and table[5].startswith("stage 2 ")
     assert (tmp_path / "out" / "stage2" / "modules.json").is_file()

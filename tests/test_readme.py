@@ -12,12 +12,16 @@ SCRIPTS = ("pretrain_mae", "finetune_biencoder", "mine_negatives", "encode", "ev
 README = (ROOT / "README.md").read_text()
 RECIPES = {"rerank": "recipes.rerank", "export_anserini": "recipes.export_anserini"}
 FLAGS = {
-    script: {f"--{field.name}" for field in dataclasses.fields(importlib.import_module(module).Args)}
+    script: {
+        f"--{field.name}" for field in dataclasses.fields(importlib.import_module(module).Args)
+    }
     for script, module in {**{script: script for script in SCRIPTS}, **RECIPES}.items()
 }
 LAUNCH = {"--multi_gpu", "--num_processes", "--mixed_precision", "--cpu", "--help"}
 LAUNCH |= {"--main_process_ip", "--main_process_port"}
-ALL = set().union(*FLAGS.values()) | {f"--no_{flag[2:]}" for flags in FLAGS.values() for flag in flags}
+ALL = set().union(*FLAGS.values()) | {
+    f"--no_{flag[2:]}" for flags in FLAGS.values() for flag in flags
+}
 
 
 def commands(text):
@@ -60,7 +64,9 @@ def test_every_file_and_test_that_is_named_exists():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_docstrings_show_three_commands_with_flags_that_exist(script):
     text = importlib.import_module(script).__doc__
-    assert all(f"\n{start} " in text for start in ("Reads ", "Writes ", "CPU toy ", "1 GPU ", "N GPUs "))
+    assert all(
+        f"\n{start} " in text for start in ("Reads ", "Writes ", "CPU toy ", "1 GPU ", "N GPUs ")
+    )
     assert set(re.findall(r"(?<![\w-])--[a-z]\w+", text)) <= ALL | LAUNCH
 
 

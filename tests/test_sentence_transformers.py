@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lib.encoder import load_encoder, save_encoder
+from lib.checkpoint import load_encoder, save_encoder
 from lib.files import UserError
 from lib.text import format_texts, pad, to_ids
 
@@ -27,7 +27,9 @@ TEXTS = [
 def ours(folder, kind, **loading):
     model = load_encoder(folder, **loading)
     strings = format_texts([("", text) for text in TEXTS], kind, model.format, model.tokenizer)
-    return model.encode(pad(to_ids(strings, model.tokenizer, model.format.max_length(kind)), model.tokenizer))
+    return model.encode(
+        pad(to_ids(strings, model.tokenizer, model.format.max_length(kind)), model.tokenizer)
+    )
 
 
 def theirs(folder, how="encode", **kwargs):
@@ -41,16 +43,22 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-@pytest.mark.parametrize("head", [{}, {"normalize": True}, {"projection": 24}, {"projection": 24, "normalize": True}])
+@pytest.mark.parametrize(
+    "head", [{}, {"normalize": True}, {"projection": 24}, {"projection": 24, "normalize": True}]
+)
 @pytest.mark.parametrize("prompts", [{}, {"query_prompt": "query: ", "passage_prompt": "bow of "}])
 def test_ours_there(tiny_model_dir, tmp_path, pooling, head, prompts):
     lengths = {"max_query_length": 12, "max_passage_length": 40}
-    save_encoder(load_encoder(tiny_model_dir, pooling, {**lengths, **prompts}, **head), tmp_path / "a", {})
+    save_encoder(
+        load_encoder(tiny_model_dir, pooling, {**lengths, **prompts}, **head), tmp_path / "a", {}
+    )
     same(theirs(tmp_path / "a", "encode_query"), ours(tmp_path / "a", "query"))
     same(theirs(tmp_path / "a", "encode_document"), ours(tmp_path / "a", "passage"))
     if not prompts:
         same(theirs(tmp_path / "a"), ours(tmp_path / "a", "passage"))
-    model = SentenceTransformer(str(tmp_path / "a"), device="cpu")  # and back: what they save of it is read here
+    model = SentenceTransformer(
+        str(tmp_path / "a"), device="cpu"
+    )  # and back: what they save of it is read here
     model.save(str(tmp_path / "b"))
     same(ours(tmp_path / "b", "query"), ours(tmp_path / "a", "query"))
     same(ours(tmp_path / "b", "passage"), ours(tmp_path / "a", "passage"))
@@ -59,24 +67,39 @@ def test_ours_there(tiny_model_dir, tmp_path, pooling, head, prompts):
 def build(tiny_model_dir, pooling, *more, **kwargs):
     transformer = st.Transformer(str(tiny_model_dir))
     transformer.max_seq_length = 30
-    return SentenceTransformer(modules=[transformer, st.Pooling(32, pooling), *more], device="cpu", **kwargs)
+    return SentenceTransformer(
+        modules=[transformer, st.Pooling(32, pooling), *more], device="cpu", **kwargs
+    )
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 @pytest.mark.parametrize("spelling", ["new", "old"])
 def test_theirs_here(tiny_model_dir, tmp_path, pooling, spelling):
     torch.manual_seed(0)
-    more = [st.Dense(32, 20), st.Dense(20, 16, bias=False, activation_function=torch.nn.ReLU()), st.LayerNorm(16)]
-    build(tiny_model_dir, pooling, *more, st.Normalize(), prompts={"query": "what: "}).save(str(tmp_path))
+    more = [
+        st.Dense(32, 20),
+        st.Dense(20, 16, bias=False, activation_function=torch.nn.ReLU()),
+        st.LayerNorm(16),
+    ]
+    build(tiny_model_dir, pooling, *more, st.Normalize(), prompts={"query": "what: "}).save(
+        str(tmp_path)
+    )
     if spelling == "old":  # as releases before 5.4 wrote it, and all-MiniLM-L6-v2 has it
         names = ["Transformer", "Pooling", "Dense", "Dense", "LayerNorm", "Normalize"]
         modules = json.loads((tmp_path / "modules.json").read_text())
         for module, name in zip(modules, names, strict=True):
             module["type"] = f"sentence_transformers.models.{name}"
         (tmp_path / "modules.json").write_text(json.dumps(modules))
-        (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 30, "do_lower_case": false}')
-        flags = {"pooling_mode_cls_token": pooling == "cls", "pooling_mode_mean_tokens": pooling == "mean"}
-        (tmp_path / "1_Pooling/config.json").write_text(json.dumps({"word_embedding_dimension": 32, **flags}))
+        (tmp_path / "sentence_bert_config.json").write_text(
+            '{"max_seq_length": 30, "do_lower_case": false}'
+        )
+        flags = {
+            "pooling_mode_cls_token": pooling == "cls",
+            "pooling_mode_mean_tokens": pooling == "mean",
+        }
+        (tmp_path / "1_Pooling/config.json").write_text(
+            json.dumps({"word_embedding_dimension": 32, **flags})
+        )
         (tmp_path / "5_Normalize/config.json").unlink()
     model = load_encoder(tmp_path)
     assert model.pooling == pooling and model.dim == 16 and model.normalized
@@ -91,12 +114,18 @@ def test_theirs_here(tiny_model_dir, tmp_path, pooling, spelling):
 
 
 def test_lower_casing_and_named_prompts(tiny_model_dir, tmp_path):
-    build(tiny_model_dir, "mean", prompts={"query": "", "passage": "bow of ", "rest": "x"}).save(str(tmp_path))
-    same(ours(tmp_path, "passage"), theirs(tmp_path, prompt_name="passage"))  # their encode_document takes "" here
+    build(tiny_model_dir, "mean", prompts={"query": "", "passage": "bow of ", "rest": "x"}).save(
+        str(tmp_path)
+    )
+    same(
+        ours(tmp_path, "passage"), theirs(tmp_path, prompt_name="passage")
+    )  # their encode_document takes "" here
     path = tmp_path / "tokenizer_config.json"
     path.write_text(path.read_text().replace('"do_lower_case": true', '"do_lower_case": false'))
     cased = ours(tmp_path, "query")
-    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 30, "do_lower_case": true}')
+    (tmp_path / "sentence_bert_config.json").write_text(
+        '{"max_seq_length": 30, "do_lower_case": true}'
+    )
     same(ours(tmp_path, "query"), theirs(tmp_path))
     assert (cased[3] - ours(tmp_path, "query")[3]).abs().max() > 1e-3
 

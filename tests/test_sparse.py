@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from lib import encoder
-from lib.encoder import SparseBiEncoder, load_encoder, save_encoder
+from lib.checkpoint import load_encoder, save_encoder
+from lib.encoder import SparseBiEncoder
 from lib.files import UserError
 from lib.text import TextFormat, format_texts, pad, to_ids
 
@@ -55,14 +55,17 @@ def test_vectors_and_gradients_are_the_plain_formula(tiny_model_dir, exclude):
     (expected * upstream).sum().backward()
     theirs, seen = dict(lm.named_parameters()), 0
     for name, parameter in model.backbone.named_parameters():
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, atol=1e-4, rtol=1e-4, msg=name)
+        torch.testing.assert_close(
+            parameter.grad, theirs[name].grad, atol=1e-4, rtol=1e-4, msg=name
+        )
         seen += bool(parameter.grad.abs().max() > 1e-3)
     assert seen > 20
 
 
 def test_special_tokens_are_a_matter_of_positions_not_of_terms(tiny_model_dir):
     included, excluded = (
-        load_encoder(tiny_model_dir, head="sparse", exclude_special_tokens=exclude) for exclude in (False, True)
+        load_encoder(tiny_model_dir, head="sparse", exclude_special_tokens=exclude)
+        for exclude in (False, True)
     )
     a, b = vectors(included), vectors(excluded)
     assert (b <= a + 1e-6).all() and (b < a - 1e-3).any()  # a maximum over fewer positions
@@ -96,9 +99,13 @@ def test_ours_in_sentence_transformers_and_back(tiny_model_dir, tmp_path, length
     sentence_transformers = pytest.importorskip("sentence_transformers")
     model = load_encoder(tiny_model_dir, overrides={**lengths, **prompts}, head="sparse")
     save_encoder(model, tmp_path / "a", {"base": "x"})
-    theirs = sentence_transformers.SparseEncoder(str(tmp_path / "a"), device="cpu", local_files_only=True)
+    theirs = sentence_transformers.SparseEncoder(
+        str(tmp_path / "a"), device="cpu", local_files_only=True
+    )
     for kind, encode in (("query", theirs.encode_query), ("passage", theirs.encode_document)):
-        torch.testing.assert_close(vectors(model, kind=kind), encode(TEXTS).to_dense(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            vectors(model, kind=kind), encode(TEXTS).to_dense(), atol=1e-5, rtol=1e-5
+        )
     theirs.save_pretrained(str(tmp_path / "b"))  # in the newest spelling
     again = load_encoder(tmp_path / "b")
     assert isinstance(again, SparseBiEncoder) and not again.exclude_special_tokens
@@ -114,14 +121,19 @@ def test_what_they_cannot_express_does_not_claim_to_be_theirs(tiny_model_dir, tm
     save_encoder(model, tmp_path / "a", {})
     assert not (tmp_path / "a" / "modules.json").exists()
     again = load_encoder(tmp_path / "a")
-    assert again.exclude_special_tokens == model.exclude_special_tokens and again.format == model.format
+    assert (
+        again.exclude_special_tokens == model.exclude_special_tokens
+        and again.format == model.format
+    )
     assert torch.equal(vectors(again), vectors(model))
     _, info = AutoModelForMaskedLM.from_pretrained(tmp_path / "a", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
 def test_a_new_head_is_made_only_where_allowed(tiny_model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder, "NEW_HEAD", 1.5)  # the vocabulary is too small for fewer terms
+    monkeypatch.setattr(
+        "lib.checkpoint.NEW_HEAD", 1.5
+    )  # the vocabulary is too small for fewer terms
     save_encoder(load_encoder(tiny_model_dir, "mean"), tmp_path / "dense", {})
     with pytest.raises(UserError, match="no LM head for --head sparse — add --allow_new_head"):
         load_encoder(tmp_path / "dense", head="sparse")
@@ -133,7 +145,10 @@ def test_a_new_head_is_made_only_where_allowed(tiny_model_dir, tmp_path, monkeyp
     assert all(0 < (one > 0).float().mean() < 0.7 for one in heads)  # sparse from the start
     model = load_encoder(tmp_path / "dense", head="sparse", allow_new_head=True)
     tied = {p.data_ptr() for p in model.parameters()}
-    assert len(tied) == len(list(model.parameters())) and model.backbone.cls.predictions.decoder.bias.requires_grad
+    assert (
+        len(tied) == len(list(model.parameters()))
+        and model.backbone.cls.predictions.decoder.bias.requires_grad
+    )
     save_encoder(model, tmp_path / "new", {})
     assert torch.equal(vectors(load_encoder(tmp_path / "new")), vectors(model))
 
@@ -160,8 +175,15 @@ def test_refusals_name_the_remedy(tiny_model_dir, tmp_path):
     from transformers import ElectraConfig, ElectraForMaskedLM
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    small = {"embedding_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ElectraForMaskedLM(ElectraConfig(vocab_size=len(tokenizer), **small)).save_pretrained(tmp_path / "electra")
+    small = {
+        "embedding_size": 16,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    ElectraForMaskedLM(ElectraConfig(vocab_size=len(tokenizer), **small)).save_pretrained(
+        tmp_path / "electra"
+    )
     tokenizer.save_pretrained(tmp_path / "electra")
     with pytest.raises(UserError, match="LM head of electra .* — use bert, roberta, distilbert"):
         load_encoder(tmp_path / "electra", head="sparse")
@@ -178,7 +200,9 @@ def test_other_architectures(tiny_model_dir, tmp_path, kind):
     }
     shape = dict(zip(names[kind], (32, 1, 2), strict=True)) | {"initializer_range": 0.3}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **shape)
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **shape
+    )
     lm = AutoModelForMaskedLM.from_config(config).eval()
     lm.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

@@ -9,17 +9,32 @@ from recipes.train_tokenizer import train
 
 def test_the_same_texts_give_the_same_vocabulary():
     draw = random.Random(0)
-    texts = [" ".join("".join(draw.choices("abcdefghij", k=draw.randint(2, 8))) for _ in range(300)) for _ in range(5)]
-    texts += ["".join(chr(0xAC00 + n) for n in range(1100))]  # more characters than are kept, all as frequent
+    texts = [
+        " ".join("".join(draw.choices("abcdefghij", k=draw.randint(2, 8))) for _ in range(300))
+        for _ in range(5)
+    ]
+    texts += [
+        "".join(chr(0xAC00 + n) for n in range(1100))
+    ]  # more characters than are kept, all as frequent
     vocabularies = [sorted(train(lambda: texts, 2500).items()) for _ in range(5)]
     assert all(one == vocabularies[0] for one in vocabularies[1:])
     vocabulary = dict(vocabularies[0])
     assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
-    assert [vocabulary[c] for c in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")] == [0, 1, 2, 3, 4]
+    assert [vocabulary[c] for c in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
 
 
 def test_what_it_writes_splits_any_text_of_the_corpus_without_unknown_words(script, tmp_path):
-    texts = ["Café au lait: 3.5 €, naïve?", "中文 and Ελληνικά, snake_case (x[0])", "snake snake lait lait"]
+    texts = [
+        "Café au lait: 3.5 €, naïve?",
+        "中文 and Ελληνικά, snake_case (x[0])",
+        "snake snake lait lait",
+    ]
     corpus = tmp_path / "corpus.tsv"
     corpus.write_text("".join(f"p{n}\t{text}\n" for n, text in enumerate(texts)))
     flags = ("--corpus", corpus, "--vocab_size", 200, "--output_dir", tmp_path / "t")
@@ -30,4 +45,7 @@ def test_what_it_writes_splits_any_text_of_the_corpus_without_unknown_words(scri
     tokens = tokenizer.tokenize(" ".join(texts))
     assert tokenizer.unk_token not in tokens and "snake" in tokens and "lait" in tokens
     assert "##中" not in tokenizer.get_vocab() and "##." not in tokenizer.get_vocab()
-    assert tokenizer.decode(tokenizer("Café 中文 snake", add_special_tokens=False).input_ids) == "cafe 中 文 snake"
+    assert (
+        tokenizer.decode(tokenizer("Café 中文 snake", add_special_tokens=False).input_ids)
+        == "cafe 中 文 snake"
+    )

@@ -8,9 +8,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from lib.data import load
-from lib.files import UserError, open_texts, text_key
+from lib.files import UserError
+from lib.loader import load
 from lib.text import TextFormat
+from lib.texts import open_texts, text_key
 from lib.triples import TripleCollator, Triples
 
 LINES = 23
@@ -53,15 +54,23 @@ def test_processes_workers_and_a_resume_see_the_same(path):
 def test_texts_become_a_batch_of_groups(path, tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     triples = Triples(path, None, None, 0)
-    collate = TripleCollator(triples, tokenizer, TextFormat(max_query_length=16, max_passage_length=16), 3)
+    collate = TripleCollator(
+        triples, tokenizer, TextFormat(max_query_length=16, max_passage_length=16), 3
+    )
     batch = next(load(triples, collate, triples.sampler(4, 0, 1, 0), 0, torch.device("cpu")))
     lines = batch["query_rows"].tolist()
     assert batch["passage_rows"].tolist() == [row for n in lines for row in (2 * n, 2 * n + 1)]
     assert batch["positive_rows"].tolist() == [2 * n for n in lines]
     keys = [text_key("", f"the {kind} {n}") for n in lines for kind in ("positive", "negative")]
-    assert batch["passage_keys"].tolist() == keys and batch["positive_keys"][:, 0].tolist() == keys[::2]
+    assert (
+        batch["passage_keys"].tolist() == keys
+        and batch["positive_keys"][:, 0].tolist() == keys[::2]
+    )
     rows = torch.cat(
-        [torch.nn.functional.pad(c["input_ids"], (0, 16 - c["input_ids"].shape[1])) for c in batch["passage"]]
+        [
+            torch.nn.functional.pad(c["input_ids"], (0, 16 - c["input_ids"].shape[1]))
+            for c in batch["passage"]
+        ]
     )
     read = tokenizer.batch_decode(rows[batch["passage_order"]], skip_special_tokens=True)
     assert [text.replace(" ", "") for text in read] == [
@@ -77,7 +86,9 @@ def test_ids_are_those_of_queries_and_corpus(tiny_collection, tmp_path):
     triples = Triples(tmp_path / "ids.tsv", queries, corpus, 0)
     expected = {(queries[0][1], corpus[0], corpus[9]), (queries[1][1], corpus[2], corpus[7])}
     assert {(query, *passages) for query, passages in triples.sample(2)} == expected
-    with pytest.raises(UserError, match="ids.tsv:1: three ids, not texts — give --queries and --corpus"):
+    with pytest.raises(
+        UserError, match="ids.tsv:1: three ids, not texts — give --queries and --corpus"
+    ):
         Triples(tmp_path / "ids.tsv", None, None, 0)
     (tmp_path / "ids.tsv").write_text("q0\tp0\tp9\nq1\tp2\tp77\n")
     with pytest.raises(UserError, match="ids.tsv:2: passage p77 is not in"):
@@ -88,9 +99,20 @@ def test_ids_are_those_of_queries_and_corpus(tiny_collection, tmp_path):
 
 
 def test_a_bad_line_is_named_from_within_a_worker(script, tiny_model_dir, tmp_path):
-    rows = [f"query {n}\tthe positive {n}\tthe negative {n}" for n in range(9)] + ["query 10\tthe positive"]
+    rows = [f"query {n}\tthe positive {n}\tthe negative {n}" for n in range(9)] + [
+        "query 10\tthe positive"
+    ]
     (tmp_path / "triples.tsv").write_text("\n".join(rows) + "\n")
-    flags = ["--model", tiny_model_dir, "--pooling", "cls", "--triples", tmp_path / "triples.tsv", "--max_steps", 9]
+    flags = [
+        "--model",
+        tiny_model_dir,
+        "--pooling",
+        "cls",
+        "--triples",
+        tmp_path / "triples.tsv",
+        "--max_steps",
+        9,
+    ]
     flags += [
         "--per_device_batch_size",
         4,
@@ -103,5 +125,7 @@ def test_a_bad_line_is_named_from_within_a_worker(script, tiny_model_dir, tmp_pa
     ]
     status, _, errors = script("finetune_biencoder", *flags, "--max_passage_length", 16)
     last = errors.strip().splitlines()[-1]
-    assert status == 1 and "triples.tsv:10: 2 columns where a file of text triples has 3" in last, errors
+    assert status == 1 and "triples.tsv:10: 2 columns where a file of text triples has 3" in last, (
+        errors
+    )
     assert last.lstrip("\r").startswith("finetune_biencoder.py: ")

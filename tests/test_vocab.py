@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import vocab
-from lib.vocab import linear_cross_entropy, max_pooled_logits
+from lib import lm_head
+from lib.lm_head import linear_cross_entropy, max_pooled_logits
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("n", [0, 1, 7, 23])
 def test_linear_cross_entropy_is_the_plain_formula(monkeypatch, n, with_bias):
-    monkeypatch.setattr(vocab, "CHUNK_LOGITS", {"cpu": 5 * 50})
+    monkeypatch.setattr(lm_head, "CHUNK_LOGITS", {"cpu": 5 * 50})
     torch.manual_seed(n)
     leaves = [torch.randn(n, 6), torch.randn(50, 6), torch.randn(50)][: 2 + with_bias]
     leaves = [x.requires_grad_() for x in leaves]
@@ -32,9 +32,13 @@ def test_linear_cross_entropy_is_the_plain_formula(monkeypatch, n, with_bias):
         low, _ = linear_cross_entropy(tied, weight, bias, labels)
     assert low.dtype == torch.float32 and torch.allclose(low, plain, rtol=0.05)
     for a, b in zip(
-        torch.autograd.grad(low, leaves, retain_graph=True), torch.autograd.grad(plain, leaves), strict=True
+        torch.autograd.grad(low, leaves, retain_graph=True),
+        torch.autograd.grad(plain, leaves),
+        strict=True,
     ):
-        assert a.dtype == torch.float32 and torch.allclose(a, b, atol=0.05 * (1 + b.abs().max()) if n else 0)
+        assert a.dtype == torch.float32 and torch.allclose(
+            a, b, atol=0.05 * (1 + b.abs().max()) if n else 0
+        )
 
 
 def plain_pooling(hidden, weight, bias, mask):
@@ -44,7 +48,7 @@ def plain_pooling(hidden, weight, bias, mask):
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_max_pooled_logits_are_the_plain_formula(monkeypatch, autocast):
-    monkeypatch.setattr(vocab, "POOLED_LOGITS", {"cpu": 7 * 4 * 9})  # 7 terms at a time, of 50
+    monkeypatch.setattr(lm_head, "POOLED_LOGITS", {"cpu": 7 * 4 * 9})  # 7 terms at a time, of 50
     torch.manual_seed(0)
     leaves = [torch.randn(4, 9, 6), torch.randn(50, 6), torch.randn(50)]
     leaves = [x.requires_grad_() for x in leaves]
@@ -58,7 +62,9 @@ def test_max_pooled_logits_are_the_plain_formula(monkeypatch, autocast):
         assert pooled.dtype == torch.float32 and not pooled[2].any()
         found.append([pooled, *torch.autograd.grad((pooled * upstream).sum(), leaves)])
     for ours, plain in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain, atol=0.05 if autocast else 1e-5, rtol=0.02 if autocast else 1e-5)
+        torch.testing.assert_close(
+            ours, plain, atol=0.05 if autocast else 1e-5, rtol=0.02 if autocast else 1e-5
+        )
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert torch.equal(max_pooled_logits(*leaves, mask), found[0][0])
     assert torch.equal(found[0][0], found[1][0]) or not autocast, "rounded alike under autocast"

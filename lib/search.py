@@ -27,21 +27,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lib.cpu import product
 from lib.dist import all_gather
-from lib.files import Embeddings, UserError
-from lib.packed import product
+from lib.embeddings import Embeddings
+from lib.files import UserError
 
 EMPTY = np.iinfo(np.int64).min  # the key of "no passage": below every other
+
+
 ROW_MASK = (1 << 32) - 1
+
+
 KEYS_AT_A_TIME = 1 << 24  # bound on Q·k of a pass over the corpus, all processes together
+
+
 QUERY_TILE, ROW_TILE = 1024, 2048  # scores computed at a time by each thread of a CPU: 8 MB
+
+
 DEVICE_QUERY_TILE, DEVICE_ROW_TILE = 2048, 65536  # on a GPU: 512 MB
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # keys
-
-
 def pack(scores: Tensor, rows: Tensor) -> Tensor:
     """int64 keys of float32 scores and their rows: greater = better score, then lower row; EMPTY where the row is -1.
 
@@ -96,7 +102,7 @@ def _best_first(keys, k):
 
 
 @numba.njit(nogil=True, cache=True)
-def _push(score, bits, row, keys, count, bar, k):
+def push(score, bits, row, keys, count, bar, k):
     """Put one score above `bar` into keys[:count]; (count, bar) after that. `bits`: the score as int32.
 
     `keys` has more than k places; when it is full, the k best stay and the worst of them is the new bar. Rows come in
@@ -123,7 +129,9 @@ def _scan(scores, first_row, keys, counts, bars, k):
                 for i in range(len(line)):
                     if line[i] > least[i]:
                         q = start + i
-                        counts[q], bars[q] = _push(line[i], bits[j, q], first_row + j, keys[q], counts[q], bars[q], k)
+                        counts[q], bars[q] = push(
+                            line[i], bits[j, q], first_row + j, keys[q], counts[q], bars[q], k
+                        )
 
 
 def best_of_texts(keys: Tensor, text_of: np.ndarray, k: int) -> Tensor:
@@ -144,22 +152,27 @@ def merge(keys: Tensor, k: int, accelerator) -> Tensor:
     return top_keys(torch.cat(lists, 1), k)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # dense
-
-
 def check_pair(queries: Embeddings, corpus: Embeddings, factory: str | None = None) -> None:
     """UserError unless the two folders are queries and passages of one checkpoint, and dense if faiss is to search."""
     for part, kind in ((queries, "query"), (corpus, "passage")):
         if part.meta["kind"] != kind:
-            raise UserError(f"{part.folder}: embeddings of kind {part.meta['kind']}, not {kind} — swap the folders?")
+            raise UserError(
+                f"{part.folder}: embeddings of kind {part.meta['kind']}, not {kind} — swap the folders?"
+            )
     if queries.meta["model_hash"] != corpus.meta["model_hash"]:
-        raise UserError(f"{queries.folder}: made by another checkpoint than {corpus.folder} — encode both with one")
+        raise UserError(
+            f"{queries.folder}: made by another checkpoint than {corpus.folder} — encode both with one"
+        )
     if queries.sparse != corpus.sparse:  # of a plain folder, which states no head
         part = queries if queries.sparse else corpus
-        raise UserError(f"{part.folder}: sparse vectors, the others are dense — encode both with the same --head")
+        raise UserError(
+            f"{part.folder}: sparse vectors, the others are dense — encode both with the same --head"
+        )
     if corpus.sparse and factory:
-        raise UserError("--index is for dense vectors — leave it out; --bits 8 makes an index of sparse ones small")
+        raise UserError(
+            "--index is for dense vectors — leave it out; --bits 8 makes an index of sparse ones small"
+        )
 
 
 def scan_device(scores: Tensor, first_row: int, best: Tensor, k: int) -> Tensor:
@@ -177,17 +190,23 @@ def scan_device(scores: Tensor, first_row: int, best: Tensor, k: int) -> Tensor:
     return top_keys(torch.cat([best, new], 1), k)
 
 
-class Dense:
+class DenseIndex:
     """Inner-product search over a folder of embeddings: exact, by blocks over the memory-mapped shards, or through any
     faiss factory string, with search parameters after a colon (IVF4096,Flat:nprobe=32  HNSW32:efSearch=128  PQ48).
 
     `search` and `score` count texts; what they call counts vectors (see Embeddings), up to best_of_texts."""
 
-    def __init__(self, corpus: Embeddings, accelerator=None, factory: str | None = None, seed: int = 0):
+    def __init__(
+        self, corpus: Embeddings, accelerator=None, factory: str | None = None, seed: int = 0
+    ):
         assert corpus.num_vectors <= ROW_MASK, "a row has 32 bits of a key"
         self.corpus, self.accelerator = corpus, accelerator
-        rank, self.world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-        edges = [len(corpus) * r // self.world for r in (rank, rank + 1)]  # a text is not split between processes
+        rank, self.world = (
+            (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        )
+        edges = [
+            len(corpus) * r // self.world for r in (rank, rank + 1)
+        ]  # a text is not split between processes
         self.start, self.stop = edges if corpus.first is None else corpus.first[edges].tolist()
         self.device = accelerator.device if accelerator else torch.device("cpu")
         self.approximate = self._build(factory, seed) if factory else None
@@ -195,15 +214,22 @@ class Dense:
     def _blocks(self, size: int, what: str) -> Iterator[tuple[int, np.ndarray]]:
         """The blocks of this process's vectors. Pages that were read are given back at once: a shard that stays mapped
         would count as ours until its end."""
-        shown, total = not self.accelerator or self.accelerator.is_main_process, self.stop - self.start
-        with tqdm(total=total, desc=what, unit=" rows", leave=False, disable=not shown, delay=5) as bar:
+        shown, total = (
+            not self.accelerator or self.accelerator.is_main_process,
+            self.stop - self.start,
+        )
+        with tqdm(
+            total=total, desc=what, unit=" rows", leave=False, disable=not shown, delay=5
+        ) as bar:
             for row, block in self.corpus.blocks(self.start, self.stop, size):
                 yield row, block
                 bar.update(len(block))
                 if hasattr(mmap, "MADV_DONTNEED") and getattr(block, "_mmap", None) is not None:
                     block._mmap.madvise(mmap.MADV_DONTNEED)
 
-    def search(self, queries: np.ndarray, k: int, at_a_time: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def search(
+        self, queries: np.ndarray, k: int, at_a_time: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """queries (Q, D) -> (scores (Q, k) float32, rows (Q, k) int64) of distinct texts, the same on every process.
         `at_a_time` queries to a pass over the corpus; None: as many as keep the lists of all processes within 128 MB.
         """
@@ -217,16 +243,28 @@ class Dense:
             raise UserError(
                 f"query vector {int(np.isfinite(queries).all(1).argmin())} is not finite — encode the queries again"
             )
-        scores, rows = np.empty((len(queries), k), dtype=np.float32), np.empty((len(queries), k), dtype=np.int64)
+        scores, rows = (
+            np.empty((len(queries), k), dtype=np.float32),
+            np.empty((len(queries), k), dtype=np.int64),
+        )
         exact = self._search_device if self.device.type == "cuda" else self._search_cpu
-        find, depth = exact if self.approximate is None else self._search_faiss, k * self.corpus.max_chunks
+        find, depth = (
+            exact if self.approximate is None else self._search_faiss,
+            k * self.corpus.max_chunks,
+        )
         at_a_time = at_a_time or min(max(KEYS_AT_A_TIME // (depth * self.world), 256), 1 << 16)
         for at in range(0, len(queries), at_a_time):
-            part = torch.from_numpy(np.ascontiguousarray(queries[at : at + at_a_time], dtype=np.float32))
+            part = torch.from_numpy(
+                np.ascontiguousarray(queries[at : at + at_a_time], dtype=np.float32)
+            )
             keys = find(part, depth)
             if self.corpus.max_chunks > 1:
-                keys = torch.cat([best_of_texts(tile, self.corpus.text_of, k) for tile in keys.split(QUERY_TILE)])
-            scores[at : at + at_a_time], rows[at : at + at_a_time] = unpack(merge(keys, k, self.accelerator))
+                keys = torch.cat(
+                    [best_of_texts(tile, self.corpus.text_of, k) for tile in keys.split(QUERY_TILE)]
+                )
+            scores[at : at + at_a_time], rows[at : at + at_a_time] = unpack(
+                merge(keys, k, self.accelerator)
+            )
         return scores, rows
 
     def _search_cpu(self, queries: Tensor, k: int) -> Tensor:
@@ -234,7 +272,10 @@ class Dense:
         if depth == 0:  # more processes than rows
             return torch.full((len(queries), k), EMPTY)
         keys = np.full((len(queries), 2 * depth), EMPTY)
-        counts, bars = np.zeros(len(queries), dtype=np.int64), np.full(len(queries), -np.inf, dtype=np.float32)
+        counts, bars = (
+            np.zeros(len(queries), dtype=np.int64),
+            np.full(len(queries), -np.inf, dtype=np.float32),
+        )
         threads = torch.get_num_threads()
         size = min(-(-len(queries) // threads), QUERY_TILE)
         parts = [slice(at, at + size) for at in range(0, len(queries), size)]
@@ -254,7 +295,9 @@ class Dense:
         try:
             with ThreadPoolExecutor(threads) as pool:
                 for row, block in self._blocks(8 * ROW_TILE, "exact search"):
-                    with warnings.catch_warnings():  # torch says that a mapped array is read-only; nobody writes to it
+                    with (
+                        warnings.catch_warnings()
+                    ):  # torch says that a mapped array is read-only; nobody writes to it
                         warnings.simplefilter("ignore")
                         block = torch.from_numpy(block).float()
                     list(pool.map(scan, range(len(parts)), repeat(block), repeat(row)))
@@ -298,8 +341,12 @@ class Dense:
         try:
             index = faiss.index_factory(self.corpus.dim, description, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:
-            raise UserError(f"--index {factory}: faiss cannot make it — see faiss' index factory") from error
-        if not index.is_trained:  # on the same sample everywhere, so that the parts are parts of one index
+            raise UserError(
+                f"--index {factory}: faiss cannot make it — see faiss' index factory"
+            ) from error
+        if (
+            not index.is_trained
+        ):  # on the same sample everywhere, so that the parts are parts of one index
             inverted = faiss.try_extract_index_ivf(index)
             wanted = max(1 << 16, 64 * inverted.nlist if inverted else 0)
             sample = np.random.default_rng(seed).permutation(self.corpus.num_vectors)[:wanted]
@@ -324,7 +371,9 @@ class Dense:
 
     def _search_faiss(self, queries: Tensor, k: int) -> Tensor:
         scores, rows = self.approximate.search(queries.numpy(), k)  # faiss fills up with row -1
-        return pack(torch.from_numpy(scores), torch.from_numpy(np.where(rows < 0, -1, rows + self.start)))
+        return pack(
+            torch.from_numpy(scores), torch.from_numpy(np.where(rows < 0, -1, rows + self.start))
+        )
 
     def score(self, queries: np.ndarray, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The scores of given rows: queries (Q, D), for each an array of rows -> for each a float32 array."""

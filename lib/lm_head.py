@@ -12,9 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ARCHITECTURES = ("bert", "roberta", "distilbert")  # config.model_type: those whose LM head we take apart
+ARCHITECTURES = (
+    "bert",
+    "roberta",
+    "distilbert",
+)  # config.model_type: those whose LM head we take apart
+
+
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}  # fp32 logits held at a time: 64 MB, on a GPU 256 MB
-POOLED_LOGITS = {"cpu": 2**21, "cuda": 2**26}  # by max_pooled_logits, which reads them once: best from the cache
+
+
+POOLED_LOGITS = {
+    "cpu": 2**21,
+    "cuda": 2**26,
+}  # by max_pooled_logits, which reads them once: best from the cache
 
 
 def head_transform(lm: nn.Module, hidden: Tensor) -> Tensor:
@@ -33,7 +44,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         leaves = [
-            (x, with_grad and need) for x, need in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+            (x, with_grad and need)
+            for x, need in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         ]
         grads = [torch.zeros_like(x, dtype=torch.float32) if need else None for x, need in leaves]
         needs = [need for _, need in leaves]
@@ -66,17 +78,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grads[1].addmm_(grad.T, h)  # no second (V, D)
             elif needs[1]:
                 grads[1] += grad.T @ h
-        ctx.grads, ctx.dtypes = grads, [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.grads, ctx.dtypes = (
+            grads,
+            [None if x is None else x.dtype for x in (hidden, weight, bias)],
+        )
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     def backward(ctx, upstream, _):
-        grads = [None if g is None else (g * upstream).to(t) for g, t in zip(ctx.grads, ctx.dtypes, strict=True)]
+        grads = [
+            None if g is None else (g * upstream).to(t)
+            for g, t in zip(ctx.grads, ctx.dtypes, strict=True)
+        ]
         return *grads, None, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+) -> tuple[Tensor, Tensor]:
     """(sum of the cross-entropies, number of labels that score highest) of a large output layer, without its logits.
 
     loss = sum_i -log softmax(hidden[i] @ weight.T + bias)[labels[i]]
@@ -109,7 +129,8 @@ def _running_max(logits, mask, highest, where):
 def _max_over_positions(logits: Tensor, mask: Tensor, highest: Tensor, where: Tensor) -> None:
     if logits.device.type == "cpu":
         values, places = (
-            torch.empty(len(logits), logits.shape[2], dtype=kind) for kind in (torch.float32, torch.int32)
+            torch.empty(len(logits), logits.shape[2], dtype=kind)
+            for kind in (torch.float32, torch.int32)
         )
         _running_max(logits.float().numpy(), mask.numpy(), values.numpy(), places.zero_().numpy())
     else:
@@ -130,7 +151,9 @@ class _MaxPooledLogits(torch.autograd.Function):
         for start in range(0, len(weight), terms):
             block = slice(start, start + terms)
             w, b = weight[block].to(dtype), bias[block].to(dtype)
-            logits = torch.addmm(b, h, w.T, out=buffer[: B * L * len(w)].view(B * L, -1)).view(B, L, -1)
+            logits = torch.addmm(b, h, w.T, out=buffer[: B * L * len(w)].view(B * L, -1)).view(
+                B, L, -1
+            )
             _max_over_positions(logits, mask, pooled[:, block], where[:, block])
         ctx.save_for_backward(hidden, weight, where)
         return pooled
@@ -139,7 +162,9 @@ class _MaxPooledLogits(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, where = ctx.saved_tensors
         grad, flat = grad.float(), hidden.flatten(0, 1).float()
-        where = where + hidden.shape[1] * torch.arange(len(hidden), device=grad.device)[:, None]  # into flat
+        where = (
+            where + hidden.shape[1] * torch.arange(len(hidden), device=grad.device)[:, None]
+        )  # into flat
         # each (text, term) with a gradient adds grad · weight[term] to one position, and grad · hidden[position] to
         # one term: two weighted sums of rows, without a (B, V, D) tensor, over what a ReLU behind this lets through
         term, text = grad.T.nonzero(as_tuple=True)  # by term
@@ -148,10 +173,18 @@ class _MaxPooledLogits(torch.autograd.Function):
         by_place = place.argsort()
         place, term, share = place[by_place], term[by_place], share[by_place]
         to_hidden = _sum_rows(weight.float(), term, share, place, len(flat))  # (B·L, D)
-        return to_hidden.view_as(hidden).to(hidden.dtype), to_weight.to(weight.dtype), grad.sum(0), None, None
+        return (
+            to_hidden.view_as(hidden).to(hidden.dtype),
+            to_weight.to(weight.dtype),
+            grad.sum(0),
+            None,
+            None,
+        )
 
 
-def _sum_rows(rows: Tensor, index: Tensor, factor: Tensor, group: Tensor, num_groups: int) -> Tensor:
+def _sum_rows(
+    rows: Tensor, index: Tensor, factor: Tensor, group: Tensor, num_groups: int
+) -> Tensor:
     """out[g] = sum of factor[i] · rows[index[i]] over the i with group[i] == g; group ascends. -> (num_groups, D)"""
     first = torch.searchsorted(group, torch.arange(num_groups, device=group.device))
     return F.embedding_bag(index, rows, first, mode="sum", per_sample_weights=factor)
@@ -164,7 +197,11 @@ def max_pooled_logits(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor
     hidden: (B, L, D)   weight: (V, D)   bias: (V,)   mask: (B, L) bool, True = counts   ->   (B, V) fp32
     Keeps the position of each maximum (the first of equals), through which alone the gradient goes back: at most B·V
     weighted rows, where the gradient of the full logits is two products of the size of the forward pass."""
-    assert hidden.shape[:2] == mask.shape and hidden.shape[2:] == weight.shape[1:] and mask.dtype == torch.bool
+    assert (
+        hidden.shape[:2] == mask.shape
+        and hidden.shape[2:] == weight.shape[1:]
+        and mask.dtype == torch.bool
+    )
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     pooled = _MaxPooledLogits.apply(hidden, weight, bias, mask, dtype)

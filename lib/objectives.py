@@ -17,18 +17,18 @@ from lib.decoders import CausalDecoder, SlotDecoder, Transform, TwoStreamLayer, 
 from lib.dist import all_gather_with_grad, world
 from lib.files import UserError
 from lib.gradcache import cached_backward
-from lib.text import (
+from lib.lm_head import head_transform, linear_cross_entropy, max_pooled_logits
+from lib.masking import (
     corrupt,
     counter_uniform,
     mask_budget,
     position_specific_view,
     special_table,
-    step_seed,
     whole_word_mask,
     word_index,
     word_start_table,
 )
-from lib.vocab import head_transform, linear_cross_entropy, max_pooled_logits
+from lib.text import step_seed
 
 # streams of random numbers, beside data order (0), negatives (1) and dropout (2)
 ENCODER_MASK, DECODER_MASK, DECODER_ROW = 3, 4, 5
@@ -56,13 +56,21 @@ class MLM(nn.Module):
 
     objective = decoder_of = "mlm"  # decoder_of: the objective whose decoder this one goes on with
 
-    def __init__(self, lm: nn.Module, tokenizer, encoder_mask_ratio: float = 0.3, mask: str = "whole_word"):
+    def __init__(
+        self, lm: nn.Module, tokenizer, encoder_mask_ratio: float = 0.3, mask: str = "whole_word"
+    ):
         super().__init__()
-        self.lm, self.encoder_mask_ratio, self.mask_id = lm, encoder_mask_ratio, tokenizer.mask_token_id
+        self.lm, self.encoder_mask_ratio, self.mask_id = (
+            lm,
+            encoder_mask_ratio,
+            tokenizer.mask_token_id,
+        )
         special, starts = special_table(tokenizer), word_start_table(tokenizer)
         self.register_buffer("special", special, persistent=False)
         whole = mask == "whole_word"
-        self.register_buffer("starts", starts if whole else torch.ones_like(starts), persistent=False)
+        self.register_buffer(
+            "starts", starts if whole else torch.ones_like(starts), persistent=False
+        )
         self.register_buffer("ordinary_ids", (~special).nonzero()[:, 0], persistent=False)
         self.settings = {"objective": self.objective, "decoder": self.decoder_of}
         self.settings |= {"encoder_mask_ratio": encoder_mask_ratio, "mask": mask}
@@ -71,7 +79,12 @@ class MLM(nn.Module):
     def options(cls) -> set[str]:
         """Names of what it may be built with, beside `lm` and `tokenizer`."""
         kinds = [kind.__init__ for kind in cls.__mro__ if issubclass(kind, MLM)]
-        names = {n for kind in kinds for n, p in inspect.signature(kind).parameters.items() if p.kind != p.VAR_KEYWORD}
+        names = {
+            n
+            for kind in kinds
+            for n, p in inspect.signature(kind).parameters.items()
+            if p.kind != p.VAR_KEYWORD
+        }
         return names - {"self", "lm", "tokenizer"}
 
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:
@@ -94,19 +107,25 @@ class MLM(nn.Module):
     def corrupt(self, batch: dict, seed: int) -> tuple[Tensor, Tensor]:
         """((B, L) ids that the encoder reads, (B, L) bool, True = has a label)."""
         ids, keep, seed = batch["input_ids"], batch["attention_mask"], step_seed(seed, ENCODER_MASK)
-        noise = counter_uniform(seed, batch["micro_step"], batch["rows"], (3, ids.shape[1]), ids.device)
+        noise = counter_uniform(
+            seed, batch["micro_step"], batch["rows"], (3, ids.shape[1]), ids.device
+        )
         words = self.words(batch)
         mask = whole_word_mask(words, self.budget(words, keep), noise[:, 0])
         return corrupt(ids, mask, noise[:, 1:], self.mask_id, self.ordinary_ids), mask
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.lm.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (B, L, D)
+        return self.lm.base_model(
+            input_ids=input_ids, attention_mask=attention_mask
+        ).last_hidden_state  # (B, L, D)
 
     def predict(self, hidden: Tensor, places: Tensor, input_ids: Tensor) -> Term:
         """The LM head's loss at `places`. hidden: (B, L, D), or (n, D) if it holds those only   input_ids: (B, L)."""
         hidden = hidden.flatten(0, 1)[places] if hidden.ndim == 3 else hidden
         output, labels = self.lm.get_output_embeddings(), input_ids.flatten()[places]
-        loss, correct = linear_cross_entropy(head_transform(self.lm, hidden), output.weight, output.bias, labels)
+        loss, correct = linear_cross_entropy(
+            head_transform(self.lm, hidden), output.weight, output.bias, labels
+        )
         return Term(loss, len(labels), correct)
 
     # ---- what the probe asks, and what a dry run shows
@@ -172,7 +191,10 @@ class RetroMAE(MLM):
         masked, targets = flat(mask), flat(target)
         hidden = self.encode(corrupted, batch["attention_mask"])
         decoded = self.decode(hidden[:, 0], ids, view, targets)
-        terms = {"encoder": self.predict(hidden, masked, ids), "decoder": self.predict(decoded, targets, ids)}
+        terms = {
+            "encoder": self.predict(hidden, masked, ids),
+            "decoder": self.predict(decoded, targets, ids),
+        }
         return terms, hidden, mask
 
     @torch.no_grad()
@@ -180,10 +202,14 @@ class RetroMAE(MLM):
         """((B, L, L) bool, True = row i may attend to column j; (B, L) bool, True = has a label: ordinary tokens)."""
         keep, words, L = batch["attention_mask"], self.words(batch), batch["input_ids"].shape[1]
         place = batch["micro_step"], batch["rows"]
-        noise = counter_uniform(step_seed(seed, DECODER_MASK), *place, (min(L, self.decoder_masks), L), keep.device)
+        noise = counter_uniform(
+            step_seed(seed, DECODER_MASK), *place, (min(L, self.decoder_masks), L), keep.device
+        )
         budget = mask_budget(keep.sum(1), self.decoder_mask_ratio)
         pick = counter_uniform(step_seed(seed, DECODER_ROW), *place, (L,), keep.device)
-        return position_specific_view(words, keep, whole_word_mask(words, budget, noise), pick), words >= 0
+        return position_specific_view(
+            words, keep, whole_word_mask(words, budget, noise), pick
+        ), words >= 0
 
     def decode(self, h: Tensor, input_ids: Tensor, view: Tensor, places: Tensor) -> Tensor:
         """h: (B, D)   input_ids: (B, L) clean   view: (B, L, L) bool, True = visible   ->   (n, D) at `places`."""
@@ -207,8 +233,12 @@ class RetroMAE(MLM):
         length = int(batch["attention_mask"][0].sum())
         tokens, row = tokenizer.convert_ids_to_tokens(batch["input_ids"][0, :length]), length // 2
         seen = self.view(batch, seed)[0][0, row, :length].tolist()
-        context = " ".join(token if see else "_" for token, see in zip(tokens, seen, strict=True)).split(" ", 1)[-1]
-        return super().preview(batch, seed, tokenizer) | {f"decoder row {row}": f"{tokens[row]} from h and {context}"}
+        context = " ".join(
+            token if see else "_" for token, see in zip(tokens, seen, strict=True)
+        ).split(" ", 1)[-1]
+        return super().preview(batch, seed, tokenizer) | {
+            f"decoder row {row}": f"{tokens[row]} from h and {context}"
+        }
 
 
 class DupMAE(RetroMAE):
@@ -248,7 +278,9 @@ class DupMAE(RetroMAE):
     def bag_of_words(self, hidden: Tensor, counts: Tensor, batch: dict) -> Term:
         """hidden: (B, L, D)   counts: (B, L) bool, True = in the maximum."""
         output, ordinary = self.lm.get_output_embeddings(), self.words(batch) >= 0
-        mu = max_pooled_logits(head_transform(self.lm, hidden), output.weight, output.bias, counts)  # (B, V)
+        mu = max_pooled_logits(
+            head_transform(self.lm, hidden), output.weight, output.bias, counts
+        )  # (B, V)
         tokens = batch["input_ids"].masked_fill(~ordinary, -1).sort(1).values
         distinct = (tokens >= 0) & (tokens != F.pad(tokens[:, :-1], (1, 0), value=-1))
         found = mu.gather(1, tokens.clamp(min=0))  # (B, L)
@@ -285,10 +317,15 @@ class LexMAE(MLM):
                 f"least --encoder_mask_ratio {encoder_mask_ratio}"
             )
         sizes, output = sizes_of(lm.config), lm.get_output_embeddings()
-        self.decoder = nn.ModuleDict({"layers": SlotDecoder(sizes, decoder_layers), "head": Transform(sizes)})
+        self.decoder = nn.ModuleDict(
+            {"layers": SlotDecoder(sizes, decoder_layers), "head": Transform(sizes)}
+        )
         self.decoder.register_parameter("bias", nn.Parameter(torch.zeros_like(output.bias)))
         self.decoder_mask_ratio = decoder_mask_ratio
-        self.settings |= {"decoder_mask_ratio": decoder_mask_ratio, "decoder_layers": decoder_layers}
+        self.settings |= {
+            "decoder_mask_ratio": decoder_mask_ratio,
+            "decoder_layers": decoder_layers,
+        }
 
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:
         ids, keep = batch["input_ids"], batch["attention_mask"]
@@ -297,7 +334,10 @@ class LexMAE(MLM):
         masked, targets = flat(mask), flat(decoder_mask)
         hidden = self.encode(corrupted, keep)
         b = self.bottleneck(self.lexicon(hidden, batch))
-        return {"encoder": self.predict(hidden, masked, ids), "decoder": self.decode(b, decoder_ids, targets, batch)}
+        return {
+            "encoder": self.predict(hidden, masked, ids),
+            "decoder": self.decode(b, decoder_ids, targets, batch),
+        }
 
     def budget(self, words: Tensor, attention_mask: Tensor) -> Tensor:
         return ((words >= 0).sum(1).double() * self.encoder_mask_ratio).ceil().long()
@@ -323,19 +363,33 @@ class LexMAE(MLM):
 
     def decode(self, b: Tensor, decoder_ids: Tensor, places: Tensor, batch: dict) -> Term:
         rest = self.lm.base_model.embeddings(input_ids=decoder_ids)
-        states = self.decoder["head"](self.decoder["layers"](b, rest, batch["attention_mask"], places))
-        weight, labels = self.lm.get_output_embeddings().weight, batch["input_ids"].flatten()[places]
+        states = self.decoder["head"](
+            self.decoder["layers"](b, rest, batch["attention_mask"], places)
+        )
+        weight, labels = (
+            self.lm.get_output_embeddings().weight,
+            batch["input_ids"].flatten()[places],
+        )
         loss, correct = linear_cross_entropy(states, weight, self.decoder.bias, labels)
         return Term(loss, len(labels), correct)
 
     def represent(self, batch: dict) -> Tensor:
         """Term weights as of the sparse retriever that this objective prepares: log(1 + relu(logits))."""
-        return self.lexicon(self.encode(batch["input_ids"], batch["attention_mask"]), batch).relu().log1p()
+        return (
+            self.lexicon(self.encode(batch["input_ids"], batch["attention_mask"]), batch)
+            .relu()
+            .log1p()
+        )
 
     def rebuild(self, batch: dict) -> Term:
-        hidden, ordinary = self.encode(batch["input_ids"], batch["attention_mask"]), self.words(batch) >= 0
+        hidden, ordinary = (
+            self.encode(batch["input_ids"], batch["attention_mask"]),
+            self.words(batch) >= 0,
+        )
         hidden_ids = batch["input_ids"].masked_fill(ordinary, self.mask_id)
-        return self.decode(self.bottleneck(self.lexicon(hidden, batch)), hidden_ids, flat(ordinary), batch)
+        return self.decode(
+            self.bottleneck(self.lexicon(hidden, batch)), hidden_ids, flat(ordinary), batch
+        )
 
     def preview(self, batch: dict, seed: int, tokenizer) -> dict[str, str]:
         length = int(batch["attention_mask"][0].sum())
@@ -398,8 +452,13 @@ class SEED(MLM):
 
     def preview(self, batch: dict, seed: int, tokenizer) -> dict[str, str]:
         length = int(batch["attention_mask"][0].sum())
-        tokens, row = tokenizer.convert_ids_to_tokens(batch["input_ids"][0, :length]), max(length // 2 - 1, 0)
-        context = " ".join(t for t, see in zip(tokens, self.decoder.view(length)[row], strict=True) if see)
+        tokens, row = (
+            tokenizer.convert_ids_to_tokens(batch["input_ids"][0, :length]),
+            max(length // 2 - 1, 0),
+        )
+        context = " ".join(
+            t for t, see in zip(tokens, self.decoder.view(length)[row], strict=True) if see
+        )
         return super().preview(batch, seed, tokenizer) | {
             f"decoder row {row}": f"{tokens[row + 1]} from h and {context}"
         }
@@ -428,9 +487,15 @@ class Condenser(MLM):
         layers = lm.config.num_hidden_layers
         self.skip_from, self.late_mlm = layers // 2 if skip_from is None else skip_from, late_mlm
         if not 0 <= self.skip_from < layers:
-            raise UserError(f"--skip_from {skip_from}: the encoder has {layers} layers — choose one before the last")
+            raise UserError(
+                f"--skip_from {skip_from}: the encoder has {layers} layers — choose one before the last"
+            )
         self.decoder = SlotDecoder(sizes_of(lm.config), decoder_layers)
-        self.settings |= {"decoder_layers": decoder_layers, "skip_from": self.skip_from, "late_mlm": late_mlm}
+        self.settings |= {
+            "decoder_layers": decoder_layers,
+            "skip_from": self.skip_from,
+            "late_mlm": late_mlm,
+        }
 
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:
         return self.condense(batch, seed)[0]
@@ -450,13 +515,18 @@ class Condenser(MLM):
 
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, D) after the last layer and after layer skip_from."""
-        found = self.lm.base_model(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        found = self.lm.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True
+        )
         return found.last_hidden_state, found.hidden_states[self.skip_from]
 
     def rebuild(self, batch: dict) -> Term:
         """The middle states are those of a text of as many [MASK]."""
         ids, keep, ordinary = batch["input_ids"], batch["attention_mask"], self.words(batch) >= 0
-        middle, places = self.states(ids.masked_fill(ordinary, self.mask_id), keep)[1], flat(ordinary)
+        middle, places = (
+            self.states(ids.masked_fill(ordinary, self.mask_id), keep)[1],
+            flat(ordinary),
+        )
         return self.predict(self.decoder(self.represent(batch), middle, keep, places), places, ids)
 
 
@@ -467,7 +537,9 @@ class CoCondenser(Condenser):
 
     objective = "cocondenser"  # goes on with the head of condenser
 
-    def forward(self, batch: dict, seed: int, chunk: bool = False) -> dict[str, Term] | tuple[dict[str, Term], Tensor]:
+    def forward(
+        self, batch: dict, seed: int, chunk: bool = False
+    ) -> dict[str, Term] | tuple[dict[str, Term], Tensor]:
         """Of a chunk, some rows of a batch: (terms but "contrast", h), and without gradient h alone."""
         if chunk and not torch.is_grad_enabled():
             return {}, self.encode(self.corrupt(batch, seed)[0], batch["attention_mask"])[:, 0]
@@ -476,7 +548,10 @@ class CoCondenser(Condenser):
 
     def preview(self, batch: dict, seed: int, tokenizer) -> dict[str, str]:
         second = batch["input_ids"][1, : batch["attention_mask"][1].sum()]
-        return {**super().preview(batch, seed, tokenizer), "its other span": tokenizer.decode(second)}
+        return {
+            **super().preview(batch, seed, tokenizer),
+            "its other span": tokenizer.decode(second),
+        }
 
 
 def span_contrast(h: Tensor) -> Term:
@@ -522,5 +597,9 @@ def span_backward(
         return term.loss / term.labels, term
 
     _, term = cached_backward(accelerator, model, encode, len(chunks), contrast, dropout_seed)
-    terms = {name: Term(*map(sum, list(zip(*some, strict=True))[:3])) for name, some in found.items()}
-    return {name: t._replace(loss=t.loss.detach()) for name, t in {**terms, "contrast": term}.items()}
+    terms = {
+        name: Term(*map(sum, list(zip(*some, strict=True))[:3])) for name, some in found.items()
+    }
+    return {
+        name: t._replace(loss=t.loss.detach()) for name, t in {**terms, "contrast": term}.items()
+    }

@@ -99,7 +99,7 @@ class PlainCollator:
 
 
 def plain_loss(model, batch: dict, seed: int):
-    """The objective's loss with dense logits. model: the objective of lib/objectives.py, for its weights and decoder."""
+    """The objective's loss with dense logits. model: the objective, for its weights."""
     ids, keep, lm = batch["input_ids"], batch["attention_mask"], model.lm
     output, everywhere = lm.get_output_embeddings(), torch.arange(ids.numel())
 

@@ -1,6 +1,5 @@
 """How every script starts, speaks, stops and goes on: arguments, Accelerator, output folder, log, resume state."""
 
-import argparse
 import contextlib
 import json
 import multiprocessing
@@ -39,45 +38,6 @@ PACKAGES = (
     "bm25s",
     "numpy",
 )
-
-
-class _Parser(transformers.HfArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} — see --help")
-
-
-COUNTS = (
-    "per_device_batch_size",
-    "gradient_accumulation_steps",
-    "log_every",
-    "save_every",
-    "refresh_every",
-)
-
-
-def parse_args(cls):
-    """The dataclass of a script's arguments from the command line. Unknown and abbreviated flags are errors, and so is
-    less than 1 for COUNTS; --help shows the script's docstring."""
-    script = sys.modules["__main__"]
-    parser = _Parser(
-        cls,
-        description=script.__doc__,
-        allow_abbrev=False,
-        formatter_class=lambda prog: _Help(prog, max_help_position=36, width=140),
-    )
-    args, unknown = parser.parse_args_into_dataclasses(
-        return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        raise UserError(f"unknown argument {unknown[0]} — see --help")
-    for name in COUNTS:
-        if getattr(args, name, 1) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: counts from 1 — give a larger number")
-    return args
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
 
 
 def run(main) -> None:
@@ -315,12 +275,6 @@ def describe(accelerator) -> str:
     return f"{accelerator.num_processes} process(es) on {device}, precision {precision}"
 
 
-def loss_scale(accelerator) -> float:
-    """What accelerator.backward multiplies a loss by."""
-    scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
-    return scale / accelerator.gradient_accumulation_steps
-
-
 class RunLog:
     """One line per logged step, the same on the console, in log.jsonl and in the tracker; main process only."""
 
@@ -358,7 +312,11 @@ class Means:
     device until they are taken."""
 
     def __init__(self):
-        self.totals, self.count, self.clock = {}, 0, time.perf_counter()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.totals, self.count = {}, 0
+        self.clock = time.perf_counter()
 
     def add(self, values: dict[str, Tensor]) -> None:
         self.count += 1
@@ -372,7 +330,7 @@ class Means:
             dict(zip(self.totals, means.tolist(), strict=True)),
             (time.perf_counter() - self.clock) / self.count,
         )
-        self.__init__()
+        self._reset()
         return found
 
     @contextlib.contextmanager

@@ -32,16 +32,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from lib.files import (
-    UserError,
-    atomic,
-    line_of,
-    lines,
-    read_json,
-    split_columns,
-    write_json,
-    write_lines,
-)
+from lib.files import UserError, atomic, line_of, lines, read_json, write_json, write_lines
 
 ID_KEYS, TEXT_KEYS = (
     ("_id", "docid", "id", "pid", "qid"),
@@ -100,7 +91,11 @@ def _row(record: dict, place: str) -> tuple[str, str, str]:
 
 
 def _tsv_row(path, number, line) -> tuple[str, str, str]:
-    columns = split_columns(path, number, line, "\t", (2, 3, 4), "a TSV of texts")
+    columns = line.split("\t")
+    if len(columns) not in (2, 3, 4):
+        raise UserError(
+            f"{path}:{number}: {len(columns)} columns, a TSV of texts has 2, 3 or 4 — correct the line"
+        )
     if len(columns) == 4:  # MS MARCO documents: docid, url, title, body
         columns[1:3] = [FIELD.join(columns[1:3])]
     return (
@@ -364,7 +359,7 @@ class Texts:
                 yield from zip(*(batch.column(c).to_pylist() for c in range(3)), strict=True)
 
 
-def known_rows(texts: Texts, ids: list[str], path, what: str, *beside: str) -> np.ndarray:
+def require_rows(texts: Texts, ids: list[str], path, what: str, *beside: str) -> np.ndarray:
     """(n,) int64 rows; UserError for an unknown id, with the line of `path` that holds it (and `beside`)."""
     rows = texts.rows(ids)
     if len(rows) and rows.min() < 0:

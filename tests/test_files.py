@@ -116,13 +116,15 @@ def test_qrels_are_told_apart_by_shape(tmp_path, width):
 
 
 BAD_QRELS = {
-    "a run as qrels": ("q1 Q0 7 1 3.2 tag\n", ":1: 6 columns, a run"),
+    "a run as qrels": ("q1 Q0 7 1 3.2 tag\n", ":1: 6 columns are a run"),
     "three columns without header": ("q1\t7\t1\n", ":1: 3 columns without BEIR's header"),
     "a negatives file": ("q1\t7,8,9\n", ":1: several passages"),
-    "a grade that is no number": ("q1 0 7 yes\n", ":1: relevance 'yes'"),
+    "a grade that is no number": ("q1 0 7 yes\n", ":1: the grade 'yes' is not"),
+    "a grade of 0.9": ("q1 0 7 0.9\n", ":1: the grade '0.9' is not an integer"),
+    "a grade without end": ("q1 0 7 1.0e999\n", ":1: the grade '1.0e999' is not"),
     "columns that change": ("q1 0 7 1\nq1 7\n", ":2: 2 columns after lines of 4"),
     "two grades": ("q1 0 7 1\nq1 0 7 2\n", ":2: q1 7 is judged twice"),
-    "nothing": ("", ": no judgments"),
+    "nothing": ("", ": the file has no judgments"),
 }
 
 
@@ -170,35 +172,17 @@ def test_damaged_files(tmp_path):
             open_texts(missing)
 
 
-def test_negatives_runs_candidates_triples(tmp_path):
-    tsv = put(tmp_path / "n.tsv", "q1\t9,4,9,12\nq2\t\n")
-    assert list(files.read_negatives(tsv)) == [("q1", ["9", "4", "12"]), ("q2", [])]
+def test_runs_and_candidates(tmp_path):
     run = put(tmp_path / "r.trec", "q1 Q0 4 2 1.5 t\nq1 Q0 9 1 2.5 t\nq2 Q0 3 1 0.5 t\n")
-    assert list(files.read_negatives(run)) == [("q1", ["9", "4"]), ("q2", ["3"])]
-    assert files.read_run(run)["q1"].pids == ["4", "9"] and files.read_run(run)[
-        "q1"
-    ].ranks.tolist() == [2, 1]
-    assert files.read_run(put(tmp_path / "m.tsv", "q1\t7\t1\nq1\t8\t2\n"))[
-        "q1"
-    ].scores.tolist() == [-1, -2]
+    found = files.read_run(run)["q1"]
+    assert found.pids == ["4", "9"] and found.ranks.tolist() == [2, 1]
+    three = put(tmp_path / "m.tsv", "q1\t7\t1\nq1\t8\t2\n")
+    assert files.read_run(three)["q1"].scores.tolist() == [-1, -2]
     top = put(tmp_path / "top1000.dev", "q1\t7\tdo ants\tAnts sleep\nq1\t8\tdo ants\tBees\n")
-    assert files.read_candidates(top) == {"q1": ["7", "8"]} and files.read_candidates(run) == {
-        "q1": ["4", "9"],
-        "q2": ["3"],
-    }
-    assert list(files.read_triples(put(tmp_path / "t", "a b\tc d\te f\n"))) == [
-        ("a b", "c d", "e f")
-    ]
-    assert list(files.read_id_triples(put(tmp_path / "i", "1\t2\t3\r\n"))) == [("1", "2", "3")]
-    assert list(files.read_scores(put(tmp_path / "s", "q1\t7\t[0.5]\nq1 8 -1e-2\n"))) == [
-        ("q1", "7", 0.5),
-        ("q1", "8", -0.01),
-    ]
-    assert list(files.read_clusters(put(tmp_path / "k", "q1\t3\n"))) == [("q1", 3)]
+    assert files.read_candidates(top) == {"q1": ["7", "8"]}
+    assert files.read_candidates(run) == {"q1": ["4", "9"], "q2": ["3"]}
     with pytest.raises(UserError, match="r2:2: 7 is listed twice"):
         files.read_run(put(tmp_path / "r2", "q1 Q0 7 1 2 t\nq1 Q0 7 2 1 t\n"))
-    with pytest.raises(UserError, match="s2:1: score 'nan'"):
-        list(files.read_scores(put(tmp_path / "s2", "q1 8 nan\n")))
 
 
 def test_what_is_written_comes_back(tmp_path):
@@ -213,8 +197,12 @@ def test_what_is_written_comes_back(tmp_path):
     qrels = {"q": {"a": 1, "b": 0}}
     files.write_qrels(tmp_path / "qrels", qrels)
     assert files.read_qrels(tmp_path / "qrels") == qrels
-    files.write_negatives(tmp_path / "n.gz", [("q", ["a", "b"])])
-    assert list(files.read_negatives(tmp_path / "n.gz")) == [("q", ["a", "b"])]
+    rows = [
+        files.TrainingRow("q1", ["a,1", "b"], ["c"], [1.5, 2.0], [0.25], 3),
+        files.TrainingRow("q2", ["d"]),
+    ]
+    files.write_training_file(tmp_path / "t.jsonl.gz", rows)
+    assert list(files.read_training_file(tmp_path / "t.jsonl.gz")) == [(1, rows[0]), (2, rows[1])]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

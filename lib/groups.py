@@ -206,7 +206,7 @@ class GroupCollator:
         keys = [file.positive_keys(index) for index in indices]
         width = max(map(len, keys))
         queries = [file.queries[row] for row in file.query_rows[indices]]
-        passages = [corpus[row] if row >= 0 else ("", "") for row in passage_rows]
+        passages = [corpus[row] if row >= 0 else ((), "") for row in passage_rows]
         batch = {
             "query": self.encoder_input("query", queries),
             "passage": self.encoder_input("passage", passages),
@@ -229,9 +229,9 @@ class GroupCollator:
 
 
 def encoder_input(
-    kind: str, texts: list[tuple[str, str]], form: TextFormat, tokenizer, chunk_rows: int
+    kind: str, texts: list[tuple], form: TextFormat, tokenizer, chunk_rows: int
 ) -> dict[str, list | Tensor]:
-    """(title, text) pairs -> {"chunks": padded batches of at most `chunk_rows` texts of like length, "order": the place
+    """(titles, text) pairs -> {"chunks": padded batches of at most `chunk_rows` texts of like length, "order": the place
     of each text among their rows}, so that torch.cat(encoded chunks)[order] is in the order of the texts.
 
     Where a text may have M > 1 chunks, the rows are the chunks that there are, and order has (len(texts)·M,) places, text

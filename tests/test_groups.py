@@ -176,8 +176,8 @@ def test_batch_agrees_with_the_groups(tiny):
         for ids, mask in zip(c["input_ids"], c["attention_mask"], strict=True)
     ]
     for number, place in zip(batch["passage_rows"], batch["passage"]["order"], strict=True):
-        title, text = groups.file.corpus[number] if number >= 0 else ("", "")
-        string = f"{title} {text}".strip()
+        titles, text = groups.file.corpus[number] if number >= 0 else ((), "")
+        string = " ".join([*titles, text]).strip()
         expected = collate.tokenizer(string, truncation=True, max_length=32)["input_ids"]
         assert ids[place].tolist() == expected
     assert torch.equal(batch["positive_rows"], batch["passage_rows"][::4])
@@ -213,7 +213,7 @@ def test_the_development_set_is_ranked_by_score(tiny, tiny_collection, monkeypat
     assert ranked == dev.rerank(Length(), collate, qids, 4)
     for qid, pids in ranked.items():
         own = dev.candidates[qid]
-        strings = [" ".join(corpus[r]).strip() for r in corpus.rows(own)]
+        strings = [" ".join([*t, x]) for t, x in (corpus[r] for r in corpus.rows(own))]
         longest = [len(collate.tokenizer(string)["input_ids"]) for string in strings]
         order = np.argsort([-min(length, 32) for length in longest], kind="stable")[:4]
         assert pids == [own[i] for i in order]

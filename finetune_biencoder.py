@@ -289,7 +289,7 @@ def main():
         exclude_special_tokens=args.exclude_special_tokens,
         allow_new_head=args.head == "new_sparse",
     )
-    form = model.format
+    form, dim = model.format, model.dim
     temperature = args.temperature or (0.05 if model.normalized else 1.0)
     economize(model.backbone, args.gradient_checkpointing)
     robustness = Robustness(args.dro, args.dro_alpha, args.dro_ema, args.dro_rho, args.dro_eps)
@@ -300,7 +300,7 @@ def main():
     collate = GroupCollator(groups, model.tokenizer, form, at_a_time)
     weights = sum(p.numel() for p in model.parameters())
     facts = {
-        "model": f"{args.model}, {weights / 1e6:.1f} M weights, {model.pooling} pooling, {model.dim} dimensions",
+        "model": f"{args.model}, {weights / 1e6:.1f} M weights, {model.pooling} pooling, {dim} dimensions",
         "texts": ", ".join(f"{name} {value!r}" for name, value in asdict(form).items()),
         "running on": launch.describe(accelerator),
         "batch": f"{B} queries x {W} process(es) x {accumulation} accumulated = {batch_size} per step",
@@ -312,10 +312,10 @@ def main():
         **groups.notes,
         "steps": f"{max_steps}, {len(groups) / batch_size:.2f} per epoch, {warmup_steps} of warm-up",
     }
-    numbers = weights * (4 + bool(dev) + KEPT_CHECKPOINTS * bool(refresh))  # of which 3 in state/
-    if not launch.begin(
-        accelerator, args, "fine-tuning", facts, partial(preview, collate), numbers
-    ):
+    copies = 4 + bool(dev) + KEPT_CHECKPOINTS * bool(refresh)  # of the weights, 3 in state/
+    facts["disk"] = f"{copies * weights * 4 / 1e9:.2f} GB"
+    facts["inputs"] = {"corpus": corpus.fingerprint, "queries": queries.fingerprint}
+    if not launch.begin(accelerator, args, "fine-tuning", facts, partial(preview, collate)):
         return
     decayed = parameter_groups(model, args.weight_decay)
     optimizer = make_optimizer(args.optimizer, decayed, args.learning_rate)
@@ -431,9 +431,7 @@ def main():
                 values["group_weights"] = dro.h.tolist()
             log.write(step, values, bar)
             settled = max(warmup_steps, args.flops_warmup_steps) + max(max_steps // 4, 100)
-            losses.stop_on_collapse(
-                step, values, accelerator.unwrap_model(model).dim, step > settled
-            )
+            losses.stop_on_collapse(step, values, dim, settled=step > settled)
             if max(values["q_cosine"], values["p_cosine"]) > 0.95 and step > warmup_steps:
                 bar.write(
                     "warning: the encoder collapses: different texts have a mean cosine above 0.95"

@@ -134,3 +134,30 @@ def test_bootstrap_interval_against_the_normal_one():
         values.mean() + half, abs=0.003
     )
     assert bootstrap_interval(values, seed=5) == bootstrap_interval(values, seed=5)
+
+
+@pytest.mark.parametrize("n", [2, 9, 13, 14, 60, 400])
+def test_ours_and_scipys_numbers_side_by_side(n):
+    values = np.random.default_rng(n).normal(0.02, 0.5, n)
+    theirs = scipy.stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=10_000,
+        batch=1000,
+        method="percentile",
+        rng=np.random.default_rng(5),
+    ).confidence_interval
+    test = scipy.stats.permutation_test(
+        (values,),
+        lambda x, axis: np.abs(x.sum(axis)),
+        permutation_type="samples",
+        alternative="greater",
+        vectorized=True,
+        n_resamples=10_000,
+        batch=1000,
+        rng=np.random.default_rng(5),
+    )
+    ours = bootstrap_interval(values, 5)
+    print(n, ours, theirs, randomisation_test(values, 5), test.pvalue)
+    assert ours == (theirs.low, theirs.high)
+    assert randomisation_test(values, 5) == pytest.approx(test.pvalue, abs=0.02 * (n > 13))

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.dist import world
-from lib.files import UserError, read_candidates, read_qrels
+from lib.files import UserError, read_qrels, read_run
 from lib.groups import GroupCollator, length_chunks
 from lib.metrics import mrr_at_k
 from lib.texts import Texts, known_rows, open_texts
@@ -32,7 +32,7 @@ def open_dev(
     queries = open_texts(queries_path)
     qrels = read_qrels(qrels_path)
     candidates = {
-        qid: pids for qid, pids in read_candidates(candidates_path).items() if qid in qrels
+        qid: entry.pids for qid, entry in read_run(candidates_path).items() if qid in qrels
     }
     if not candidates:
         raise UserError(

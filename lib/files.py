@@ -208,10 +208,11 @@ def read_qrels(path) -> dict[str, dict[str, int]]:
 
 
 def line_of(path, *fields) -> str:
-    """`file:line` of the first line that holds all `fields` as columns or list items, for an error found after
-    reading; else `file`."""
+    """`file:line` of the first line that holds all `fields` as columns, list items or JSON strings, for an error
+    found after reading; else `file`."""
     for number, line in lines(path):
-        if set(fields) <= set(line.replace(",", " ").split()):
+        words = {*line.split(), *line.replace(",", " ").split()}
+        if all(field in words or f'"{field}"' in line for field in fields):
             return f"{path}:{number}"
     return str(path)
 
@@ -254,44 +255,95 @@ class RunList(NamedTuple):
     """What a run holds for one query, in the order of the file."""
 
     pids: list[str]
-    scores: np.ndarray  # (n,) float32; -rank where the file states no score
-    ranks: np.ndarray  # (n,) int32
+    scores: np.ndarray  # (n,) float32; -1, -2, ... where the file states no score
 
 
 def read_run(path) -> dict[str, RunList]:
-    """run[qid] from TREC's 6 columns or MS MARCO's 3 (qid, pid, rank). A passage twice for a query stops."""
+    """run[qid] from any file that lists passages for queries. The first line tells the shape:
+
+        q1 Q0 7 1 13.25 tag           TREC run
+        q1 7 1                        MS MARCO run: qid, pid, rank; the score is -rank
+        q1 \t 7 \t what? \t Ants ...  top1000.dev: the scores are -1, -2, ... in the order of the file
+        q1 \t 9,4,12                  mined lists, best first: the same; a passage that is repeated counts once
+        {"qid": "q1", "neg": ...}     training file: its negatives, best first, then its positives, with their scores
+                                      where all have one
+
+    UserError: another shape, lines of different shapes, a passage twice for a query of a run, an empty file."""
+    _, first = next(lines(path), (0, ""))
+    columns = first.split("\t")
+    judgments = len(columns) == 4 and columns[1] in ("0", "Q0") and columns[3].isdigit()
+    if first.startswith("{"):
+        run = _run_of_training_file(path)
+    elif len(columns) in (2, 4) and not judgments:
+        run = _run_of_lists(path, len(columns))
+    else:
+        run = _run_of_columns(path)
+    if not run:
+        raise UserError(f"{path}: the run is empty — is this the right file?")
+    return run
+
+
+def _run_of_columns(path) -> dict[str, RunList]:
     gathered, names, width = {}, {}, None
     for number, line in lines(path):
         columns = line.split()
         width = width or len(columns)
         if len(columns) != width or width not in (3, 6):
             raise UserError(
-                f"{path}:{number}: {len(columns)} columns — a run has 6 (TREC) or 3 (qid, pid, rank), the same "
-                "in every line"
+                f"{path}:{number}: {len(columns)} columns — a run has 6 (TREC) or 3 (qid, pid, rank) in "
+                "every line; lists of passages and top1000.dev have tabs between their columns"
             )
-        pid, rank = (columns[1], columns[2]) if width == 3 else (columns[2], columns[3])
+        pid = columns[1] if width == 3 else columns[2]
         pid = names.setdefault(pid, pid)  # one string for all its lines
-        rank = _integer(rank, path, number, "rank")
-        score = float(-rank) if width == 3 else _number(columns[4], path, number, "score")
-        if columns[0] not in gathered:
-            gathered[columns[0]] = {}, array("f"), array("i")
-        entry = gathered[columns[0]]
-        if pid in entry[0]:
+        if width == 3:
+            score = float(-_integer(columns[2], path, number, "rank"))
+        else:
+            score = _number(columns[4], path, number, "score")
+        pids, scores = gathered.setdefault(columns[0], ({}, array("f")))
+        if pid in pids:
             raise UserError(
-                f"{path}:{number}: {pid} is listed twice for query {columns[0]} — remove the duplicate"
+                f"{path}:{number}: passage {pid} is listed twice for query {columns[0]} — remove one line"
             )
-        entry[0][pid] = None
-        entry[1].append(score)
-        entry[2].append(rank)
-    if not gathered:
-        raise UserError(f"{path}: an empty run — is it the right file?")
+        pids[pid] = None
+        scores.append(score)
     run = {}
     for qid in list(gathered):
-        pids, scores, ranks = gathered.pop(qid)
-        run[qid] = RunList(
-            list(pids), np.array(scores, dtype=np.float32), np.array(ranks, dtype=np.int32)
-        )
+        pids, scores = gathered.pop(qid)
+        run[qid] = RunList(list(pids), np.array(scores, dtype=np.float32))
     return run
+
+
+def _run_of_lists(path, width: int) -> dict[str, RunList]:
+    gathered = {}
+    for number, line in lines(path):
+        columns = line.split("\t")
+        if len(columns) != width:
+            raise UserError(
+                f"{path}:{number}: {len(columns)} columns after lines of {width} — fix the line"
+            )
+        listed = columns[1].split(",") if width == 2 else columns[1:2]
+        pids = [pid.strip() for pid in listed]
+        if "" in pids and len(pids) > 1:
+            raise UserError(f"{path}:{number}: a passage id in the list is empty — fix the line")
+        gathered.setdefault(columns[0].strip(), {}).update(dict.fromkeys(filter(None, pids)))
+    return {qid: RunList(list(pids), _falling(len(pids))) for qid, pids in gathered.items()}
+
+
+def _run_of_training_file(path) -> dict[str, RunList]:
+    run = {}
+    for number, row in read_training_file(path):
+        if row.qid in run:
+            raise UserError(f"{path}:{number}: query {row.qid} has two lines — join them")
+        scores = _falling(len(row.neg) + len(row.pos))
+        if row.neg_scores is not None and row.pos_scores is not None:
+            scores = np.array([*row.neg_scores, *row.pos_scores], dtype=np.float32)
+        run[row.qid] = RunList([*row.neg, *row.pos], scores)
+    return run
+
+
+def _falling(n: int) -> np.ndarray:
+    """(n,) float32 scores -1, -2, ... of a list that states none."""
+    return -np.arange(1, n + 1, dtype=np.float32)
 
 
 def write_run(
@@ -306,18 +358,6 @@ def write_run(
             for rank, (pid, score) in enumerate(zip(pids, scores, strict=True), 1)
         ),
     )
-
-
-def read_candidates(path) -> dict[str, list[str]]:
-    """candidates[qid] = [pid, ...] from top1000.dev (qid, pid, query, passage) or a run."""
-    _, first = next(lines(path), (0, ""))
-    if len(first.split("\t")) != 4:
-        return {qid: entry.pids for qid, entry in read_run(path).items()}
-    candidates = {}
-    for number, line in lines(path):
-        columns = split_columns(path, number, line, "\t", (4,), "a file like top1000.dev")
-        candidates.setdefault(columns[0], {})[columns[1]] = None
-    return {qid: list(pids) for qid, pids in candidates.items()}
 
 
 def write_qrels(path, qrels: dict[str, dict[str, int]]) -> None:
@@ -365,3 +405,60 @@ def read_id_triples(path) -> Iterator[tuple[str, str, str]]:
             path, number, line, None, (3,), "a file of id triples"
         )
         yield qid, positive, negative
+
+
+# the training file
+class TrainingRow(NamedTuple):
+    """One query of a training file; scores are None where the file states none."""
+
+    qid: str
+    pos: list[str]
+    neg: list[str]
+    pos_scores: list[float] | None = None
+    neg_scores: list[float] | None = None
+    cluster: int | None = None
+
+
+def read_training_file(path) -> Iterator[tuple[int, TrainingRow]]:
+    """(line number, row) of train.jsonl: {"qid", "pos"} and, optional, {"neg", "pos_scores", "neg_scores", "cluster"};
+    one query per line, negatives best first.
+
+    UserError: a line is not such an object, or has not one finite score for each of its passages."""
+    for number, line in lines(path):
+        try:
+            record = json.loads(line)
+            row = TrainingRow(**{"neg": [], **record})
+        except (json.JSONDecodeError, TypeError) as error:
+            raise UserError(
+                f"{path}:{number}: not a line of a training file ({error}) — mine_negatives.py writes one"
+            ) from error
+        ids = [row.qid, *row.pos, *row.neg]
+        if not row.pos or not all(isinstance(identifier, str) for identifier in ids):
+            raise UserError(
+                f"{path}:{number}: qid must be a string, pos and neg lists of strings, pos not empty — fix the line"
+            )
+        for name, scores, pids in (
+            ("pos_scores", row.pos_scores, row.pos),
+            ("neg_scores", row.neg_scores, row.neg),
+        ):
+            if scores is None:
+                continue
+            numbers = all(isinstance(score, int | float) for score in scores)
+            if len(scores) != len(pids) or not numbers or not np.isfinite(scores).all():
+                raise UserError(
+                    f"{path}:{number}: {name} must have a finite number for each passage — fix the line"
+                )
+        yield number, row
+
+
+def write_training_file(path, rows: Iterable[TrainingRow]) -> None:
+    """One JSON object per row; what is None is left out."""
+    write_lines(
+        path,
+        (
+            json.dumps(
+                {k: v for k, v in row._asdict().items() if v is not None}, ensure_ascii=False
+            )
+            for row in rows
+        ),
+    )

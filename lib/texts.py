@@ -364,8 +364,9 @@ class Texts:
                 yield from zip(*(batch.column(c).to_pylist() for c in range(3)), strict=True)
 
 
-def known_rows(texts: Texts, ids: list[str], path, what: str, *beside: str) -> np.ndarray:
-    """(n,) int64 rows; UserError for an unknown id, with the line of `path` that holds it (and `beside`)."""
+def require_rows(texts, ids: list[str], path, what: str, *beside: str) -> np.ndarray:
+    """(n,) int64 rows of ids in `texts` (Texts or Embeddings). UserError for an unknown id, with the line of `path`
+    that holds it (and the fields `beside` it)."""
     rows = texts.rows(ids)
     if len(rows) and rows.min() < 0:
         unknown, count = ids[int(rows.argmin())], int((rows < 0).sum())
@@ -374,3 +375,6 @@ def known_rows(texts: Texts, ids: list[str], path, what: str, *beside: str) -> n
             "the files that belong together"
         )
     return rows
+
+
+known_rows = require_rows  # the old name, until every caller has the new one

@@ -53,7 +53,7 @@ from lib.encoder import positions
 from lib.files import (
     UserError,
     atomic,
-    read_candidates,
+    read_run,
     read_json,
     write_json,
     write_lines,
@@ -460,7 +460,7 @@ def train(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dic
 def read_pairs(args: Args, queries, corpus) -> tuple[np.ndarray, np.ndarray, dict]:
     """(row of the query (n,), row of the passage (n,), notes for the echo); UserError for an id without a text."""
     if args.run:
-        run = {qid: pids[: args.depth] for qid, pids in read_candidates(args.run).items()}
+        run = {qid: entry.pids[: args.depth] for qid, entry in read_run(args.run).items()}
         query_rows, notes = known_rows(queries, list(run), args.run, "query"), {"queries": len(run)}
         lists = [known_rows(corpus, pids, args.run, "passage", qid) for qid, pids in run.items()]
     else:

@@ -39,6 +39,7 @@ from tqdm import tqdm
 from lib.arguments import arg, parse_args
 from lib.bm25 import Weighting
 from lib.files import (
+    RunList,
     TrainingRow,
     UserError,
     lines,
@@ -53,6 +54,7 @@ from lib.text import step_seed
 from lib.texts import Texts, open_texts, require_rows
 
 QUERIES_AT_A_TIME = 4096
+NO_LIST = RunList([], np.zeros(0, dtype=np.float32))
 
 
 @dataclass(kw_only=True)
@@ -106,12 +108,15 @@ class Lists:
     def __init__(self, path: str, corpus: Texts, qids: Sequence[str], need_scores: bool):
         self.path, self.name, self.corpus = path, path, corpus
         _, first = next(lines(path), (0, ""))
-        self.run = read_run(path)
-        self.run = {qid: self.run[qid] for qid in qids if qid in self.run}
-        if not self.run:
+        entries, self.lists, scored = read_run(path), {}, False
+        for qid in qids:
+            entry = entries.pop(qid, NO_LIST)
+            rows = require_rows(corpus, entry.pids, path, "passage", qid)
+            best = np.argsort(-entry.scores, kind="stable")
+            self.lists[qid] = scores, _ = entry.scores[best], rows[best]
+            scored |= bool((scores != -np.arange(1, len(scores) + 1)).any())
+        if not any(len(rows) for _, rows in self.lists.values()):
             raise UserError(f"{path}: no query in it is judged — give the qrels of its queries")
-        falling = [-np.sort(-entry.scores) for entry in self.run.values()]
-        scored = any((scores != -np.arange(1, len(scores) + 1)).any() for scores in falling)
         if need_scores and not scored:
             raise UserError(
                 f"{path}: --max_score_margin needs scores, which this file does not have — score "
@@ -119,17 +124,8 @@ class Lists:
             )
         self.teacher = scored and first.startswith("{")  # a training file with scores
 
-    def _list(self, qid: str) -> tuple[np.ndarray, np.ndarray]:
-        """(scores, rows), best first."""
-        if qid not in self.run:
-            return np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int64)
-        entry = self.run[qid]
-        rows = require_rows(self.corpus, entry.pids, self.path, "passage", qid)
-        best = np.argsort(-entry.scores, kind="stable")
-        return entry.scores[best], rows[best]
-
     def search(self, qids: Sequence[str], k: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        lists = [self._list(qid) for qid in qids]
+        lists = [self.lists[qid] for qid in qids]
         return [scores[:k] for scores, _ in lists], [rows[:k] for _, rows in lists]
 
     def score(self, qids: Sequence[str], rows: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -137,18 +133,16 @@ class Lists:
         passage; in a training file with scores this is an error."""
         found = []
         for qid, wanted in zip(qids, rows, strict=True):
-            scores, listed = self._list(qid)
-            known = dict(zip(listed.tolist(), scores, strict=True))
+            scores, listed = self.lists[qid]
+            known = dict(zip(listed.tolist(), scores.tolist(), strict=True))
             for row in wanted.tolist():
                 if self.teacher and row not in known:
-                    pid = self.corpus.id(row)
                     raise UserError(
-                        f"{self.path}: no score for query {qid} and passage {pid} — score a "
-                        "training file with all positives of the qrels"
+                        f"{self.path}: no score for query {qid} and passage {self.corpus.id(row)} "
+                        "— score a training file with all positives of the qrels"
                     )
-            last = min(scores, default=0.0)
-            own = [known.get(row, last) for row in wanted.tolist()]
-            found.append(np.array(own, dtype=np.float32))
+            last = min(known.values(), default=0.0)
+            found.append(np.float32([known.get(row, last) for row in wanted.tolist()]))
         return found
 
 

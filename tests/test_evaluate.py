@@ -83,16 +83,7 @@ def test_a_run_on_two_splits_and_its_policy(runs, evaluate):
 
 def test_ranks_of_ms_marco_identical_ids_and_levels(runs, evaluate):
     (runs / "marco").write_text("q1\ta\t1\nq2\tc\t2\nq2\tb\t1\n")
-    evaluate(
-        "--run",
-        "marco",
-        "--qrels",
-        "dev.tsv",
-        "--metrics",
-        "R@1",
-        "--output_dir",
-        "rank",
-    )
+    evaluate("--run", "marco", "--qrels", "dev.tsv", "--metrics", "R@1", "--output_dir", "rank")
     assert files.read_run(runs / "rank" / "run.trec")["q2"].pids == ["b", "c"]
     evaluate(
         "--run",

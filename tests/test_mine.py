@@ -87,7 +87,9 @@ def test_the_scores_of_a_training_file_tell_false_negatives(planted, mine):
     scores = {0: 3.0, 3: 1.4, 4: 1.6, 5: 9.0, 6: -3.0, 7: 1.5}
     others = [f"d{i}" for i in range(11)]
     scored = [
-        TrainingRow("q", ["d1", "d2"], [f"d{i}" for i in scores], [4.0, 2.0], [*scores.values()], 7),
+        TrainingRow(
+            "q", ["d1", "d2"], [f"d{i}" for i in scores], [4.0, 2.0], [*scores.values()], 7
+        ),
         TrainingRow("r", ["d11"], others, [-11.0], [-float(i) for i in range(11)], 7),
     ]
     files.write_training_file(folder / "train.jsonl", scored)

@@ -6,7 +6,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.dist import world
-from lib.files import UserError, read_candidates, read_qrels
+from lib.files import UserError, read_qrels, read_run
 from lib.groups import GroupCollator
 from lib.metrics import mrr_at_k
 from lib.texts import Texts, open_texts, require_rows
@@ -26,8 +26,8 @@ class DevSet:
             )
         self.queries, self.corpus = open_texts(queries_path), corpus
         self.qrels = read_qrels(qrels_path)
-        listed = read_candidates(candidates_path)
-        self.candidates = {qid: pids for qid, pids in listed.items() if qid in self.qrels}
+        listed = read_run(candidates_path)
+        self.candidates = {q: one.pids for q, one in listed.items() if q in self.qrels}
         if not self.candidates:
             raise UserError(
                 f"{candidates_path}: it has no query of {qrels_path} — give candidates of the judged queries"

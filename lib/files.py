@@ -308,12 +308,35 @@ class RunList(NamedTuple):
     """What a run holds for one query, in the order of the file."""
 
     pids: list[str]
-    scores: np.ndarray  # (n,) float32; -rank where the file states no score
-    ranks: np.ndarray  # (n,) int32
+    scores: np.ndarray  # (n,) float32; -1, -2, ... where the file states no score
 
 
 def read_run(path) -> dict[str, RunList]:
-    """run[qid] from TREC's 6 columns or MS MARCO's 3 (qid, pid, rank). A passage twice for a query stops."""
+    """run[qid] from any file that lists passages for queries. The first line tells the shape:
+
+        q1 Q0 7 1 13.25 tag           TREC run
+        q1 7 1                        MS MARCO run: qid, pid, rank; the score is -rank
+        q1 \t 7 \t what? \t Ants ...  top1000.dev: the scores are -1, -2, ... in the order of the file
+        q1 \t 9,4,12                  mined lists, best first: the same; a passage that is repeated counts once
+        {"qid": "q1", "neg": ...}     training file: its negatives, best first, then its positives, with their scores
+                                      where all have one
+
+    UserError: another shape, lines of different shapes, a passage twice for a query of a run, an empty file."""
+    _, first = next(lines(path), (0, ""))
+    columns = first.split("\t")
+    judgments = len(columns) == 4 and columns[1] in ("0", "Q0") and columns[3].isdigit()
+    if first.startswith("{"):
+        run = _run_of_training_file(path)
+    elif len(columns) in (2, 4) and not judgments:
+        run = _run_of_lists(path, len(columns))
+    else:
+        run = _run_of_columns(path)
+    if not run:
+        raise UserError(f"{path}: the run is empty — check the path")
+    return run
+
+
+def _run_of_columns(path) -> dict[str, RunList]:
     gathered, names, width = {}, {}, None
     for number, line in lines(path):
         place = f"{path}:{number}"
@@ -321,32 +344,60 @@ def read_run(path) -> dict[str, RunList]:
         width = width or len(columns)
         if len(columns) != width or width not in (3, 6):
             raise UserError(
-                f"{path}:{number}: {len(columns)} columns — a run has 6 (TREC) or 3 (qid, pid, rank), the same "
-                "in every line"
+                f"{path}:{number}: {len(columns)} columns — a run has 6 (TREC) or 3 (qid, pid, rank) in "
+                "every line; lists of passages and top1000.dev have tabs between their columns"
             )
-        pid, rank = (columns[1], columns[2]) if width == 3 else (columns[2], columns[3])
+        pid = columns[1] if width == 3 else columns[2]
         pid = names.setdefault(pid, pid)  # one string for all its lines
-        rank = _integer(rank, place, "the rank")
-        score = float(-rank) if width == 3 else _number(columns[4], place, "the score")
-        if columns[0] not in gathered:
-            gathered[columns[0]] = {}, array("f"), array("i")
-        entry = gathered[columns[0]]
-        if pid in entry[0]:
+        if width == 3:
+            score = float(-_integer(columns[2], place, "the rank"))
+        else:
+            score = _number(columns[4], place, "the score")
+        pids, scores = gathered.setdefault(columns[0], ({}, array("f")))
+        if pid in pids:
             raise UserError(
-                f"{path}:{number}: {pid} is listed twice for query {columns[0]} — remove the duplicate"
+                f"{path}:{number}: passage {pid} is listed twice for query {columns[0]} — remove one line"
             )
-        entry[0][pid] = None
-        entry[1].append(score)
-        entry[2].append(rank)
-    if not gathered:
-        raise UserError(f"{path}: the run is empty — check the path")
+        pids[pid] = None
+        scores.append(score)
     run = {}
     for qid in list(gathered):
-        pids, scores, ranks = gathered.pop(qid)
-        run[qid] = RunList(
-            list(pids), np.array(scores, dtype=np.float32), np.array(ranks, dtype=np.int32)
-        )
+        pids, scores = gathered.pop(qid)
+        run[qid] = RunList(list(pids), np.array(scores, dtype=np.float32))
     return run
+
+
+def _run_of_lists(path, width: int) -> dict[str, RunList]:
+    gathered = {}
+    for number, line in lines(path):
+        columns = line.split("\t")
+        if len(columns) != width:
+            raise UserError(
+                f"{path}:{number}: {len(columns)} columns after lines of {width} — correct the line"
+            )
+        listed = columns[1].split(",") if width == 2 else columns[1:2]
+        pids = [pid.strip() for pid in listed]
+        if "" in pids and len(pids) > 1:
+            raise UserError(
+                f"{path}:{number}: a passage id in the list is empty — correct the line"
+            )
+        gathered.setdefault(columns[0].strip(), {}).update(dict.fromkeys(filter(None, pids)))
+    return {qid: RunList(list(pids), _falling(len(pids))) for qid, pids in gathered.items()}
+
+
+def _run_of_training_file(path) -> dict[str, RunList]:
+    run = {}
+    for _, row in read_training_file(path):
+        scores = _falling(len(row.neg) + len(row.pos))
+        if row.neg_scores is not None and row.pos_scores is not None:
+            scores = np.array([*row.neg_scores, *row.pos_scores], dtype=np.float32)
+        run[row.qid] = RunList([*row.neg, *row.pos], scores)
+    return run
+
+
+def _falling(n: int) -> np.ndarray:
+    """(n,) float32 scores -1, -2, ... of a list that states none."""
+    return -np.arange(1, n + 1, dtype=np.float32)
 
 
 def write_run(
@@ -361,19 +412,3 @@ def write_run(
             for rank, (pid, score) in enumerate(zip(pids, scores, strict=True), 1)
         ),
     )
-
-
-def read_candidates(path) -> dict[str, list[str]]:
-    """candidates[qid] = [pid, ...] from top1000.dev (qid, pid, query, passage) or a run."""
-    _, first = next(lines(path), (0, ""))
-    if len(first.split("\t")) != 4:
-        return {qid: entry.pids for qid, entry in read_run(path).items()}
-    candidates = {}
-    for number, line in lines(path):
-        columns = line.split("\t")
-        if len(columns) != 4:
-            raise UserError(
-                f"{path}:{number}: {len(columns)} columns, top1000.dev has 4 — correct the line"
-            )
-        candidates.setdefault(columns[0], {})[columns[1]] = None
-    return {qid: list(pids) for qid, pids in candidates.items()}

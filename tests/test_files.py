@@ -175,28 +175,57 @@ def test_damaged_files(tmp_path):
             open_texts(missing)
 
 
-def test_runs_and_candidates(tmp_path):
-    run = put(tmp_path / "r.trec", "q1 Q0 4 2 1.5 t\nq1 Q0 9 1 2.5 t\nq2 Q0 3 1 0.5 t\n")
-    found = files.read_run(run)["q1"]
-    assert found.pids == ["4", "9"] and found.ranks.tolist() == [2, 1]
-    three = put(tmp_path / "m.tsv", "q1\t7\t1\nq1\t8\t2\n")
-    assert files.read_run(three)["q1"].scores.tolist() == [-1, -2]
-    top = put(tmp_path / "top1000.dev", "q1\t7\tdo ants\tAnts sleep\nq1\t8\tdo ants\tBees\n")
-    assert files.read_candidates(top) == {"q1": ["7", "8"]}
-    assert files.read_candidates(run) == {"q1": ["4", "9"], "q2": ["3"]}
-    with pytest.raises(UserError, match="r2:2: 7 is listed twice"):
-        files.read_run(put(tmp_path / "r2", "q1 Q0 7 1 2 t\nq1 Q0 7 2 1 t\n"))
+TRAINING = """{"qid": "q,1", "pos": ["7"], "neg": ["9", "4"], "pos_scores": [9.5], "neg_scores": [8.5, 2]}
+{"qid": "q2", "pos": ["3", "7"], "cluster": 4}
+"""
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("q1 Q0 4 2 1.5 t\nq1 Q0 9 1 2.5 t\nq2\tQ0\t3\t1\t.5\tt\n",
+         {"q1": (["4", "9"], [1.5, 2.5]), "q2": (["3"], [0.5])}),
+        ("q1\t7\t2\nq1 8,9 1\n", {"q1": (["7", "8,9"], [-2, -1])}),
+        ("q1\t7\tdo ants\tAnts sleep\nq2\t7\tx\ty\nq1\t8,9\tdo ants\tBees\n",
+         {"q1": (["7", "8,9"], [-1, -2]), "q2": (["7"], [-1])}),
+        ("q1\t9,4, 9,12\nq2\t\nq1\t3\n",
+         {"q1": (["9", "4", "12", "3"], [-1, -2, -3, -4]), "q2": ([], [])}),
+        (TRAINING, {"q,1": (["9", "4", "7"], [8.5, 2, 9.5]), "q2": (["3", "7"], [-1, -2])}),
+    ],
+)  # fmt: skip
+def test_shapes_of_runs(tmp_path, text, expected):
+    found = files.read_run(put(tmp_path / "run", text))
+    assert {qid: (pids, scores.tolist()) for qid, (pids, scores) in found.items()} == expected
+    assert all(entry.scores.dtype == np.float32 for entry in found.values())
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("q1 Q0 7 1 2 t\nq1 Q0 7 2 1 t\n", "run:2: passage 7 is listed twice for query q1"),
+        ("q1\t0\t7\t1\n", "run:1: 4 columns"),  # judgments
+        ("q1\t7\tx\ty\nq1\t7\n", "run:2: 2 columns after lines of 4"),
+        ("q1 7 1\nq1 7\n", "run:2: 2 columns"),
+        ("q1\t7,,8\n", "run:1: a passage id in the list is empty"),
+        ("q1 Q0 7 1 nan t\n", "run:1: the score 'nan'"),
+        ("", "the run is empty"),
+        (TRAINING + '{"qid": "q2", "pos": ["3"]}\n', "run:3: query q2 has a line already"),
+        (TRAINING + '{"qid": "q3", "pos": []}\n', "run:3: "),
+        (TRAINING + '{"qid": "q3", "pos": ["1"], "pos_scores": [1, 2]}\n', "run:3: "),
+        (TRAINING + '{"qid": "q3", "pos": ["1"], "pos_scores": [NaN]}\n', "run:3: "),
+        (TRAINING + "q3\t7\n", "run:3: "),
+    ],
+)
+def test_runs_that_are_refused(tmp_path, text, message):
+    with pytest.raises(UserError, match=message):
+        files.read_run(put(tmp_path / "run", text))
 
 
 def test_what_is_written_comes_back(tmp_path):
     scores = np.float32([3.1415927, 1e-30, -2.5])
     files.write_run(tmp_path / "run", [("q1", ["a", "b", "c"], scores)])
     back = files.read_run(tmp_path / "run")["q1"]
-    assert (
-        back.pids == ["a", "b", "c"]
-        and (back.scores == scores).all()
-        and back.ranks.tolist() == [1, 2, 3]
-    )
+    assert back.pids == ["a", "b", "c"] and (back.scores == scores).all()
     qrels = {"q": {"a": 1, "b": 0}}
     files.write_qrels(tmp_path / "qrels", qrels)
     assert files.read_qrels(tmp_path / "qrels") == qrels

@@ -534,7 +534,8 @@ def test_mining_and_evaluation_see_documents(
         "".join(f"q{q}\tD{d}\t{d}\n" for q in range(5) for d in (1, 4, 10))
     )
     assert script("evaluate", *pairs, "--candidates", "some.tsv", "--output_dir", "r")[0] == 0
-    mined, run = dict(files.read_negatives("n/negatives.tsv")), files.read_run("e/run.trec")
+    mined = {row.qid: row.neg for _, row in files.read_training_file("n/train.jsonl")}
+    run = files.read_run("e/run.trec")
     reranked = files.read_run("r/run.trec")
     for number, query in enumerate(vectors):
         scores = np.array([max(part @ query) for part in naive], dtype=np.float32)

@@ -26,6 +26,7 @@ Every text file may be gzipped. Ids are strings. Readers stream, and stop at a b
 import contextlib
 import gzip
 import json
+import math
 import os
 import shutil
 import zlib
@@ -365,3 +366,99 @@ def read_id_triples(path) -> Iterator[tuple[str, str, str]]:
             path, number, line, None, (3,), "a file of id triples"
         )
         yield qid, positive, negative
+
+
+# the training file
+class TrainingRow(NamedTuple):
+    """One query with everything that training needs of it, by id; negatives best first."""
+
+    qid: str
+    pos: list[str]
+    neg: list[str]
+    pos_scores: list[float] | None  # aligned with pos
+    neg_scores: list[float] | None  # aligned with neg
+    cluster: int | None
+
+
+def read_training_file(path) -> Iterator[tuple[int, TrainingRow]]:
+    """(line number, row) of a training file, streaming.
+
+    UserError: a line that is not JSON, an id that is not a string, scores that do not fit."""
+    for number, line in lines(path):
+        try:
+            record = json.loads(line)
+            row = TrainingRow(
+                qid=record["qid"],
+                pos=record["pos"],
+                neg=record.get("neg", []),
+                pos_scores=record.get("pos_scores"),
+                neg_scores=record.get("neg_scores"),
+                cluster=record.get("cluster"),
+            )
+            problem = _problem(row)
+        except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
+            problem = 'not a row like {"qid": "q1", "pos": ["7"], "neg": ["9"]}'
+        if problem:
+            raise UserError(f"{path}:{number}: {problem} — fix the line")
+        yield number, row
+
+
+def _problem(row: TrainingRow) -> str | None:
+    """What is wrong with a row; None if nothing is."""
+    if not isinstance(row.pos, list) or not isinstance(row.neg, list) or not row.pos:
+        return "pos must be a list of at least one passage id, and neg a list"
+    if not all(isinstance(one, str) and one for one in [row.qid, *row.pos, *row.neg]):
+        return "ids must be strings that are not empty"
+    for name, ids, scores in (("pos", row.pos, row.pos_scores), ("neg", row.neg, row.neg_scores)):
+        if scores is not None and len(scores) != len(ids):
+            return f"{len(scores)} numbers in {name}_scores for {len(ids)} passages in {name}"
+        if not all(math.isfinite(score) for score in scores or []):
+            return f"{name}_scores holds a number that is not finite"
+    if row.cluster is not None and (type(row.cluster) is not int or row.cluster < 0):
+        return f"the cluster {row.cluster!r} is not a whole number of at least 0"
+    return None
+
+
+def write_training_file(path, rows: Iterable[TrainingRow]) -> None:
+    """train.jsonl, atomically; optional keys without a value are left out."""
+
+    def record(row: TrainingRow) -> dict:
+        kept = {name: value for name, value in row._asdict().items() if value is not None}
+        if not row.neg:
+            kept.pop("neg")
+            kept.pop("neg_scores", None)
+        return kept
+
+    write_lines(path, (json.dumps(record(row), ensure_ascii=False) for row in rows))
+
+
+def foreign_format(line: str) -> str | None:
+    """Format of a file of somebody else's training data by its first line, named as in
+    recipes/import_training_data.py; None for a training file of ours, qrels and what is unknown."""
+    if line.lstrip().startswith("{"):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        first = next(iter(record), None)
+        if isinstance(record.get("neg"), dict):
+            return "hard-negatives"
+        if "pos" in record:
+            return None if "qid" in record else "flagembedding"
+        if "positive_passages" in record or "positive_document_ids" in record:
+            return "tevatron"
+        is_anchor = first in ("anchor", "query", "question")
+        is_tuple = len(record) > 1 and (
+            is_anchor or "positive" in record or "positive_id" in record
+        )
+        return "sentence-transformers" if is_tuple else None
+    columns = line.split("\t") if "\t" in line else line.split()
+    if len(columns) == 3 and " " in columns[0].strip():
+        return "text-triples"
+    if any(" " in column.strip() for column in columns):
+        return None
+    if len(columns) == 3 and columns[2].lower() not in ("score", "0", "1", "2", "3", "4"):
+        return "ance" if "," in columns[2] else "id-triples"  # qrels and runs end in 0 to 4
+    if len(columns) == 5:
+        return "kd-triples"
+    return "negative-lists" if len(columns) == 2 and "," in columns[1] else None

@@ -1,0 +1,378 @@
+"""Turn training data as others publish it into a corpus, queries, qrels and a training file.
+
+    flagembedding   {"query": "q", "pos": ["a"], "neg": ["b"], "pos_scores": [9], "neg_scores": [2]}
+    tevatron        {"query_id": "1", "query": "q", "positive_passages": [{"docid": "7", "title": "t",
+                    "text": "a"}], "negative_passages": [...]}; or {"query_id": "1", "query_text": "q",
+                    "positive_document_ids": ["7"], "negative_document_ids": ["9"]}
+    hard-negatives  {"qid": 1, "pos": [7], "neg": {"bm25": [9, 4], ...}}; an id may also be written
+                    {"pid": 7, "ce-score": 9.1}
+    sentence-transformers   columns in this order: query, positive, any number of negatives, perhaps
+                    `label`, `labels`, `score` or `scores`; texts, or ids if all names end in _id
+    text-triples    query TAB positive passage TAB negative passage
+    id-triples      qid TAB pid TAB pid
+    ance            qid TAB pid TAB pid,pid,...
+    kd-triples      positive score, negative score, qid, positive pid, negative pid
+
+The first line decides which of these it is, or --format does. Files are plain or .gz; the first four
+may also be Parquet, or CSV with a header.
+
+A query or passage without an id is named by a 64-bit hash of its text, so equal texts have equal ids
+in every import. All rows of a query are joined. A negative that is also a positive of its query, by
+id or by text, is dropped. A query keeps its scores if each of its passages has one. Negatives of
+several systems are merged by rank. Labels that are margins (differences of two scores) are refused: a
+training file has a score for each passage. FlagEmbedding's `prompt` is not kept.
+
+Memory is bounded: the pairs go to a temporary SQLite file in --output_dir and are sorted on disk, for
+which SQLite uses $SQLITE_TMPDIR, else /var/tmp.
+
+Writes  --output_dir: corpus.jsonl and queries.jsonl (if the input has texts), train.jsonl, qrels.tsv,
+        audit.json last
+
+    python -m recipes.import_training_data --input triples.train.small.tsv --output_dir data
+"""
+
+import csv
+import gzip
+import json
+import math
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain, groupby, zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lib import files
+from lib.arguments import arg, parse_args
+from lib.files import TrainingRow, UserError
+from lib.launch import claim_output, echo, make_accelerator, run
+from lib.texts import open_texts, text_key
+
+LABELS = ("label", "labels", "score", "scores")  # the names that sentence-transformers looks for
+TABLES = """
+PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -128000; -- in kB
+CREATE TABLE queries (number INTEGER PRIMARY KEY, key INTEGER UNIQUE, id TEXT, text TEXT);
+CREATE TABLE passages (key INTEGER PRIMARY KEY, content INTEGER);
+CREATE TABLE pairs (query INTEGER, negative INTEGER, content INTEGER, id TEXT, score REAL);
+BEGIN;
+"""
+
+
+@dataclass(kw_only=True)
+class Args:
+    input: list[str] = arg(group="data", help="files of training data, all of one format")
+    format: str | None = arg(None, help="name of the format, where the first line does not tell")
+    corpus: str | None = arg(None, help="the corpus of an input of ids: an id must be in it")
+    ignore_scores: bool = arg(False, help="leave out all scores, and labels that are margins")
+    output_dir: str = arg(group="output", help="folder for the training file and its texts")
+
+
+class BadRow(ValueError):
+    """What is wrong with a row; collect() adds its place."""
+
+
+class Passage(NamedTuple):
+    id: str | int | None = None  # None: the id is made from the text
+    text: str | None = None  # None: the input has ids only
+    title: str = ""
+    score: float | None = None
+
+
+class Example(NamedTuple):
+    qid: str | int | None
+    query: str | None
+    pos: list[Passage]
+    neg: list[Passage]
+    margins: bool = False
+
+
+# one function for each format: a row of the input -> Example, whose values Pairs.add checks
+def each(values) -> list:
+    if not isinstance(values, list):
+        raise BadRow(f"{values!r:.40} is not a list — fix the line")
+    return values
+
+
+def scored(passages: list, scores: list | None) -> Iterator[tuple]:
+    """(passage, score or None) of each."""
+    if scores is not None and len(each(scores)) != len(each(passages)):
+        raise BadRow(f"{len(scores)} scores for {len(passages)} passages — write one for each")
+    return zip(each(passages), scores or [None] * len(passages), strict=True)
+
+
+def flagembedding(row: dict) -> Example:
+    pos = scored(row["pos"], row.get("pos_scores"))
+    neg = scored(row.get("neg") or [], row.get("neg_scores"))
+    pos, neg = ([Passage(text=text, score=score) for text, score in side] for side in (pos, neg))
+    return Example(None, row["query"], pos, neg)
+
+
+def tevatron(row: dict) -> Example:
+    def passage(entry: dict) -> Passage:
+        return Passage(entry["docid"], entry["text"], entry.get("title") or "")
+
+    if "positive_passages" in row:
+        pos = [passage(entry) for entry in row["positive_passages"]]
+        neg = [passage(entry) for entry in row.get("negative_passages") or []]
+        return Example(row["query_id"], row["query"], pos, neg)
+    pos = [Passage(pid) for pid in each(row["positive_document_ids"])]
+    neg = [Passage(pid) for pid in each(row.get("negative_document_ids") or [])]
+    return Example(row["query_id"], row["query_text"], pos, neg)
+
+
+def hard_negatives(row: dict) -> Example:
+    def passage(entry) -> Passage:
+        with_score = isinstance(entry, dict)
+        return Passage(entry["pid"], score=entry["ce-score"]) if with_score else Passage(entry)
+
+    ranks = zip_longest(*(each(pids) for pids in row["neg"].values()))
+    neg = [passage(entry) for rank in ranks for entry in rank if entry is not None]
+    return Example(row["qid"], None, [passage(entry) for entry in each(row["pos"])], neg)
+
+
+def sentence_transformers(row: dict) -> Example:
+    label = next((row[name] for name in LABELS if name in row), None)
+    columns = {name: value for name, value in row.items() if name not in LABELS}
+    query, *passages = columns.values()
+    if label is not None and len(passages) == 1:
+        raise BadRow("a pair with a label may be no positive — write positives without labels")
+    margins = label is not None and not (isinstance(label, list) and len(label) == len(passages))
+    pairs = scored(passages, None if margins else label)
+    if all(name.endswith("_id") for name in columns):
+        pos, *neg = [Passage(pid, score=score) for pid, score in pairs]
+        return Example(query, None, [pos], neg, margins)
+    pos, *neg = [Passage(text=text, score=score) for text, score in pairs]
+    return Example(None, query, [pos], neg, margins)
+
+
+def text_triples(query: str, positive: str, negative: str) -> Example:
+    return Example(None, query, [Passage(text=positive)], [Passage(text=negative)])
+
+
+def id_triples(qid: str, positive: str, negative: str) -> Example:
+    return Example(qid, None, [Passage(positive)], [Passage(negative)])
+
+
+def ance(qid: str, positive: str, negatives: str) -> Example:
+    neg = [Passage(pid.strip()) for pid in negatives.split(",")]
+    return Example(qid, None, [Passage(positive)], neg)
+
+
+def kd_triples(better: str, worse: str, qid: str, positive: str, negative: str) -> Example:
+    pos = Passage(positive, score=float(better))
+    return Example(qid, None, [pos], [Passage(negative, score=float(worse))])
+
+
+FORMATS: dict[str, Callable[..., Example]] = {
+    "flagembedding": flagembedding,
+    "tevatron": tevatron,
+    "hard-negatives": hard_negatives,
+    "sentence-transformers": sentence_transformers,
+    "text-triples": text_triples,
+    "id-triples": id_triples,
+    "ance": ance,
+    "kd-triples": kd_triples,
+}
+
+
+# from the files into the database, and out of it
+def read_rows(path: Path) -> Iterator[tuple[int, dict | list[str]]]:
+    """(line or row from 1, dictionary or columns) of JSONL, TSV, CSV or Parquet, streaming."""
+    number = 0
+    try:
+        if path.suffix == ".parquet":
+            for batch in pq.ParquetFile(path).iter_batches(1024):
+                yield from enumerate(batch.to_pylist(), number + 1)
+                number += len(batch)
+        elif ".csv" in path.suffixes:
+            opened = gzip.open if path.suffix == ".gz" else open
+            with opened(path, "rt", encoding="utf-8-sig", newline="") as stream:
+                for number, row in enumerate(csv.DictReader(stream, strict=True), 1):
+                    yield number, row
+        else:
+            for number, line in files.lines(path):
+                columns = line.split("\t") if "\t" in line else line.split()
+                yield number, json.loads(line) if line.lstrip()[0] == "{" else columns
+    except (OSError, EOFError, RecursionError, ValueError, csv.Error, pa.ArrowException) as error:
+        raise UserError(f"{path}:{number}: cannot be read ({error}) — repair the file") from error
+
+
+def id_of(value) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise BadRow(f"the id {value!r:.40} is neither a string nor an integer")
+    if str(value).split() != [str(value)]:
+        raise BadRow(f"the id {value!r:.40} is empty or has white space — rename it")
+    return str(value)
+
+
+def name_of(letter: str, key: int) -> str:
+    """The id of a query or passage that has none, from the key of its text."""
+    return f"{letter}{key + (1 << 63):016x}"
+
+
+class Pairs:
+    """The pairs of a query and a passage, in an SQLite file; counts is the audit."""
+
+    def __init__(self, args: Args, path: Path):
+        self.args = args
+        self.counts = Counter()
+        self.database = sqlite3.connect(path, isolation_level=None)
+        self.database.executescript(TABLES)
+        self.execute = self.database.execute
+
+    def collect(self, name: str) -> Iterator[str]:
+        """Add all rows of the input; yields the lines of corpus.jsonl.
+
+        UserError: a damaged row, an id that comes with two texts."""
+        for path in self.args.input:
+            for line, row in read_rows(Path(path)):
+                self.counts["rows of the input"] += 1
+                try:
+                    example = FORMATS[name](*row) if isinstance(row, list) else FORMATS[name](row)
+                    yield from self.add(example)
+                except BadRow as error:
+                    raise UserError(f"{path}:{line}: {error}") from None
+                except (ValueError, LookupError, TypeError, AttributeError):
+                    raise UserError(
+                        f"{path}:{line}: not a row of {name} as --help shows it — fix the line, or "
+                        "name another --format"
+                    ) from None
+
+    def add(self, example: Example) -> Iterator[str]:
+        if example.margins and not self.args.ignore_scores:
+            raise BadRow("the label is a margin, not scores — import with --ignore_scores")
+        query = self.query(example.qid, example.query)
+        for negative, passages in enumerate((example.pos, example.neg)):
+            for pid, text, title, score in passages:
+                pid = id_of(pid) if text is None or pid is not None else None
+                content = None if text is None else text_key(title, text)
+                if text is not None and self.is_new(pid, content):
+                    self.counts["empty passages, kept"] += not (text.strip() or title.strip())
+                    record = {"_id": pid or name_of("p", content), "title": title, "text": text}
+                    yield json.dumps(record, ensure_ascii=False)
+                score = None if self.args.ignore_scores else score
+                if score is not None and not math.isfinite(score):
+                    raise BadRow(f"the score {score} is not finite — fix the line")
+                row = (query, negative, content, pid, score)
+                self.execute("INSERT INTO pairs VALUES (?, ?, ?, ?, ?)", row)
+
+    def query(self, qid: str | int | None, text: str | None) -> int:
+        """Number of a query, which is added if it is new."""
+        qid = qid if qid is None else id_of(qid)
+        key = text_key("", text if qid is None else qid)
+        known = self.execute("SELECT number, text FROM queries WHERE key = ?", [key]).fetchone()
+        if known is None:
+            self.counts["empty queries, kept"] += text is not None and not text.strip()
+            row = (key, qid or name_of("q", key), text)
+            return self.execute("INSERT INTO queries VALUES (NULL, ?, ?, ?)", row).lastrowid
+        if qid is not None and known[1] != text:
+            raise BadRow(f"query {qid} has another text than before — rename one of the two")
+        return known[0]
+
+    def is_new(self, pid: str | None, content: int) -> bool:
+        """Whether a passage with a text is new; it is known then."""
+        key = content if pid is None else text_key("", pid)
+        known = self.execute("SELECT content FROM passages WHERE key = ?", [key]).fetchone()
+        if known is None:
+            self.execute("INSERT INTO passages VALUES (?, ?)", (key, content))
+        elif known[0] != content:
+            raise BadRow(f"passage {pid} has another text than before — rename one of the two")
+        return known is None
+
+    def training_rows(self) -> Iterator[TrainingRow]:
+        """Queries, and the passages of each, in the order of the input."""
+        corpus = open_texts(self.args.corpus) if self.args.corpus else None
+        pairs = self.execute("SELECT * FROM pairs ORDER BY query, rowid")
+        for number, group in groupby(pairs, key=lambda pair: pair[0]):
+            qid = self.execute("SELECT id FROM queries WHERE number = ?", [number]).fetchone()[0]
+            scores, contents = ({}, {}), {}  # scores of positives and of negatives
+            for _, negative, content, pid, score in group:
+                pid = pid or name_of("p", content)
+                self.counts["repeated pairs, dropped"] += pid in scores[negative]
+                scores[negative].setdefault(pid, score)
+                contents[pid] = content
+            if corpus:
+                rows = corpus.rows(contents)
+                if rows.min() < 0:
+                    unknown = [*contents][int(rows.argmin())]
+                    raise UserError(
+                        f"{corpus.source}: passage {unknown} of query {qid} is not in it — give "
+                        f"the corpus that {self.args.input[0]} was made for"
+                    )
+                contents = dict(zip(contents, corpus.text_keys[rows].tolist(), strict=True))
+            self.counts["queries without a positive, dropped"] += not scores[0]
+            if scores[0]:
+                yield self.training_row(qid, *scores, contents)
+
+    def training_row(self, qid: str, pos: dict, neg: dict, contents: dict) -> TrainingRow:
+        """pos, neg: pid -> score or None; contents: pid -> key of its text, or None."""
+        taken = {contents[pid] for pid in pos} - {None}
+        kept = {p: score for p, score in neg.items() if p not in pos and contents[p] not in taken}
+        row = TrainingRow(qid, [*pos], [*kept], [*pos.values()], [*kept.values()], None)
+        scores = row.pos_scores + row.neg_scores
+        self.counts["queries"] += 1
+        self.counts["positives"] += len(pos)
+        self.counts["negatives"] += len(kept)
+        self.counts["queries without a negative"] += not kept
+        self.counts["negatives that are positives of their query, dropped"] += len(neg) - len(kept)
+        self.counts["queries of incomplete scores, left out"] += (
+            0 < scores.count(None) < len(scores)
+        )
+        return row._replace(pos_scores=None, neg_scores=None) if None in scores else row
+
+
+def write_if_any(path: Path, rows: Iterator[str]) -> None:
+    first = next(rows, None)
+    if first is not None:
+        files.write_lines(path, chain([first], rows))
+
+
+def main():
+    args = parse_args(Args)
+    accelerator, out = make_accelerator(), Path(args.output_dir)
+    _, first = next(read_rows(Path(args.input[0])), (0, []))
+    line = json.dumps(first, default=str) if isinstance(first, dict) else "\t".join(first)
+    name = args.format or files.foreign_format(line)
+    if name == "negative-lists":
+        raise UserError(
+            f"{args.input[0]}:1: lists of negatives without positives — join them to judgments with "
+            f"`python mine_negatives.py --lists {args.input[0]} --qrels QRELS --corpus CORPUS`"
+        )
+    if name not in FORMATS:
+        raise UserError(f"{args.input[0]}:1: unknown format — --format takes {', '.join(FORMATS)}")
+    stats = [Path(path).stat() for path in args.input]
+    source = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+    if claim_output(args, accelerator, "audit.json"):
+        if files.read_json(out / "audit.json")["source"] != source:
+            raise UserError(f"{out}: made from other files than there are now — remove the folder")
+        return print(f"{out} is complete")
+    temporary = out / ".tmp-pairs.sqlite"
+    try:
+        pairs = Pairs(args, temporary)
+        with closing(pairs.database):
+            write_if_any(out / "corpus.jsonl", pairs.collect(name))
+            texts = pairs.execute("SELECT id, text FROM queries WHERE text IS NOT NULL")
+            records = ({"_id": qid, "text": text} for qid, text in texts)
+            queries = (json.dumps(record, ensure_ascii=False) for record in records)
+            write_if_any(out / "queries.jsonl", queries)
+            files.write_training_file(out / "train.jsonl", pairs.training_rows())
+    except sqlite3.Error as error:
+        raise UserError(f"{temporary}: {error} — check the space there and in /var/tmp") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    if not pairs.counts["queries"]:
+        raise UserError(f"{args.input[0]}: no query with a positive — is this the right file?")
+    rows = files.read_training_file(out / "train.jsonl")
+    files.write_lines(out / "qrels.tsv", (f"{r.qid} 0 {pid} 1" for _, r in rows for pid in r.pos))
+    audit = {"format": name, **pairs.counts}
+    echo(accelerator, f"audit of {out / 'train.jsonl'}", audit)
+    files.write_json(out / "audit.json", {**audit, "source": source})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -459,6 +459,4 @@ def foreign_format(line: str) -> str | None:
         return None
     if len(columns) == 3 and columns[2].lower() not in ("score", "0", "1", "2", "3", "4"):
         return "ance" if "," in columns[2] else "id-triples"  # qrels and runs end in 0 to 4
-    if len(columns) == 5:
-        return "kd-triples"
     return "negative-lists" if len(columns) == 2 and "," in columns[1] else None

@@ -1,8 +1,8 @@
 """Turn training data as others publish it into a corpus, queries, qrels and a training file.
 
     flagembedding   {"query": "q", "pos": ["a"], "neg": ["b"], "pos_scores": [9], "neg_scores": [2]}
-    tevatron        {"query_id": "1", "query": "q", "positive_passages": [{"docid": "7", "title": "t",
-                    "text": "a"}], "negative_passages": [...]}; or {"query_id": "1", "query_text": "q",
+    tevatron        {"query_id": "1", "query": "q", "positive_passages": [{"docid": "7", "text": "a"}],
+                    "negative_passages": [...]}; or {"query_id": "1", "query_text": "q",
                     "positive_document_ids": ["7"], "negative_document_ids": ["9"]}
     hard-negatives  {"qid": 1, "pos": [7], "neg": {"bm25": [9, 4], ...}}; an id may also be written
                     {"pid": 7, "ce-score": 9.1}
@@ -11,16 +11,13 @@
     text-triples    query TAB positive passage TAB negative passage
     id-triples      qid TAB pid TAB pid
     ance            qid TAB pid TAB pid,pid,...
-    kd-triples      positive score, negative score, qid, positive pid, negative pid
 
-The first line decides which of these it is, or --format does. Files are plain or .gz; the first four
-may also be Parquet, or CSV with a header.
-
-A query or passage without an id is named by a 64-bit hash of its text, so equal texts have equal ids
-in every import. All rows of a query are joined. A negative that is also a positive of its query, by
-id or by text, is dropped. A query keeps its scores if each of its passages has one. Negatives of
-several systems are merged by rank. Labels that are margins (differences of two scores) are refused: a
-training file has a score for each passage. FlagEmbedding's `prompt` is not kept.
+The first line decides which of these it is, or --format does. Files may be gzipped; the first four
+formats may also be Parquet. A query or passage without an id is named by a 64-bit hash of its text, so
+equal texts have equal ids in every import. All rows of a query are joined. A negative that is also a
+positive of its query, by id or by text, is dropped. A query keeps its scores if all of its passages
+have one. Negatives of several systems are merged by rank. Labels that are margins (differences of two
+scores) are refused: the training file has a score for each passage. `prompt` is not kept.
 
 Memory is bounded: the pairs go to a temporary SQLite file in --output_dir and are sorted on disk, for
 which SQLite uses $SQLITE_TMPDIR, else /var/tmp.
@@ -31,10 +28,9 @@ Writes  --output_dir: corpus.jsonl and queries.jsonl (if the input has texts), t
     python -m recipes.import_training_data --input triples.train.small.tsv --output_dir data
 """
 
-import csv
-import gzip
 import json
 import math
+import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -51,7 +47,7 @@ from lib import files
 from lib.arguments import arg, parse_args
 from lib.files import TrainingRow, UserError
 from lib.launch import claim_output, echo, make_accelerator, run
-from lib.texts import open_texts, text_key
+from lib.texts import open_texts, text_key, write_texts
 
 LABELS = ("label", "labels", "score", "scores")  # the names that sentence-transformers looks for
 TABLES = """
@@ -163,11 +159,6 @@ def ance(qid: str, positive: str, negatives: str) -> Example:
     return Example(qid, None, [Passage(positive)], neg)
 
 
-def kd_triples(better: str, worse: str, qid: str, positive: str, negative: str) -> Example:
-    pos = Passage(positive, score=float(better))
-    return Example(qid, None, [pos], [Passage(negative, score=float(worse))])
-
-
 FORMATS: dict[str, Callable[..., Example]] = {
     "flagembedding": flagembedding,
     "tevatron": tevatron,
@@ -176,29 +167,25 @@ FORMATS: dict[str, Callable[..., Example]] = {
     "text-triples": text_triples,
     "id-triples": id_triples,
     "ance": ance,
-    "kd-triples": kd_triples,
 }
 
 
 # from the files into the database, and out of it
-def read_rows(path: Path) -> Iterator[tuple[int, dict | list[str]]]:
-    """(line or row from 1, dictionary or columns) of JSONL, TSV, CSV or Parquet, streaming."""
+def read_rows(path: Path, tabs: bool) -> Iterator[tuple[int, dict | list[str]]]:
+    """(line or row from 1, dictionary or columns) of JSONL, TSV or Parquet, streaming.
+
+    tabs: whether columns are separated by tabs only"""
     number = 0
     try:
         if path.suffix == ".parquet":
             for batch in pq.ParquetFile(path).iter_batches(1024):
                 yield from enumerate(batch.to_pylist(), number + 1)
                 number += len(batch)
-        elif ".csv" in path.suffixes:
-            opened = gzip.open if path.suffix == ".gz" else open
-            with opened(path, "rt", encoding="utf-8-sig", newline="") as stream:
-                for number, row in enumerate(csv.DictReader(stream, strict=True), 1):
-                    yield number, row
         else:
             for number, line in files.lines(path):
-                columns = line.split("\t") if "\t" in line else line.split()
+                columns = line.split("\t" if tabs or "\t" in line else None)
                 yield number, json.loads(line) if line.lstrip()[0] == "{" else columns
-    except (OSError, EOFError, RecursionError, ValueError, csv.Error, pa.ArrowException) as error:
+    except (OSError, RecursionError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}:{number}: cannot be read ({error}) — repair the file") from error
 
 
@@ -225,25 +212,22 @@ class Pairs:
         self.database.executescript(TABLES)
         self.execute = self.database.execute
 
-    def collect(self, name: str) -> Iterator[str]:
-        """Add all rows of the input; yields the lines of corpus.jsonl.
+    def collect(self, name: str) -> Iterator[tuple[str, str, str]]:
+        """Add all rows of the input; yields the (id, title, text) of corpus.jsonl.
 
         UserError: a damaged row, an id that comes with two texts."""
         for path in self.args.input:
-            for line, row in read_rows(Path(path)):
+            for line, row in read_rows(Path(path), tabs=name == "text-triples"):
                 self.counts["rows of the input"] += 1
                 try:
                     example = FORMATS[name](*row) if isinstance(row, list) else FORMATS[name](row)
                     yield from self.add(example)
-                except BadRow as error:
-                    raise UserError(f"{path}:{line}: {error}") from None
-                except (ValueError, LookupError, TypeError, AttributeError):
-                    raise UserError(
-                        f"{path}:{line}: not a row of {name} as --help shows it — fix the line, or "
-                        "name another --format"
-                    ) from None
+                except (ValueError, LookupError, TypeError, AttributeError) as error:
+                    reason = f"not a row of {name} as --help shows it — fix it or name the --format"
+                    reason = error if isinstance(error, BadRow) else reason
+                    raise UserError(f"{path}:{line}: {reason}") from None
 
-    def add(self, example: Example) -> Iterator[str]:
+    def add(self, example: Example) -> Iterator[tuple[str, str, str]]:
         if example.margins and not self.args.ignore_scores:
             raise BadRow("the label is a margin, not scores — import with --ignore_scores")
         query = self.query(example.qid, example.query)
@@ -253,8 +237,7 @@ class Pairs:
                 content = None if text is None else text_key(title, text)
                 if text is not None and self.is_new(pid, content):
                     self.counts["empty passages, kept"] += not (text.strip() or title.strip())
-                    record = {"_id": pid or name_of("p", content), "title": title, "text": text}
-                    yield json.dumps(record, ensure_ascii=False)
+                    yield pid or name_of("p", content), title, text
                 score = None if self.args.ignore_scores else score
                 if score is not None and not math.isfinite(score):
                     raise BadRow(f"the score {score} is not finite — fix the line")
@@ -300,10 +283,8 @@ class Pairs:
                 rows = corpus.rows(contents)
                 if rows.min() < 0:
                     unknown = [*contents][int(rows.argmin())]
-                    raise UserError(
-                        f"{corpus.source}: passage {unknown} of query {qid} is not in it — give "
-                        f"the corpus that {self.args.input[0]} was made for"
-                    )
+                    reason = f"has no passage {unknown}, which query {qid} names"
+                    raise UserError(f"{corpus.source}: {reason} — give the corpus of the input")
                 contents = dict(zip(contents, corpus.text_keys[rows].tolist(), strict=True))
             self.counts["queries without a positive, dropped"] += not scores[0]
             if scores[0]:
@@ -326,16 +307,16 @@ class Pairs:
         return row._replace(pos_scores=None, neg_scores=None) if None in scores else row
 
 
-def write_if_any(path: Path, rows: Iterator[str]) -> None:
+def write_if_any(path: Path, rows: Iterator[tuple[str, str, str]]) -> None:
     first = next(rows, None)
     if first is not None:
-        files.write_lines(path, chain([first], rows))
+        write_texts(path, chain([first], rows))
 
 
 def main():
     args = parse_args(Args)
     accelerator, out = make_accelerator(), Path(args.output_dir)
-    _, first = next(read_rows(Path(args.input[0])), (0, []))
+    _, first = next(read_rows(Path(args.input[0]), tabs=False), (0, []))
     line = json.dumps(first, default=str) if isinstance(first, dict) else "\t".join(first)
     name = args.format or files.foreign_format(line)
     if name == "negative-lists":
@@ -345,8 +326,7 @@ def main():
         )
     if name not in FORMATS:
         raise UserError(f"{args.input[0]}:1: unknown format — --format takes {', '.join(FORMATS)}")
-    stats = [Path(path).stat() for path in args.input]
-    source = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+    source = [[os.path.getsize(path), os.path.getmtime(path)] for path in args.input]
     if claim_output(args, accelerator, "audit.json"):
         if files.read_json(out / "audit.json")["source"] != source:
             raise UserError(f"{out}: made from other files than there are now — remove the folder")
@@ -356,9 +336,7 @@ def main():
         pairs = Pairs(args, temporary)
         with closing(pairs.database):
             write_if_any(out / "corpus.jsonl", pairs.collect(name))
-            texts = pairs.execute("SELECT id, text FROM queries WHERE text IS NOT NULL")
-            records = ({"_id": qid, "text": text} for qid, text in texts)
-            queries = (json.dumps(record, ensure_ascii=False) for record in records)
+            queries = pairs.execute("SELECT id, '', text FROM queries WHERE text IS NOT NULL")
             write_if_any(out / "queries.jsonl", queries)
             files.write_training_file(out / "train.jsonl", pairs.training_rows())
     except sqlite3.Error as error:

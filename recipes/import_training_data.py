@@ -1,9 +1,9 @@
 """Turn training data as others publish it into a corpus, queries, qrels and a training file.
 
     flagembedding   {"query": "q", "pos": ["a"], "neg": ["b"], "pos_scores": [9], "neg_scores": [2]}
-    tevatron        {"query_id": "1", "query": "q", "positive_passages": [{"docid": "7", "text": "a"}],
-                    "negative_passages": [...]}; or {"query_id": "1", "query_text": "q",
-                    "positive_document_ids": ["7"], "negative_document_ids": ["9"]}
+    tevatron        {"query_id": "1", "query": "q", "positive_passages": [{"docid": "7",
+                    "text": "a"}], "negative_passages": [...]}; or {"query_id": "1", "query_text":
+                    "q", "positive_document_ids": ["7"], "negative_document_ids": ["9"]}
     hard-negatives  {"qid": 1, "pos": [7], "neg": {"bm25": [9, 4], ...}}; an id may also be written
                     {"pid": 7, "ce-score": 9.1}
     sentence-transformers   columns in this order: query, positive, any number of negatives, perhaps
@@ -13,16 +13,15 @@
     ance            qid TAB pid TAB pid,pid,...
 
 The first line decides which of these it is, or --format does. Files may be gzipped; the first four
-formats may also be Parquet. A query or passage without an id is named by a 64-bit hash of its text, so
-equal texts have equal ids in every import. All rows of a query are joined. A negative that is also a
-positive of its query, by id or by text, is dropped. A query keeps its scores if all of its passages
-have one. Negatives of several systems are merged by rank. Labels that are margins (differences of two
-scores) are refused: the training file has a score for each passage. `prompt` is not kept.
+formats may also be Parquet. A query or passage without an id is named by a 64-bit hash of its text:
+equal texts have equal ids in every import. All rows of a query are joined. A negative that is also
+a positive of its query, by id or by text, is dropped. A query keeps its scores if all its passages
+have one. Negatives of several systems are merged by rank. Labels that are margins (differences of
+two scores) are refused: the training file has a score for each passage. `prompt` is not kept.
+Memory is bounded: the pairs go to a temporary SQLite file in --output_dir and are sorted on disk,
+for which SQLite uses $SQLITE_TMPDIR, else /var/tmp.
 
-Memory is bounded: the pairs go to a temporary SQLite file in --output_dir and are sorted on disk, for
-which SQLite uses $SQLITE_TMPDIR, else /var/tmp.
-
-Writes  --output_dir: corpus.jsonl and queries.jsonl (if the input has texts), train.jsonl, qrels.tsv,
+Writes  --output_dir: train.jsonl, qrels.tsv, of an input with texts corpus.jsonl and queries.jsonl,
         audit.json last
 
     python -m recipes.import_training_data --input triples.train.small.tsv --output_dir data
@@ -36,11 +35,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import chain, groupby, zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib import files
@@ -64,7 +62,6 @@ class Args:
     input: list[str] = arg(group="data", help="files of training data, all of one format")
     format: str | None = arg(None, help="name of the format, where the first line does not tell")
     corpus: str | None = arg(None, help="the corpus of an input of ids: an id must be in it")
-    ignore_scores: bool = arg(False, help="leave out all scores, and labels that are margins")
     output_dir: str = arg(group="output", help="folder for the training file and its texts")
 
 
@@ -84,7 +81,6 @@ class Example(NamedTuple):
     query: str | None
     pos: list[Passage]
     neg: list[Passage]
-    margins: bool = False
 
 
 # one function for each format: a row of the input -> Example, whose values Pairs.add checks
@@ -108,27 +104,26 @@ def flagembedding(row: dict) -> Example:
     return Example(None, row["query"], pos, neg)
 
 
-def tevatron(row: dict) -> Example:
-    def passage(entry: dict) -> Passage:
-        return Passage(entry["docid"], entry["text"], entry.get("title") or "")
+def passage_of(entry) -> Passage:
+    if not isinstance(entry, dict):
+        return Passage(entry)
+    if "pid" in entry:
+        return Passage(entry["pid"], score=entry["ce-score"])
+    return Passage(entry["docid"], entry["text"], entry.get("title") or "")
 
-    if "positive_passages" in row:
-        pos = [passage(entry) for entry in row["positive_passages"]]
-        neg = [passage(entry) for entry in row.get("negative_passages") or []]
-        return Example(row["query_id"], row["query"], pos, neg)
-    pos = [Passage(pid) for pid in each(row["positive_document_ids"])]
-    neg = [Passage(pid) for pid in each(row.get("negative_document_ids") or [])]
-    return Example(row["query_id"], row["query_text"], pos, neg)
+
+def tevatron(row: dict) -> Example:
+    inline = "positive_passages" in row
+    kind = "passages" if inline else "document_ids"
+    pos = [passage_of(entry) for entry in each(row[f"positive_{kind}"])]
+    neg = [passage_of(entry) for entry in each(row.get(f"negative_{kind}") or [])]
+    return Example(row["query_id"], row["query" if inline else "query_text"], pos, neg)
 
 
 def hard_negatives(row: dict) -> Example:
-    def passage(entry) -> Passage:
-        with_score = isinstance(entry, dict)
-        return Passage(entry["pid"], score=entry["ce-score"]) if with_score else Passage(entry)
-
     ranks = zip_longest(*(each(pids) for pids in row["neg"].values()))
-    neg = [passage(entry) for rank in ranks for entry in rank if entry is not None]
-    return Example(row["qid"], None, [passage(entry) for entry in each(row["pos"])], neg)
+    neg = [passage_of(entry) for rank in ranks for entry in rank if entry is not None]
+    return Example(row["qid"], None, [passage_of(entry) for entry in each(row["pos"])], neg)
 
 
 def sentence_transformers(row: dict) -> Example:
@@ -137,13 +132,13 @@ def sentence_transformers(row: dict) -> Example:
     query, *passages = columns.values()
     if label is not None and len(passages) == 1:
         raise BadRow("a pair with a label may be no positive — write positives without labels")
-    margins = label is not None and not (isinstance(label, list) and len(label) == len(passages))
-    pairs = scored(passages, None if margins else label)
+    if label is not None and not (isinstance(label, list) and len(label) == len(passages)):
+        raise BadRow("the label is a margin, not a score for each passage — remove the label")
     if all(name.endswith("_id") for name in columns):
-        pos, *neg = [Passage(pid, score=score) for pid, score in pairs]
-        return Example(query, None, [pos], neg, margins)
-    pos, *neg = [Passage(text=text, score=score) for text, score in pairs]
-    return Example(None, query, [pos], neg, margins)
+        pos, *neg = [Passage(pid, score=score) for pid, score in scored(passages, label)]
+        return Example(query, None, [pos], neg)
+    pos, *neg = [Passage(text=text, score=score) for text, score in scored(passages, label)]
+    return Example(None, query, [pos], neg)
 
 
 def text_triples(query: str, positive: str, negative: str) -> Example:
@@ -185,15 +180,13 @@ def read_rows(path: Path, tabs: bool) -> Iterator[tuple[int, dict | list[str]]]:
             for number, line in files.lines(path):
                 columns = line.split("\t" if tabs or "\t" in line else None)
                 yield number, json.loads(line) if line.lstrip()[0] == "{" else columns
-    except (OSError, RecursionError, ValueError, pa.ArrowException) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise UserError(f"{path}:{number}: cannot be read ({error}) — repair the file") from error
 
 
 def id_of(value) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise BadRow(f"the id {value!r:.40} is neither a string nor an integer")
-    if str(value).split() != [str(value)]:
-        raise BadRow(f"the id {value!r:.40} is empty or has white space — rename it")
+    if type(value) not in (str, int) or str(value).split() != [str(value)]:
+        raise BadRow(f"the id {value!r:.40} is not a string without white space — rename it")
     return str(value)
 
 
@@ -228,8 +221,6 @@ class Pairs:
                     raise UserError(f"{path}:{line}: {reason}") from None
 
     def add(self, example: Example) -> Iterator[tuple[str, str, str]]:
-        if example.margins and not self.args.ignore_scores:
-            raise BadRow("the label is a margin, not scores — import with --ignore_scores")
         query = self.query(example.qid, example.query)
         for negative, passages in enumerate((example.pos, example.neg)):
             for pid, text, title, score in passages:
@@ -238,7 +229,6 @@ class Pairs:
                 if text is not None and self.is_new(pid, content):
                     self.counts["empty passages, kept"] += not (text.strip() or title.strip())
                     yield pid or name_of("p", content), title, text
-                score = None if self.args.ignore_scores else score
                 if score is not None and not math.isfinite(score):
                     raise BadRow(f"the score {score} is not finite — fix the line")
                 row = (query, negative, content, pid, score)
@@ -246,12 +236,11 @@ class Pairs:
 
     def query(self, qid: str | int | None, text: str | None) -> int:
         """Number of a query, which is added if it is new."""
-        qid = qid if qid is None else id_of(qid)
-        key = text_key("", text if qid is None else qid)
+        key = text_key("", text if qid is None else id_of(qid))
         known = self.execute("SELECT number, text FROM queries WHERE key = ?", [key]).fetchone()
         if known is None:
             self.counts["empty queries, kept"] += text is not None and not text.strip()
-            row = (key, qid or name_of("q", key), text)
+            row = (key, name_of("q", key) if qid is None else str(qid), text)
             return self.execute("INSERT INTO queries VALUES (NULL, ?, ?, ?)", row).lastrowid
         if qid is not None and known[1] != text:
             raise BadRow(f"query {qid} has another text than before — rename one of the two")
@@ -286,31 +275,20 @@ class Pairs:
                     reason = f"has no passage {unknown}, which query {qid} names"
                     raise UserError(f"{corpus.source}: {reason} — give the corpus of the input")
                 contents = dict(zip(contents, corpus.text_keys[rows].tolist(), strict=True))
-            self.counts["queries without a positive, dropped"] += not scores[0]
-            if scores[0]:
-                yield self.training_row(qid, *scores, contents)
-
-    def training_row(self, qid: str, pos: dict, neg: dict, contents: dict) -> TrainingRow:
-        """pos, neg: pid -> score or None; contents: pid -> key of its text, or None."""
-        taken = {contents[pid] for pid in pos} - {None}
-        kept = {p: score for p, score in neg.items() if p not in pos and contents[p] not in taken}
-        row = TrainingRow(qid, [*pos], [*kept], [*pos.values()], [*kept.values()], None)
-        scores = row.pos_scores + row.neg_scores
-        self.counts["queries"] += 1
-        self.counts["positives"] += len(pos)
-        self.counts["negatives"] += len(kept)
-        self.counts["queries without a negative"] += not kept
-        self.counts["negatives that are positives of their query, dropped"] += len(neg) - len(kept)
-        self.counts["queries of incomplete scores, left out"] += (
-            0 < scores.count(None) < len(scores)
-        )
-        return row._replace(pos_scores=None, neg_scores=None) if None in scores else row
-
-
-def write_if_any(path: Path, rows: Iterator[tuple[str, str, str]]) -> None:
-    first = next(rows, None)
-    if first is not None:
-        write_texts(path, chain([first], rows))
+            pos, neg = scores
+            taken = {contents[pid] for pid in pos} - {None}
+            kept = {p: neg[p] for p in neg if p not in pos and contents[p] not in taken}
+            scores = [*pos.values(), *kept.values()]
+            self.counts["queries without a positive, dropped"] += not pos
+            self.counts["queries without a negative"] += not kept
+            self.counts["negatives dropped, positives of their query"] += len(neg) - len(kept)
+            self.counts["queries with incomplete scores"] += 0 < scores.count(None) < len(scores)
+            if pos:
+                self.counts.update(queries=1, positives=len(pos), negatives=len(kept))
+                complete = None not in scores
+                pos_scores = [*pos.values()] if complete else None
+                neg_scores = [*kept.values()] if complete else None
+                yield TrainingRow(qid, [*pos], [*kept], pos_scores, neg_scores, None)
 
 
 def main():
@@ -335,14 +313,17 @@ def main():
     try:
         pairs = Pairs(args, temporary)
         with closing(pairs.database):
-            write_if_any(out / "corpus.jsonl", pairs.collect(name))
+            write_texts(out / "corpus.jsonl", pairs.collect(name))
             queries = pairs.execute("SELECT id, '', text FROM queries WHERE text IS NOT NULL")
-            write_if_any(out / "queries.jsonl", queries)
+            write_texts(out / "queries.jsonl", queries)
             files.write_training_file(out / "train.jsonl", pairs.training_rows())
     except sqlite3.Error as error:
         raise UserError(f"{temporary}: {error} — check the space there and in /var/tmp") from error
     finally:
         temporary.unlink(missing_ok=True)
+    for path in (out / "corpus.jsonl", out / "queries.jsonl"):
+        if not path.stat().st_size:  # an input of ids
+            path.unlink()
     if not pairs.counts["queries"]:
         raise UserError(f"{args.input[0]}: no query with a positive — is this the right file?")
     rows = files.read_training_file(out / "train.jsonl")

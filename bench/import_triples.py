@@ -1,6 +1,6 @@
-"""Time and peak memory of importing MS MARCO's triples of texts: memory must not grow with their number.
+"""Time and peak memory of importing MS MARCO's triples of texts: memory must be bounded.
 
-Generates triples like triples.train.small.tsv (1 query, its positive, a negative of about 55 words; every
+Generates triples like triples.train.small.tsv (a query, its positive, a negative; every
 query comes about 80 times, at random places) and imports them in a process of its own.
 
 python bench/import_triples.py --triples 2000000 --folder /tmp/bench-triples

@@ -45,7 +45,7 @@ from lib import files
 from lib.arguments import arg, parse_args
 from lib.files import TrainingRow, UserError
 from lib.launch import claim_output, echo, make_accelerator, run
-from lib.texts import open_texts, text_key, write_texts
+from lib.texts import Texts, open_texts, text_key, write_texts
 
 LABELS = ("label", "labels", "score", "scores")  # the names that sentence-transformers looks for
 TABLES = """
@@ -165,7 +165,6 @@ FORMATS: dict[str, Callable[..., Example]] = {
 }
 
 
-# from the files into the database, and out of it
 def read_rows(path: Path, tabs: bool) -> Iterator[tuple[int, dict | list[str]]]:
     """(line or row from 1, dictionary or columns) of JSONL, TSV or Parquet, streaming.
 
@@ -198,18 +197,17 @@ def name_of(letter: str, key: int) -> str:
 class Pairs:
     """The pairs of a query and a passage, in an SQLite file; counts is the audit."""
 
-    def __init__(self, args: Args, path: Path):
-        self.args = args
+    def __init__(self, path: Path):
         self.counts = Counter()
         self.database = sqlite3.connect(path, isolation_level=None)
         self.database.executescript(TABLES)
         self.execute = self.database.execute
 
-    def collect(self, name: str) -> Iterator[tuple[str, str, str]]:
+    def collect(self, inputs: list[str], name: str) -> Iterator[tuple[str, str, str]]:
         """Add all rows of the input; yields the (id, title, text) of corpus.jsonl.
 
         UserError: a damaged row, an id that comes with two texts."""
-        for path in self.args.input:
+        for path in inputs:
             for line, row in read_rows(Path(path), tabs=name == "text-triples"):
                 self.counts["rows of the input"] += 1
                 try:
@@ -256,9 +254,8 @@ class Pairs:
             raise BadRow(f"passage {pid} has another text than before — rename one of the two")
         return known is None
 
-    def training_rows(self) -> Iterator[TrainingRow]:
+    def training_rows(self, corpus: Texts | None) -> Iterator[TrainingRow]:
         """Queries, and the passages of each, in the order of the input."""
-        corpus = open_texts(self.args.corpus) if self.args.corpus else None
         pairs = self.execute("SELECT * FROM pairs ORDER BY query, rowid")
         for number, group in groupby(pairs, key=lambda pair: pair[0]):
             qid = self.execute("SELECT id FROM queries WHERE number = ?", [number]).fetchone()[0]
@@ -270,9 +267,9 @@ class Pairs:
                 contents[pid] = content
             if corpus:
                 rows = corpus.rows(contents)
-                if rows.min() < 0:
-                    unknown = [*contents][int(rows.argmin())]
-                    reason = f"has no passage {unknown}, which query {qid} names"
+                unknown = [pid for pid, row in zip(contents, rows, strict=True) if row < 0]
+                if unknown:
+                    reason = f"has no passage {unknown[0]}, which query {qid} names"
                     raise UserError(f"{corpus.source}: {reason} — give the corpus of the input")
                 contents = dict(zip(contents, corpus.text_keys[rows].tolist(), strict=True))
             pos, neg = scores
@@ -297,26 +294,30 @@ def main():
     _, first = next(read_rows(Path(args.input[0]), tabs=False), (0, []))
     line = json.dumps(first, default=str) if isinstance(first, dict) else "\t".join(first)
     name = args.format or files.foreign_format(line)
+    place = f"{args.input[0]}:1"
     if name == "negative-lists":
-        raise UserError(
-            f"{args.input[0]}:1: lists of negatives without positives — join them to judgments with "
-            f"`python mine_negatives.py --lists {args.input[0]} --qrels QRELS --corpus CORPUS`"
-        )
+        command = f"mine_negatives.py --lists {args.input[0]} --qrels QRELS --corpus CORPUS"
+        raise UserError(f"{place}: lists of negatives without positives — run `python {command}`")
     if name not in FORMATS:
-        raise UserError(f"{args.input[0]}:1: unknown format — --format takes {', '.join(FORMATS)}")
-    source = [[os.path.getsize(path), os.path.getmtime(path)] for path in args.input]
+        raise UserError(f"{place}: unknown format — --format takes {', '.join(FORMATS)}")
+    try:
+        source = [[os.path.getsize(path), os.path.getmtime(path)] for path in args.input]
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror} — check the path") from error
+    corpus = open_texts(args.corpus) if args.corpus else None
+    source.append(corpus and corpus.fingerprint)
     if claim_output(args, accelerator, "audit.json"):
         if files.read_json(out / "audit.json")["source"] != source:
             raise UserError(f"{out}: made from other files than there are now — remove the folder")
         return print(f"{out} is complete")
     temporary = out / ".tmp-pairs.sqlite"
     try:
-        pairs = Pairs(args, temporary)
+        pairs = Pairs(temporary)
         with closing(pairs.database):
-            write_texts(out / "corpus.jsonl", pairs.collect(name))
+            write_texts(out / "corpus.jsonl", pairs.collect(args.input, name))
             queries = pairs.execute("SELECT id, '', text FROM queries WHERE text IS NOT NULL")
             write_texts(out / "queries.jsonl", queries)
-            files.write_training_file(out / "train.jsonl", pairs.training_rows())
+            files.write_training_file(out / "train.jsonl", pairs.training_rows(corpus))
     except sqlite3.Error as error:
         raise UserError(f"{temporary}: {error} — check the space there and in /var/tmp") from error
     finally:
@@ -325,7 +326,7 @@ def main():
         if not path.stat().st_size:  # an input of ids
             path.unlink()
     if not pairs.counts["queries"]:
-        raise UserError(f"{args.input[0]}: no query with a positive — is this the right file?")
+        raise UserError(f"{place}: no query with a positive — is this the right file?")
     rows = files.read_training_file(out / "train.jsonl")
     files.write_lines(out / "qrels.tsv", (f"{r.qid} 0 {pid} 1" for _, r in rows for pid in r.pos))
     audit = {"format": name, **pairs.counts}

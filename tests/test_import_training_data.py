@@ -302,7 +302,7 @@ BAD = {
     "qrels": ("q1 0 7 1\n", ":1: unknown format — --format takes flagembedding, tevatron, "),
     "a run": ("q1\t7\t1\n", ":1: unknown format"),
     "an empty file": ("", ":1: unknown format"),
-    "nothing": ('{"query": "q", "pos": []}\n', ": no query with a positive"),
+    "nothing": ('{"query": "q", "pos": []}\n', ":1: no query with a positive"),
     "not UTF-8": (GOOD.encode() + b'{"query": "\xff"}\n', ":2: not UTF-8"),
 }
 
@@ -323,6 +323,8 @@ def test_damaged_files_that_are_no_text(convert, tmp_path):
         convert(b"\x00\xff\x00", "x.parquet")
     with pytest.raises(UserError, match="no such file"):
         convert(None, "nowhere.jsonl")
+    with pytest.raises(UserError, match="/nowhere: No such file or directory — check the path"):
+        convert(GOOD, "x.jsonl", "--input", tmp_path / "x.jsonl", "/nowhere")
 
 
 def test_a_finished_import_is_complete_for_its_own_input_only(convert, script, tmp_path):

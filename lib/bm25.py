@@ -90,7 +90,7 @@ class BM25(Inverted):
         flat, lengths = array("i"), array("i")
         stream = tqdm(texts.stream(), "BM25", len(texts), leave=False, delay=5)
         for _, titles, text in stream:
-            words = WORD.findall(' '.join([*titles, text]).lower())
+            words = WORD.findall(" ".join([*titles, text]).lower())
             for word in words:
                 if word not in known:
                     stem = term(word)

@@ -226,26 +226,33 @@ class TrainingRow(NamedTuple):
 
 
 def foreign_format(line: str) -> str | None:
-    """Whose training data a line is, if recipes/import_training_data.py reads it; None for a line of ours."""
+    """Format of a file of somebody else's training data by its first line, named as in
+    recipes/import_training_data.py; None for a training file of ours, qrels and what is unknown."""
     if line.lstrip().startswith("{"):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return None
+        first = next(iter(record), None)
+        if isinstance(record.get("neg"), dict):
+            return "hard-negatives"
+        if "pos" in record:
+            return None if "qid" in record else "flagembedding"
         if "positive_passages" in record or "positive_document_ids" in record:
             return "tevatron"
-        if "pos" in record and "query" in record:
-            return "FlagEmbedding"
-        if "qid" in record and isinstance(record.get("neg"), dict):
-            return "sentence-transformers' msmarco-hard-negatives"
-        known = {"anchor", "query", "question", "positive", "negative", "negative_1", "answer"}
-        return "sentence-transformers" if len(known & record.keys()) > 1 else None
-    columns = line.split("\t")
-    if columns[0].lower() == "query-id":  # the header of BEIR's judgments
+        is_anchor = first in ("anchor", "query", "question")
+        is_tuple = len(record) > 1 and (
+            is_anchor or "positive" in record or "positive_id" in record
+        )
+        return "sentence-transformers" if is_tuple else None
+    columns = line.split("\t") if "\t" in line else line.split()
+    if len(columns) == 3 and " " in columns[0].strip():
+        return "text-triples"
+    if any(" " in column.strip() for column in columns):
         return None
-    if len(columns) == 3 and "," in columns[2] and " " not in columns[2].strip():
-        return "ANCE"
-    return "triples" if len(columns) == 3 else None
+    if len(columns) == 3 and columns[2].lower() not in ("score", "0", "1", "2", "3", "4"):
+        return "ance" if "," in columns[2] else "id-triples"  # qrels and runs end in 0 to 4
+    return "negative-lists" if len(columns) == 2 and "," in columns[1] else None
 
 
 def read_training_file(path) -> Iterator[tuple[int, TrainingRow]]:
@@ -296,7 +303,7 @@ def _training_row(record: dict, place: str) -> TrainingRow:
 
 def write_training_file(path, rows: Iterable[TrainingRow]) -> None:
     """One line per row, atomically; what a row does not have is left out."""
-    present = ({k: v for k, v in row._asdict().items() if v is not None} for row in rows)
+    present = ({k: v for k, v in row._asdict().items() if v not in (None, [])} for row in rows)
     write_lines(path, (json.dumps(record, ensure_ascii=False) for record in present))
 
 

@@ -19,7 +19,7 @@ from scipy.sparse import csc_matrix
 from tqdm import tqdm
 
 from lib.files import UserError, write_json
-from lib.inverted import TILE, Inverted, Queries, map_array, open_folder, write
+from lib.inverted import TILE, Inverted, Rows, map_array, open_folder, write
 from lib.texts import Texts, id_hashes
 
 # Lucene's StandardTokenizer, as far as English needs it: a word is letters and digits. An
@@ -118,7 +118,7 @@ class BM25(Inverted):
         """What a text is indexed as and searched for: its words without stopwords, stemmed."""
         return [stem for stem in map(term, WORD.findall(text.lower())) if stem]
 
-    def _queries(self, queries: Sequence[str]) -> Queries:
+    def _queries(self, queries: Sequence[str]) -> Rows:
         lists = [self.terms(query) for query in queries]
         hashes = id_hashes(stem for one in lists for stem in one)
         at = np.minimum(np.searchsorted(self.vocabulary, hashes), len(self.vocabulary) - 1)
@@ -126,4 +126,4 @@ class BM25(Inverted):
         before = np.concatenate([[0], np.cumsum(known)])  # known terms before each term
         starts = before[np.cumsum([0, *map(len, lists)])]
         weights = np.ones(known.sum(), dtype=np.float32)
-        return Queries(starts, at[known].astype(np.int32), weights)
+        return Rows(starts, at[known].astype(np.int32), weights)

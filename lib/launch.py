@@ -36,7 +36,6 @@ PACKAGES = (
     "datasets",
     "faiss-cpu",
     "faiss-gpu",
-    "bm25s",
     "numpy",
 )
 

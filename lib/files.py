@@ -252,7 +252,7 @@ def foreign_format(line: str) -> str | None:
         return None
     if len(columns) == 3 and columns[2].lower() not in ("score", "0", "1", "2", "3", "4"):
         return "ance" if "," in columns[2] else "id-triples"  # qrels and runs end in 0 to 4
-    return "negative-lists" if len(columns) == 2 and "," in columns[1] else None
+    return None
 
 
 def read_training_file(path) -> Iterator[tuple[int, TrainingRow]]:

@@ -45,7 +45,7 @@ from lib import files
 from lib.arguments import arg, parse_args
 from lib.files import TrainingRow, UserError
 from lib.launch import claim_output, echo, make_accelerator, run
-from lib.texts import Texts, open_texts, text_key, write_texts
+from lib.texts import Row, Texts, open_texts, text_key, write_texts
 
 LABELS = ("label", "labels", "score", "scores")  # the names that sentence-transformers looks for
 TABLES = """
@@ -72,7 +72,7 @@ class BadRow(ValueError):
 class Passage(NamedTuple):
     id: str | int | None = None  # None: the id is made from the text
     text: str | None = None  # None: the input has ids only
-    title: str = ""
+    titles: tuple[str, ...] = ()
     score: float | None = None
 
 
@@ -109,7 +109,7 @@ def passage_of(entry) -> Passage:
         return Passage(entry)
     if "pid" in entry:
         return Passage(entry["pid"], score=entry["ce-score"])
-    return Passage(entry["docid"], entry["text"], entry.get("title") or "")
+    return Passage(entry["docid"], entry["text"], tuple(filter(None, [entry.get("title")])))
 
 
 def tevatron(row: dict) -> Example:
@@ -203,7 +203,7 @@ class Pairs:
         self.database.executescript(TABLES)
         self.execute = self.database.execute
 
-    def collect(self, inputs: list[str], name: str) -> Iterator[tuple[str, str, str]]:
+    def collect(self, inputs: list[str], name: str) -> Iterator[Row]:
         """Add all rows of the input; yields the (id, title, text) of corpus.jsonl.
 
         UserError: a damaged row, an id that comes with two texts."""
@@ -218,15 +218,15 @@ class Pairs:
                     reason = error if isinstance(error, BadRow) else reason
                     raise UserError(f"{path}:{line}: {reason}") from None
 
-    def add(self, example: Example) -> Iterator[tuple[str, str, str]]:
+    def add(self, example: Example) -> Iterator[Row]:
         query = self.query(example.qid, example.query)
         for negative, passages in enumerate((example.pos, example.neg)):
-            for pid, text, title, score in passages:
+            for pid, text, titles, score in passages:
                 pid = id_of(pid) if text is None or pid is not None else None
-                content = None if text is None else text_key(title, text)
+                content = None if text is None else text_key(titles, text)
                 if text is not None and self.is_new(pid, content):
-                    self.counts["empty passages, kept"] += not (text.strip() or title.strip())
-                    yield pid or name_of("p", content), title, text
+                    self.counts["empty passages, kept"] += not (text.strip() or titles)
+                    yield pid or name_of("p", content), titles, text
                 if score is not None and not math.isfinite(score):
                     raise BadRow(f"the score {score} is not finite — fix the line")
                 row = (query, negative, content, pid, score)
@@ -234,7 +234,7 @@ class Pairs:
 
     def query(self, qid: str | int | None, text: str | None) -> int:
         """Number of a query, which is added if it is new."""
-        key = text_key("", text if qid is None else id_of(qid))
+        key = text_key((), text if qid is None else id_of(qid))
         known = self.execute("SELECT number, text FROM queries WHERE key = ?", [key]).fetchone()
         if known is None:
             self.counts["empty queries, kept"] += text is not None and not text.strip()
@@ -246,7 +246,7 @@ class Pairs:
 
     def is_new(self, pid: str | None, content: int) -> bool:
         """Whether a passage with a text is new; it is known then."""
-        key = content if pid is None else text_key("", pid)
+        key = content if pid is None else text_key((), pid)
         known = self.execute("SELECT content FROM passages WHERE key = ?", [key]).fetchone()
         if known is None:
             self.execute("INSERT INTO passages VALUES (?, ?)", (key, content))
@@ -295,28 +295,26 @@ def main():
     line = json.dumps(first, default=str) if isinstance(first, dict) else "\t".join(first)
     name = args.format or files.foreign_format(line)
     place = f"{args.input[0]}:1"
-    if name == "negative-lists":
-        command = f"mine_negatives.py --lists {args.input[0]} --qrels QRELS --corpus CORPUS"
+    if not name and len(first) == 2 and "," in line.partition("\t")[2]:
+        command = f"mine_negatives.py --run {args.input[0]} --qrels QRELS --corpus CORPUS"
         raise UserError(f"{place}: lists of negatives without positives — run `python {command}`")
     if name not in FORMATS:
         raise UserError(f"{place}: unknown format — --format takes {', '.join(FORMATS)}")
+    corpus = open_texts(args.corpus) if args.corpus else None
+    inputs = {"corpus": corpus and corpus.fingerprint}
     try:
-        source = [[os.path.getsize(path), os.path.getmtime(path)] for path in args.input]
+        inputs |= {path: [os.path.getsize(path), os.path.getmtime(path)] for path in args.input}
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror} — check the path") from error
-    corpus = open_texts(args.corpus) if args.corpus else None
-    source.append(corpus and corpus.fingerprint)
-    if claim_output(args, accelerator, "audit.json"):
-        if files.read_json(out / "audit.json")["source"] != source:
-            raise UserError(f"{out}: made from other files than there are now — remove the folder")
-        return print(f"{out} is complete")
+    if claim_output(args, accelerator, "audit.json", inputs=inputs):
+        return
     temporary = out / ".tmp-pairs.sqlite"
     try:
         pairs = Pairs(temporary)
         with closing(pairs.database):
             write_texts(out / "corpus.jsonl", pairs.collect(args.input, name))
-            queries = pairs.execute("SELECT id, '', text FROM queries WHERE text IS NOT NULL")
-            write_texts(out / "queries.jsonl", queries)
+            queries = pairs.execute("SELECT id, text FROM queries WHERE text IS NOT NULL")
+            write_texts(out / "queries.jsonl", ((qid, (), text) for qid, text in queries))
             files.write_training_file(out / "train.jsonl", pairs.training_rows(corpus))
     except sqlite3.Error as error:
         raise UserError(f"{temporary}: {error} — check the space there and in /var/tmp") from error
@@ -331,7 +329,7 @@ def main():
     files.write_lines(out / "qrels.tsv", (f"{r.qid} 0 {pid} 1" for _, r in rows for pid in r.pos))
     audit = {"format": name, **pairs.counts}
     echo(accelerator, f"audit of {out / 'train.jsonl'}", audit)
-    files.write_json(out / "audit.json", {**audit, "source": source})
+    files.write_json(out / "audit.json", audit)
 
 
 if __name__ == "__main__":

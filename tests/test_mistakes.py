@@ -114,7 +114,7 @@ MISTAKES = [
     (FINETUNE + "positives.jsonl", "positives.jsonl: passage"),
     (FINETUNE + "unknown.jsonl", "unknown.jsonl:1: passage p999 is not in"),
     (FINETUNE + "others.jsonl", "others.jsonl:1: query q77 is not in"),
-    (FINETUNE + "flag.jsonl", "flag.jsonl:1: this is FlagEmbedding data — convert it"),
+    (FINETUNE + "flag.jsonl", "flag.jsonl:1: this is flagembedding data — convert it"),
     (FINETUNE + "lists.tsv", "lists.tsv:1: these are lists of negatives without positives"),
     (FINETUNE + "TRAIN --head sparse", "a sparse head is pooled by max — leave out --pooling"),
     (FINETUNE + "TRAIN --head lexical", "argument --head: invalid choice: 'lexical'"),

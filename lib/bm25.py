@@ -1,11 +1,14 @@
 """BM25 in Lucene's variant, over title and text, as inverted lists.
 
-The weight of a term in a passage is its BM25 score there, which bm25s computes; in a query it
-weighs 1 each time it occurs. The analyser follows Lucene's EnglishAnalyzer: words, possessive 's,
-33 stopwords, Porter's stemmer. Document lengths are exact where Lucene rounds them, so scores are
-close to Anserini's, not equal.
+    weight of a term in a passage = idf · tf / (tf + k1 · (1 - b + b · length / mean length))
+    idf = log(1 + (N - df + 0.5) / (df + 0.5))
+
+A term of a query weighs 1 each time it occurs there. The analyser follows Lucene's
+EnglishAnalyzer: words, possessive 's, 33 stopwords, Porter's stemmer. Document lengths are exact
+where Lucene rounds them, so scores are close to Anserini's, not equal.
 """
 
+import math
 import re
 from array import array
 from collections.abc import Iterator, Sequence
@@ -15,11 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 import Stemmer
-from scipy.sparse import csc_matrix
+from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
 from lib.files import UserError, write_json
-from lib.inverted import TILE, Inverted, Queries, map_array, open_folder, write
+from lib.inverted import TILE, Inverted, Rows, map_array, open_folder, write
 from lib.texts import Texts, id_hashes
 
 # Lucene's StandardTokenizer, as far as English needs it: a word is letters and digits. An
@@ -49,21 +52,30 @@ class Weighting(NamedTuple):
     b: float = 0.4
 
 
-class _Documents:
-    """The terms of each document, out of one flat array: bm25s reads them several times, and lists
-    of lists would take ten times the memory."""
+def _weights(flat: np.ndarray, lengths: np.ndarray, how: Weighting) -> Iterator[csr_matrix]:
+    """The weights (TILE, V) of the terms of each document, tile by tile. flat: the terms of all
+    documents, one after the other; lengths (N,): how many a document has."""
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    terms = int(flat.max()) + 1
 
-    def __init__(self, flat: np.ndarray, lengths: np.ndarray):
-        self.flat, self.ends = flat, np.cumsum(lengths)
+    def counts(first: int) -> csr_matrix:
+        edges = ends[first : first + TILE + 1]
+        ones = np.ones(edges[-1] - edges[0], dtype=np.float64)
+        parts = ones, flat[edges[0] : edges[-1]], edges - edges[0]
+        tile = csr_matrix(parts, shape=(len(edges) - 1, terms), copy=True)
+        tile.sum_duplicates()
+        return tile
 
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        start = 0
-        for end in self.ends.tolist():
-            yield self.flat[start:end].tolist()
-            start = end
+    starts = range(0, len(lengths), TILE)
+    df = sum(np.bincount(counts(first).indices, minlength=terms) for first in starts)
+    idf = [math.log(1 + (len(lengths) - n + 0.5) / (n + 0.5)) for n in df.tolist()]
+    idf = np.array(idf, dtype=np.float32)
+    norms = how.k1 * ((1 - how.b) + how.b * lengths / lengths.mean())
+    for first in starts:
+        tile = counts(first)
+        norm = np.repeat(norms[first : first + TILE], np.diff(tile.indptr))
+        tile.data = (idf[tile.indices] * (tile.data / (norm + tile.data))).astype(np.float32)
+        yield tile
 
 
 class BM25(Inverted):
@@ -84,13 +96,11 @@ class BM25(Inverted):
 
     @staticmethod
     def _build(texts: Texts, folder: Path, manifest: dict) -> None:
-        import bm25s
-
         known, terms = {}, {}  # known: word -> number of its term, -1 for a stopword
         flat, lengths = array("i"), array("i")
         stream = tqdm(texts.stream(), "BM25", len(texts), leave=False, delay=5)
         for _, titles, text in stream:
-            words = WORD.findall(' '.join([*titles, text]).lower())
+            words = WORD.findall(" ".join([*titles, text]).lower())
             for word in words:
                 if word not in known:
                     stem = term(word)
@@ -105,20 +115,16 @@ class BM25(Inverted):
         place = np.empty(len(order), dtype=np.int32)  # a term's number among the sorted hashes
         place[order] = np.arange(len(order))
         flat = place[np.frombuffer(flat, dtype=np.int32)]
-        documents = _Documents(flat, np.frombuffer(lengths, dtype=np.int32))
-        model = bm25s.BM25(method="lucene", k1=manifest["k1"], b=manifest["b"])
-        found = model.build_index_from_ids(range(len(terms)), documents, show_progress=False)
-        arrays = found["data"].astype(np.float32), found["indices"], found["indptr"]
-        rows = csc_matrix(arrays, shape=(len(texts), len(terms))).tocsr()
-        write(folder, (rows[start : start + TILE] for start in range(0, len(texts), TILE)), 32)
+        lengths = np.frombuffer(lengths, dtype=np.int32)
+        write(folder, _weights(flat, lengths, Weighting(manifest["k1"], manifest["b"])), 32)
         hashes[order].tofile(folder / "vocabulary.bin")
-        write_json(folder / "manifest.json", {**manifest, "bm25s": bm25s.__version__})
+        write_json(folder / "manifest.json", manifest)
 
     def terms(self, text: str) -> list[str]:
         """What a text is indexed as and searched for: its words without stopwords, stemmed."""
         return [stem for stem in map(term, WORD.findall(text.lower())) if stem]
 
-    def _queries(self, queries: Sequence[str]) -> Queries:
+    def _queries(self, queries: Sequence[str]) -> Rows:
         lists = [self.terms(query) for query in queries]
         hashes = id_hashes(stem for one in lists for stem in one)
         at = np.minimum(np.searchsorted(self.vocabulary, hashes), len(self.vocabulary) - 1)
@@ -126,4 +132,4 @@ class BM25(Inverted):
         before = np.concatenate([[0], np.cumsum(known)])  # known terms before each term
         starts = before[np.cumsum([0, *map(len, lists)])]
         weights = np.ones(known.sum(), dtype=np.float32)
-        return Queries(starts, at[known].astype(np.int32), weights)
+        return Rows(starts, at[known].astype(np.int32), weights)

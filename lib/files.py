@@ -252,7 +252,7 @@ def foreign_format(line: str) -> str | None:
         return None
     if len(columns) == 3 and columns[2].lower() not in ("score", "0", "1", "2", "3", "4"):
         return "ance" if "," in columns[2] else "id-triples"  # qrels and runs end in 0 to 4
-    return None
+    return "negative-lists" if len(columns) == 2 and "," in columns[1] else None
 
 
 def read_training_file(path) -> Iterator[tuple[int, TrainingRow]]:
@@ -303,7 +303,7 @@ def _training_row(record: dict, place: str) -> TrainingRow:
 
 def write_training_file(path, rows: Iterable[TrainingRow]) -> None:
     """One line per row, atomically; what a row does not have is left out."""
-    present = ({k: v for k, v in row._asdict().items() if v is not None} for row in rows)
+    present = ({k: v for k, v in row._asdict().items() if v not in (None, [])} for row in rows)
     write_lines(path, (json.dumps(record, ensure_ascii=False) for record in present))
 
 

@@ -26,15 +26,15 @@ NEGATIVES_AT_A_TIME = 1 << 22
 def read_rows(path) -> Iterator[tuple[int, TrainingRow]]:
     """(line number, row) of what --train takes: a training file, or judgments, whose queries have no negatives."""
     _, first = next(lines(path), (0, ""))
-    columns = first.split("\t")
-    if first.lstrip().startswith("{") or foreign_format(first):
-        yield from read_training_file(path)
-        return
-    if len(columns) == 2 and "," in columns[1]:
+    foreign = foreign_format(first)
+    if foreign == "negative-lists":
         raise UserError(
             f"{path}:1: these are lists of negatives without positives — join them with judgments: "
             f"mine_negatives.py --run {path} --qrels QRELS --corpus CORPUS --output_dir OUT"
         )
+    if first.lstrip().startswith("{") or foreign:
+        yield from read_training_file(path)
+        return
     for qid, judged in read_qrels(path).items():
         positives = [pid for pid, grade in judged.items() if grade > 0]
         if positives:

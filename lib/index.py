@@ -76,7 +76,7 @@ class Index:
             with accelerator.main_process_first():
                 self.corpus, self.queries = open_texts(source.corpus), open_texts(source.queries)
             how = f"k1 {source.weighting.k1}, b {source.weighting.b}"
-            self.name = f"BM25, {how} (bm25s, Lucene's variant)"
+            self.name = f"BM25, {how} (Lucene's variant)"
             return
         self.queries = Embeddings(source.queries_embeddings)
         self.corpus = Embeddings(source.corpus_embeddings)

@@ -75,37 +75,60 @@ class Tiling(NamedTuple):
     stop: int
 
 
-class Queries(NamedTuple):
-    """Query q has terms[starts[q] : starts[q + 1]], in the order of addition, and their weights."""
+class Rows(NamedTuple):
+    """Texts or queries: row q has terms[starts[q] : starts[q + 1]] and their weights."""
 
     starts: np.ndarray  # int64 (Q + 1,)
-    terms: np.ndarray  # int32
+    terms: np.ndarray  # int32; a query's weights are added up in this order
     weights: np.ndarray  # float32
 
 
 # the index: written
+@numba.njit(nogil=True, cache=True)
+def _invert(rows, full, places, documents, weights):
+    """Rows of terms -> lists of documents. places (V,): where a term's list begins; changed."""
+    for row in range(len(rows.starts) - 1):
+        for j in range(rows.starts[row], rows.starts[row + 1]):
+            term = rows.terms[j]
+            at = places[term]
+            if full[term]:
+                at += row
+            else:
+                places[term] += 1
+            documents[at] = row
+            weights[at] = rows.weights[j]
+
+
 def write(folder: Path, tiles: Iterable[csr_matrix], bits: int) -> None:
     """Write the lists of tiles (TILE rows each, the last fewer; no entry twice). Needs the memory
     of some copies of one tile."""
     folder.mkdir(parents=True)
     postings, lists = 0, 0
     with contextlib.ExitStack() as stack:
-        out = Lists(
-            *(stack.enter_context(open(_file(folder, name), "wb")) for name in Lists._fields)
-        )
+        files = [stack.enter_context(open(_file(folder, name), "wb")) for name in Lists._fields]
+        out = Lists(*files)
         np.int64([0]).tofile(out.offsets)
         np.int64([0]).tofile(out.tiles)
         for tile in tiles:
-            known, lengths, documents, weights = _invert(tile)
+            counts = np.bincount(tile.indices, minlength=tile.shape[1])
+            known = np.flatnonzero(counts)
+            full = counts * FULL > tile.shape[0]
+            lengths = np.where(full, tile.shape[0], counts)
+            starts = np.cumsum(lengths) - lengths
+            documents = np.zeros(lengths.sum(), dtype=np.uint16)
+            weights = np.zeros(len(documents), dtype=np.float32)
+            _invert(as_rows(tile), full, starts.copy(), documents, weights)
+            for start in starts[full]:  # of all documents, most may weigh 0
+                documents[start : start + tile.shape[0]] = np.arange(tile.shape[0])
             scales = np.ones(len(known), dtype=np.float32)
             if bits < 32 and len(known):  # a list is scaled by its own largest weight
-                largest = np.maximum.reduceat(weights, np.cumsum(lengths) - lengths)
+                largest = np.maximum.reduceat(weights, starts[known])
                 smallest = np.finfo(np.float32).tiny  # a scale of 0 cannot be divided by
                 scales = np.maximum(largest / np.float32(2**bits - 1), smallest)
-                weights = np.rint(weights / np.repeat(scales, lengths))
+                weights = np.rint(weights / np.repeat(scales, lengths[known]))
             documents.tofile(out.documents)
             weights.astype(WEIGHTS[bits], copy=False).tofile(out.weights)
-            (postings + np.cumsum(lengths, dtype=np.int64)).tofile(out.offsets)
+            (postings + starts[known] + lengths[known]).tofile(out.offsets)
             scales.tofile(out.scales)
             known.astype(np.int32).tofile(out.terms)
             postings += len(documents)
@@ -113,25 +136,9 @@ def write(folder: Path, tiles: Iterable[csr_matrix], bits: int) -> None:
             np.int64([lists]).tofile(out.tiles)
 
 
-def _invert(tile: csr_matrix) -> tuple[np.ndarray, ...]:
-    """(terms, lengths of their lists, documents, weights) of a tile (n, V). A frequent list has
-    all n documents, most of which may weigh 0."""
-    rows, columns = tile.shape[0], tile.tocsc()
-    counts = np.diff(columns.indptr)
-    known = np.flatnonzero(counts)
-    full = counts[known] * FULL > rows
-    lengths = np.where(full, rows, counts[known])
-    starts = np.cumsum(lengths) - lengths
-    of_list = np.repeat(np.arange(len(known)), counts[known])  # the list of each entry
-    places = np.arange(tile.nnz) - np.repeat(columns.indptr[known], counts[known])
-    places = np.where(full[of_list], columns.indices, places) + starts[of_list]
-    documents = np.zeros(lengths.sum(), dtype=np.uint16)
-    weights = np.zeros(len(documents), dtype=np.float32)
-    documents[places] = columns.indices
-    weights[places] = columns.data
-    for start in starts[full]:
-        documents[start : start + rows] = np.arange(rows)
-    return known, lengths, documents, weights
+def as_rows(matrix: csr_matrix) -> Rows:
+    starts, terms = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32, copy=False)
+    return Rows(starts, terms, matrix.data)
 
 
 def _file(folder, name: str) -> Path:
@@ -262,7 +269,7 @@ def _score_rows(lists, tile, terms, weights, rows):
 
 
 class Inverted:
-    """A finished index and its search. A subclass turns its queries into Queries."""
+    """A finished index and its search. A subclass turns its queries into Rows."""
 
     at_a_time = 1 << 16
 
@@ -279,7 +286,7 @@ class Inverted:
         edges = [tiles * r // self.world for r in (rank, rank + 1)]
         self.tiling = Tiling(self.meta["tile"], self.meta["count"], *edges)
 
-    def _queries(self, queries) -> Queries:
+    def _queries(self, queries) -> Rows:
         raise NotImplementedError
 
     def search(self, queries, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -306,7 +313,7 @@ class Inverted:
             )
         return found
 
-    def _best(self, queries: Queries, k: int) -> Tensor:
+    def _best(self, queries: Rows, k: int) -> Tensor:
         """The best keys (Q, k) in the tiles of this process."""
         number, threads = len(queries.starts) - 1, torch.get_num_threads()
         keys = np.full((number, 2 * min(k, self.tiling.count)), EMPTY)
@@ -322,12 +329,16 @@ class Inverted:
 
 
 # sparse vectors
-def _check_weights(matrix: csr_matrix, place: Callable[[int], str]) -> None:
-    """UserError if a weight is not finite or negative; place(row) names it."""
+def _check_weights(matrix: csr_matrix, corpus: Embeddings | None, start: int = 0) -> None:
+    """UserError if a weight is not finite or negative. The rows are those from `start` on of the
+    corpus, or queries where it is None."""
     good = np.isfinite(matrix.data) & (matrix.data >= 0)
     if not good.all():
-        row = int(np.searchsorted(matrix.indptr, good.argmin(), side="right")) - 1
-        raise UserError(f"{place(row)} has a weight that is negative or not finite — encode again")
+        row = start + int(np.searchsorted(matrix.indptr, good.argmin(), side="right")) - 1
+        place = f"query vector {row}"
+        if corpus is not None:
+            place = f"{corpus.folder}: {corpus.ids([row])[0]}"
+        raise UserError(f"{place} has a weight that is negative or not finite — encode again")
 
 
 def _tiles(corpus: Embeddings) -> Iterator[csr_matrix]:
@@ -335,8 +346,7 @@ def _tiles(corpus: Embeddings) -> Iterator[csr_matrix]:
     parts, rows = [], 0
     with tqdm(total=len(corpus), desc="inverted lists", leave=False, delay=5) as bar:
         for start, block in corpus.blocks(0, len(corpus), TILE):
-            place = lambda row, start=start: f"{corpus.folder}: {corpus.ids([start + row])[0]}"  # noqa: E731
-            _check_weights(block, place)
+            _check_weights(block, corpus, start)
             bar.update(block.shape[0])
             while block.shape[0]:
                 parts.append(block[: TILE - rows])
@@ -350,7 +360,7 @@ def _tiles(corpus: Embeddings) -> Iterator[csr_matrix]:
 
 
 def _clean(matrix: csr_matrix) -> csr_matrix:
-    """Entries that are given twice are added up, zeros removed; in place."""
+    """Add up entries that are given twice and remove zeros, in place."""
     matrix.sum_duplicates()
     matrix.eliminate_zeros()
     return matrix
@@ -394,23 +404,21 @@ class Sparse(Inverted):
         write(folder, _tiles(corpus), manifest["bits"])
         write_json(folder / "manifest.json", manifest)
 
-    def _queries(self, queries: csr_matrix) -> Queries:
+    def _queries(self, queries: csr_matrix) -> Rows:
         if queries.shape[1] != self.dim:
             raise UserError(
                 f"{self.folder}: vectors over {self.dim} terms, but queries over "
                 f"{queries.shape[1]} — encode both with one checkpoint"
             )
         queries = csr_matrix(queries, dtype=np.float32, copy=True)
-        _check_weights(queries, lambda row: f"query vector {row}")
-        _clean(queries)
-        starts, terms = queries.indptr.astype(np.int64), queries.indices.astype(np.int32)
-        return Queries(starts, terms, queries.data)
+        _check_weights(queries, None)
+        return as_rows(_clean(queries))
 
-    def _best(self, queries: Queries, k: int) -> Tensor:
+    def _best(self, queries: Rows, k: int) -> Tensor:
         on_gpu = self.device.type == "cuda"
         return self._best_device(queries, k) if on_gpu else super()._best(queries, k)
 
-    def _best_device(self, queries: Queries, k: int) -> Tensor:
+    def _best_device(self, queries: Rows, k: int) -> Tensor:
         mine = slice(queries.starts[0], queries.starts[-1])
         asked = self._matrix(queries.starts, queries.terms[mine], queries.weights[mine], self.dim)
         asked = asked.to_dense()  # (Q, V)

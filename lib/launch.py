@@ -27,9 +27,7 @@ from lib.cpu import onednn
 from lib.dist import all_gather
 from lib.files import UserError, lines, read_json, write_json, write_lines
 
-PACKAGES = (
-    "torch transformers tokenizers accelerate datasets faiss-cpu faiss-gpu bm25s numpy".split()
-)
+PACKAGES = "torch transformers tokenizers accelerate datasets faiss-cpu faiss-gpu numpy".split()
 
 
 def run(main) -> None:

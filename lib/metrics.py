@@ -1,8 +1,8 @@
-"""Metrics of a run, the fusion of runs, and two statistics: a bootstrap interval and a randomisation test.
+"""Metrics of a run, fusion of runs, and two statistics: a bootstrap interval, a randomisation test.
 
-Metrics are computed by trec_eval (through pytrec_eval). Names are those of ir_measures: nDCG@10, RR@10 (also MRR@10),
-R@100 (Recall@100), AP (MAP), P@10, Success@5, Hole@10. Every judged query has a value. A query without a result, or
-without a relevant passage, has the value 0, as under `trec_eval -c`.
+Metrics are computed by trec_eval (through pytrec_eval). Names are those of ir_measures: nDCG@10,
+RR@10 (or MRR@10), R@100 (Recall@100), AP (MAP), P@10, Success@5, Hole@10. Every judged query has a
+value: 0 if it has no result or no relevant passage, as under `trec_eval -c`.
 """
 
 import re
@@ -35,7 +35,7 @@ def metric_name(name: str) -> str:
 
 
 def order(entry: RunList) -> list[int]:
-    """Positions of a query's list in trec_eval's order: score (float32) descending, then id descending."""
+    """Positions of a list in trec_eval's order: score (float32) descending, then id descending."""
     by_score = np.argsort(-entry.scores, kind="stable")
     ordered = entry.scores[by_score]
     if not (ordered[1:] == ordered[:-1]).any():
@@ -45,7 +45,8 @@ def order(entry: RunList) -> list[int]:
 
 
 def reciprocal_rank_fusion(runs: Sequence[dict[str, RunList]], k: int = 60) -> dict[str, RunList]:
-    """One run from several. score = sum over the runs of 1 / (k + rank); Cormack et al., SIGIR 2009, with their k."""
+    """One run from several: a score is the sum over the runs of 1 / (k + rank). Cormack et al.,
+    SIGIR 2009, with their k."""
     fused = {}
     for qid in dict.fromkeys(qid for run in runs for qid in run):
         scores = {}
@@ -59,56 +60,51 @@ def reciprocal_rank_fusion(runs: Sequence[dict[str, RunList]], k: int = 60) -> d
 
 
 def mrr_at_k(ranking: dict[str, Sequence[str]], qrels: dict, k: int, level: int = 1) -> float:
-    """The official MS MARCO definition (ms_marco_eval.py): the mean over ALL queries of the qrels of 1 / rank of the
-    first relevant passage among the first k, or 0. ranking[qid] = passages, best first."""
-    total = 0.0
+    """The official MS MARCO definition (ms_marco_eval.py): the mean over ALL queries of the qrels
+    of 1 / rank of the first relevant passage in ranking[qid][:k], best first, or 0."""
+    values = []
     for qid, judged in qrels.items():
         ranks = enumerate(ranking.get(qid, ())[:k], 1)
-        total += next((1.0 / rank for rank, pid in ranks if judged.get(pid, 0) >= level), 0.0)
-    return total / len(qrels)
+        values.append(next((1.0 / rank for rank, pid in ranks if judged.get(pid, 0) >= level), 0.0))
+    return float(np.mean(values))
 
 
 def score_run(
-    run: dict[str, RunList],
-    qrels: dict[str, dict[str, int]],
-    metrics: Iterable[str],
-    level: int = 1,
+    run: dict[str, RunList], qrels: dict[str, dict], metrics: Iterable[str], level: int = 1
 ) -> dict[str, dict[str, float]]:
     """values[metric][qid] for every query of the qrels.
 
-    level: the lowest grade that every metric but nDCG counts as relevant; 2 for the passages of TREC DL. nDCG uses
-    every grade (gain = grade; negative grades gain nothing). Hole@k is the share of the first k passages that nobody
-    judged; 0 for an empty list."""
+    level: the lowest grade that all metrics but nDCG take as relevant; 2 for passages of TREC DL.
+    nDCG uses every grade (gain = grade; a negative grade gains nothing). Hole@k is the share of
+    the first k passages that nobody judged, 0 for an empty list."""
     import pytrec_eval
 
-    keys = {}  # our name of a metric -> trec_eval's, with a dot before the cut
-    for name in metrics:
-        kind, cut = parse_metric(name)
+    parsed = {metric_name(name): parse_metric(name) for name in metrics}
+    measures = {}  # trec_eval's name, with a dot before the cut; its recip_rank knows no cut
+    for name, (kind, cut) in parsed.items():
         if kind != "Hole":
-            plain = WITHOUT_CUT["RR"] if kind == "RR" else WITHOUT_CUT.get(kind)
-            keys[name] = f"{WITH_CUT[kind]}.{cut}" if cut and kind != "RR" else plain
+            whole = cut is None or kind == "RR"
+            measures[name] = WITHOUT_CUT[kind] if whole else f"{WITH_CUT[kind]}.{cut}"
     lists = {qid: run[qid] for qid in qrels if qid in run}
     scores = {qid: dict(zip(e.pids, e.scores.tolist(), strict=True)) for qid, e in lists.items()}
-    evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(keys.values()), relevance_level=level)
+    evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(measures.values()), relevance_level=level)
     measured = evaluator.evaluate(scores)
-    values = {}
-    for name in metrics:
-        kind, cut = parse_metric(name)
-        values[metric_name(name)] = found = dict.fromkeys(qrels, 0.0)
+    values = {name: dict.fromkeys(qrels, 0.0) for name in parsed}
+    for name, (kind, cut) in parsed.items():
         for qid, entry in lists.items():
             if kind == "Hole":
                 first = [entry.pids[at] for at in order(entry)[:cut]]
-                found[qid] = sum(pid not in qrels[qid] for pid in first) / max(len(first), 1)
-                continue
-            found[qid] = measured[qid][keys[name].replace(".", "_")] if qid in measured else 0.0
-            if kind == "RR" and cut and found[qid] < 1.0 / cut:  # trec_eval's has no cut
-                found[qid] = 0.0
+                value = sum(pid not in qrels[qid] for pid in first) / max(len(first), 1)
+            else:
+                value = measured.get(qid, {}).get(measures[name].replace(".", "_"), 0.0)
+            too_late = kind == "RR" and cut is not None and value < 1.0 / cut
+            values[name][qid] = 0.0 if too_late else value
     return values
 
 
 def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean; queries are drawn with replacement 10,000 times. For a paired comparison
-    pass the differences. scipy takes no single value, whose interval is the value itself."""
+    """95% percentile interval of the mean over queries, from 10,000 samples. For a paired
+    comparison pass the differences. (scipy refuses a single value.)"""
     if len(values) == 1:
         return float(values[0]), float(values[0])
     settings = {"n_resamples": 10_000, "batch": 1000, "method": "percentile"}
@@ -117,9 +113,10 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
 
 
 def randomisation_test(differences: Sequence[float], seed: int = 0) -> float:
-    """Two-sided p of a paired randomisation test that the mean difference is 0: the share of sign flips whose mean is
-    at least as far from 0 (Smucker et al., CIKM 2007). All 2^n flips for up to 13 queries, else 10,000 random ones
-    and the observed one. Not scipy's permutation_test: it is nine times slower, and its random flips are others."""
+    """Two-sided p of a paired randomisation test that the mean difference is 0: the share of sign
+    flips whose mean is at least as far from 0 (Smucker et al., CIKM 2007). All 2^n flips for up to
+    13 queries, else 10,000 random ones and the observed one. scipy's permutation_test draws other
+    flips and takes nine times as long."""
     differences = np.asarray(differences, dtype=np.float64)
     n = len(differences)
     reach = abs(differences.sum()) * (1 - 1e-12) - 1e-12  # the order of addition changes last bits

@@ -109,7 +109,8 @@ def passage_of(entry) -> Passage:
         return Passage(entry)
     if "pid" in entry:
         return Passage(entry["pid"], score=entry["ce-score"])
-    return Passage(entry["docid"], entry["text"], tuple(filter(None, [entry.get("title")])))
+    title = entry.get("title") or ""
+    return Passage(entry["docid"], entry["text"], (title,) if title.strip() else ())
 
 
 def tevatron(row: dict) -> Example:
@@ -204,7 +205,7 @@ class Pairs:
         self.execute = self.database.execute
 
     def collect(self, inputs: list[str], name: str) -> Iterator[Row]:
-        """Add all rows of the input; yields the (id, title, text) of corpus.jsonl.
+        """Add all rows of the input; yields the (id, titles, text) of corpus.jsonl.
 
         UserError: a damaged row, an id that comes with two texts."""
         for path in inputs:
@@ -295,7 +296,7 @@ def main():
     line = json.dumps(first, default=str) if isinstance(first, dict) else "\t".join(first)
     name = args.format or files.foreign_format(line)
     place = f"{args.input[0]}:1"
-    if not name and len(first) == 2 and "," in line.partition("\t")[2]:
+    if name == "negative-lists":
         command = f"mine_negatives.py --run {args.input[0]} --qrels QRELS --corpus CORPUS"
         raise UserError(f"{place}: lists of negatives without positives — run `python {command}`")
     if name not in FORMATS:

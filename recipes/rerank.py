@@ -461,7 +461,10 @@ def read_pairs(args: Args, queries, corpus) -> tuple[np.ndarray, np.ndarray, dic
     """(row of the query (n,), row of the passage (n,), notes for the echo); UserError for an id without a text."""
     if args.run:
         run = {qid: entry.pids[: args.depth] for qid, entry in read_run(args.run).items()}
-        query_rows, notes = require_rows(queries, list(run), args.run, "query"), {"queries": len(run)}
+        query_rows, notes = (
+            require_rows(queries, list(run), args.run, "query"),
+            {"queries": len(run)},
+        )
         lists = [require_rows(corpus, pids, args.run, "passage", qid) for qid, pids in run.items()]
     else:
         groups = Groups(

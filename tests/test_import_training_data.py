@@ -79,7 +79,7 @@ def test_flagembedding_texts_are_named_by_their_text_and_rows_of_a_query_joined(
             "pos": [pid("Ants rest."), pid("Ants nap.")],
             "neg": [pid("Bees fly."), pid("Öl, überall")],  # "Ants rest." is a positive
         },
-        {"qid": qid("what is a bee"), "pos": [pid("Bees fly."), pid("A bee is …")], "neg": []},
+        {"qid": qid("what is a bee"), "pos": [pid("Bees fly."), pid("A bee is …")]},
     ]
     texts = ["Ants rest.", "Bees fly.", "Öl, überall", "A bee is …", "Ants nap."]
     assert {row["_id"]: row["text"] for row in read(out / "corpus.jsonl")} == {
@@ -360,7 +360,7 @@ FIRST_LINES = {
     "q1 Q0 7 1 13.25 tag": None,
     "": None,
     "{": None,
-    "q1\t7,9": None,
+    "q1\t7,9": "negative-lists",
     "q1 7 9": "id-triples",
 }
 

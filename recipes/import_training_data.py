@@ -283,16 +283,18 @@ class Pairs:
             self.counts["queries with incomplete scores"] += 0 < scores.count(None) < len(scores)
             if pos:
                 self.counts.update(queries=1, positives=len(pos), negatives=len(kept))
-                complete = None not in scores
-                pos_scores = [*pos.values()] if complete else None
-                neg_scores = [*kept.values()] if complete else None
-                yield TrainingRow(qid, [*pos], [*kept], pos_scores, neg_scores, None)
+                row = TrainingRow(qid, [*pos], [*kept])
+                if None not in scores:
+                    row = row._replace(pos_scores=[*pos.values()], neg_scores=[*kept.values()])
+                yield row
 
 
 def main():
     args = parse_args(Args)
     accelerator, out = make_accelerator(), Path(args.output_dir)
-    _, first = next(read_rows(Path(args.input[0]), tabs=False), (0, []))
+    # the first row of each file, so that a missing file stops now and not after hours
+    firsts = [next(read_rows(Path(path), tabs=False), (0, [])) for path in args.input]
+    first = firsts[0][1]
     line = json.dumps(first, default=str) if isinstance(first, dict) else "\t".join(first)
     name = args.format or files.foreign_format(line)
     place = f"{args.input[0]}:1"
@@ -303,10 +305,7 @@ def main():
         raise UserError(f"{place}: unknown format — --format takes {', '.join(FORMATS)}")
     corpus = open_texts(args.corpus) if args.corpus else None
     inputs = {"corpus": corpus and corpus.fingerprint}
-    try:
-        inputs |= {path: [os.path.getsize(path), os.path.getmtime(path)] for path in args.input}
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror} — check the path") from error
+    inputs |= {path: [os.path.getsize(path), os.path.getmtime(path)] for path in args.input}
     if claim_output(args, accelerator, "audit.json", inputs=inputs):
         return
     temporary = out / ".tmp-pairs.sqlite"

@@ -323,7 +323,7 @@ def test_damaged_files_that_are_no_text(convert, tmp_path):
         convert(b"\x00\xff\x00", "x.parquet")
     with pytest.raises(UserError, match="no such file"):
         convert(None, "nowhere.jsonl")
-    with pytest.raises(UserError, match="/nowhere: No such file or directory — check the path"):
+    with pytest.raises(UserError, match="/nowhere: no such file"):
         convert(GOOD, "x.jsonl", "--input", tmp_path / "x.jsonl", "/nowhere")
 
 

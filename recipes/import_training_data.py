@@ -45,7 +45,7 @@ from lib import files
 from lib.arguments import arg, parse_args
 from lib.files import TrainingRow, UserError
 from lib.launch import claim_output, echo, make_accelerator, run
-from lib.texts import Texts, open_texts, text_key, write_texts
+from lib.texts import Row, Texts, open_texts, text_key, write_texts
 
 LABELS = ("label", "labels", "score", "scores")  # the names that sentence-transformers looks for
 TABLES = """
@@ -72,7 +72,7 @@ class BadRow(ValueError):
 class Passage(NamedTuple):
     id: str | int | None = None  # None: the id is made from the text
     text: str | None = None  # None: the input has ids only
-    title: str = ""
+    titles: tuple[str, ...] = ()
     score: float | None = None
 
 
@@ -109,7 +109,8 @@ def passage_of(entry) -> Passage:
         return Passage(entry)
     if "pid" in entry:
         return Passage(entry["pid"], score=entry["ce-score"])
-    return Passage(entry["docid"], entry["text"], entry.get("title") or "")
+    title = entry.get("title") or ""
+    return Passage(entry["docid"], entry["text"], (title,) if title.strip() else ())
 
 
 def tevatron(row: dict) -> Example:
@@ -203,7 +204,7 @@ class Pairs:
         self.database.executescript(TABLES)
         self.execute = self.database.execute
 
-    def collect(self, inputs: list[str], name: str) -> Iterator[tuple[str, str, str]]:
+    def collect(self, inputs: list[str], name: str) -> Iterator[Row]:
         """Add all rows of the input; yields the (id, titles, text) of corpus.jsonl.
 
         UserError: a damaged row, an id that comes with two texts."""
@@ -218,12 +219,11 @@ class Pairs:
                     reason = error if isinstance(error, BadRow) else reason
                     raise UserError(f"{path}:{line}: {reason}") from None
 
-    def add(self, example: Example) -> Iterator[tuple[str, str, str]]:
+    def add(self, example: Example) -> Iterator[Row]:
         query = self.query(example.qid, example.query)
         for negative, passages in enumerate((example.pos, example.neg)):
-            for pid, text, title, score in passages:
+            for pid, text, titles, score in passages:
                 pid = id_of(pid) if text is None or pid is not None else None
-                titles = (title,) if title.strip() else ()
                 content = None if text is None else text_key(titles, text)
                 if text is not None and self.is_new(pid, content):
                     self.counts["empty passages, kept"] += not (text.strip() or titles)
@@ -283,34 +283,31 @@ class Pairs:
             self.counts["queries with incomplete scores"] += 0 < scores.count(None) < len(scores)
             if pos:
                 self.counts.update(queries=1, positives=len(pos), negatives=len(kept))
-                complete = None not in scores
-                pos_scores = [*pos.values()] if complete else None
-                neg_scores = [*kept.values()] if complete else None
-                yield TrainingRow(qid, [*pos], [*kept], pos_scores, neg_scores, None)
+                row = TrainingRow(qid, [*pos], [*kept])
+                if None not in scores:
+                    row = row._replace(pos_scores=[*pos.values()], neg_scores=[*kept.values()])
+                yield row
 
 
 def main():
     args = parse_args(Args)
     accelerator, out = make_accelerator(), Path(args.output_dir)
-    _, first = next(read_rows(Path(args.input[0]), tabs=False), (0, []))
+    # the first row of each file, so that a missing file stops now and not after hours
+    firsts = [next(read_rows(Path(path), tabs=False), (0, [])) for path in args.input]
+    first = firsts[0][1]
     line = json.dumps(first, default=str) if isinstance(first, dict) else "\t".join(first)
     name = args.format or files.foreign_format(line)
     place = f"{args.input[0]}:1"
     if name == "negative-lists":
-        command = f"mine_negatives.py --lists {args.input[0]} --qrels QRELS --corpus CORPUS"
+        command = f"mine_negatives.py --run {args.input[0]} --qrels QRELS --corpus CORPUS"
         raise UserError(f"{place}: lists of negatives without positives — run `python {command}`")
     if name not in FORMATS:
         raise UserError(f"{place}: unknown format — --format takes {', '.join(FORMATS)}")
-    try:
-        source = [[os.path.getsize(path), os.path.getmtime(path)] for path in args.input]
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror} — check the path") from error
     corpus = open_texts(args.corpus) if args.corpus else None
-    source.append(corpus and corpus.fingerprint)
-    if claim_output(args, accelerator, "audit.json"):
-        if files.read_json(out / "audit.json")["source"] != source:
-            raise UserError(f"{out}: made from other files than there are now — remove the folder")
-        return print(f"{out} is complete")
+    inputs = {"corpus": corpus and corpus.fingerprint}
+    inputs |= {path: [os.path.getsize(path), os.path.getmtime(path)] for path in args.input}
+    if claim_output(args, accelerator, "audit.json", inputs=inputs):
+        return
     temporary = out / ".tmp-pairs.sqlite"
     try:
         pairs = Pairs(temporary)
@@ -332,7 +329,7 @@ def main():
     files.write_lines(out / "qrels.tsv", (f"{r.qid} 0 {pid} 1" for _, r in rows for pid in r.pos))
     audit = {"format": name, **pairs.counts}
     echo(accelerator, f"audit of {out / 'train.jsonl'}", audit)
-    files.write_json(out / "audit.json", {**audit, "source": source})
+    files.write_json(out / "audit.json", audit)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ pytest tests/test_import_training_data.py"""
 
 import gzip
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +89,6 @@ def test_flagembedding_texts_are_named_by_their_text_and_rows_of_a_query_joined(
         {"_id": qid(text), "text": text} for text in ("do ants sleep", "what is a bee")
     ]
     counts = audit(out)
-    del counts["source"]
     assert counts == {
         "format": "flagembedding",
         "rows of the input": 3,
@@ -155,15 +156,14 @@ def test_tevatron_with_ids_is_checked_against_its_corpus(convert, tmp_path):
     assert read(out / "queries.jsonl") == [{"_id": "1", "text": "q"}]
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(jsonl(*({"docid": i, "text": t} for i, t in (("7", "a"), ("9", "a")))))
-    (out / "audit.json").rename(tmp_path / "aside")
-    for path in [*out.iterdir()]:
-        path.unlink()
+    shutil.rmtree(out)
     with pytest.raises(
         UserError, match="corpus.jsonl: has no passage 12, which query 1 names — give"
     ):
         convert(None, "x.jsonl", "--corpus", corpus)
     with open(corpus, "a") as stream:
         stream.write(jsonl({"docid": "12", "text": "b"}))
+    shutil.rmtree(out)
     rows, _ = convert(None, "x.jsonl", "--corpus", corpus)
     assert rows == [{"qid": "1", "pos": ["7"], "neg": ["12"]}]  # 9 has the text of 7
 
@@ -313,7 +313,7 @@ def test_damaged_input_is_one_line_with_its_place(convert, case, tmp_path):
         convert(BAD[case][0], "x.jsonl")
     message = str(error.value)
     assert message.count("\n") == 1 and "Traceback" not in message
-    assert __import__("re").search(f"x.jsonl{BAD[case][1]}", message), message
+    assert re.search(f"x.jsonl{BAD[case][1]}", message), message
     assert not (tmp_path / "out" / "audit.json").exists()
     assert not [*(tmp_path / "out").glob(".tmp*")]
 
@@ -323,7 +323,7 @@ def test_damaged_files_that_are_no_text(convert, tmp_path):
         convert(b"\x00\xff\x00", "x.parquet")
     with pytest.raises(UserError, match="no such file"):
         convert(None, "nowhere.jsonl")
-    with pytest.raises(UserError, match="/nowhere: No such file or directory — check the path"):
+    with pytest.raises(UserError, match="/nowhere: no such file"):
         convert(GOOD, "x.jsonl", "--input", tmp_path / "x.jsonl", "/nowhere")
 
 
@@ -332,7 +332,7 @@ def test_a_finished_import_is_complete_for_its_own_input_only(convert, script, t
     flags = ["--input", tmp_path / "x.jsonl", "--output_dir", tmp_path / "out"]
     assert "is complete" in script("recipes.import_training_data", *flags)[1]
     (tmp_path / "x.jsonl").write_text(GOOD + GOOD)
-    assert "made from other files" in script("recipes.import_training_data", *flags)[2]
+    assert "it was made with" in script("recipes.import_training_data", *flags)[2]
 
 
 def test_several_files_give_what_one_gives(convert, script, tmp_path):

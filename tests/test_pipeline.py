@@ -114,7 +114,7 @@ def test_the_sparse_track(tmp_path, tiny_collection, tiny_model_dir, call, scrip
     positives = {qid: set(pids) for qid, pids in files.read_qrels(data.qrels).items()}
     for _, row in files.read_training_file(tmp_path / "negatives" / "train.jsonl"):
         assert row.neg == [pid for pid in run[row.qid].pids[:12] if pid in row.neg]
-        assert not set(row.neg) & positives[row.qid] == {*row.pos} - positives[row.qid]
+        assert not set(row.neg) & positives[row.qid]
     faiss = flags(index="Flat", output_dir=tmp_path / "x")
     status, _, error = script("evaluate", *vectors, *judged, *faiss)
     assert status == 1 and "--index is for dense vectors" in error

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from lib import launch, losses
 from lib.arguments import arg, parse_args
-from lib.checkpoint import load_encoder, save_encoder
+from lib.checkpoint import checkpoint_folder, load_encoder, model_hash, save_encoder
 from lib.cpu import economize
 from lib.dev import DevSet
 from lib.dro import GroupGradients, GroupWeights, Robustness, groups_of_rows
@@ -63,28 +63,18 @@ KEPT_CHECKPOINTS = 2  # for the miner, if --train is a folder of generations
 @dataclass(kw_only=True)
 class Args:
     model: str = arg(group="data", help="checkpoint to start from")
-    train: str = arg(
-        help="training file, judgments (in-batch negatives), or a folder of generations"
-    )
+    train: str = arg(help="training file, judgments (in-batch negatives), or folder of generations")
     corpus: str = arg(help="the passages that the training file names")
     queries: str = arg(help="the queries that the training file names")
     output_dir: str = arg(help="folder for the checkpoint")
-    passages_per_query: int = arg(
-        None, least=1, help="one positive, the rest negatives (RetroMAE 16); default 8, judgments 1"
-    )
-    negatives_depth: int = arg(
-        200, least=1, help="draw from the first N negatives of each query (RetroMAE, ANCE 200)"
-    )
+    passages_per_query: int = arg(None, least=1, help="1 positive, the rest negatives (default: 8)")
+    negatives_depth: int = arg(200, least=1, help="draw from the first N negatives of a query")
     dev_queries: str = arg(None, group="development set", help="its queries")
     dev_qrels: str = arg(None, help="its judgments")
     dev_candidates: str = arg(None, help="passages to re-rank for MRR@10: a run or top1000.dev")
-    eval_every: int = arg(
-        None, least=1, help="evaluate every N steps and keep the best in best/; default: ten times"
-    )
+    eval_every: int = arg(None, least=1, help="steps between evaluations (default: ten in all)")
     title: Literal["none", "space", "sep"] | None = arg(
-        None,
-        group="texts (default: as the checkpoint states)",
-        help="how titles are joined to texts",
+        None, group="texts (default: as the checkpoint states)", help="how titles join their texts"
     )
     query_prompt: str = arg(None, help="text put before every query")
     passage_prompt: str = arg(None, help="text put before every passage")
@@ -92,80 +82,46 @@ class Args:
     max_passage_length: int = arg(
         None, least=3, help="tokens of a passage (RetroMAE 140, ANCE 512)"
     )
-    max_chunks: int = arg(
-        None,
-        least=1,
-        help="maximum number of chunks per passage, each of --max_passage_length (MaxP 4)",
-    )
-    max_characters: int = arg(
-        None, least=0, help="cut passages to N characters first (ANCE 10000); 0 = do not"
-    )
+    max_chunks: int = arg(None, least=1, help="maximum number of chunks per passage (MaxP 4)")
+    max_characters: int = arg(None, least=0, help="cut passages to N characters first (ANCE 10000)")
     head: Literal["dense", "sparse", "new_sparse"] = arg(
-        "dense",
-        group="model",
-        help="sparse uses the LM head, new_sparse makes one where there is none",
+        "dense", group="model", help="sparse: with the LM head; new_sparse: make a new LM head"
     )
-    pooling: str = arg(None, help="cls, mean or last_token, where the checkpoint states no pooling")
+    pooling: str = arg(None, help="cls, mean or last_token, if the checkpoint states none")
     normalize: bool = arg(False, help="make unit vectors; a checkpoint that has them keeps them")
     projection: int = arg(
-        0, least=0, help="add a Linear + LayerNorm of this size (ANCE 768); 0 = add none"
+        0, least=0, help="add Linear + LayerNorm of this size (ANCE 768); 0: none"
     )
-    exclude_special_tokens: bool = arg(
-        False, help="sparse head: take no maximum over [CLS] and [SEP] (LexMAE)"
-    )
+    exclude_special_tokens: bool = arg(False, help="sparse: pool over no special tokens (LexMAE)")
     loss: Literal["info_nce", "triplet", "own_group"] = arg(
         "info_nce", group="objective", help="the contrastive loss, see above"
     )
     temperature: float = arg(
-        None, above=0, help="divides the scores; default 0.05 for unit vectors, else 1"
+        None, above=0, help="divides scores (default: unit vectors 0.05, else 1)"
     )
-    contrastive_weight: float = arg(
-        1.0, least=0, help="weight of --loss (LexMAE's stage 3 0.2, RetroMAE's distillation 1e-4)"
-    )
+    contrastive_weight: float = arg(1.0, least=0, help="weight of --loss (LexMAE's stage 3: 0.2)")
     kl_weight: float = arg(0.0, least=0, help="weight of KL(teacher, student) per query (LexMAE 1)")
     margin_mse_weight: float = arg(
-        0.0, least=0, help="weight of the margin-MSE to the teacher (SPLADE 1)"
+        0.0, least=0, help="weight of the teacher's margin-MSE (SPLADE 1)"
     )
     flops_passages: float = arg(
-        0.002,
-        least=0,
-        help="sparse head: FLOPS weight of passages (LexMAE 0.002, later stages 0.008)",
+        0.002, least=0, help="sparse: FLOPS weight of passages (LexMAE 0.002)"
     )
-    flops_queries: float = arg(
-        None,
-        least=0,
-        help="sparse head: FLOPS weight of queries; default 0.75 of the passages' (LexMAE)",
-    )
-    flops_warmup_steps: int = arg(
-        0,
-        least=0,
-        help="sparse head: steps in which the FLOPS weights grow quadratically (SPLADE 50000)",
-    )
+    flops_queries: float = arg(None, least=0, help="sparse: of queries (default: 0.75 of passages)")
+    flops_warmup_steps: int = arg(0, least=0, help="sparse: steps in which the FLOPS weights grow")
     dro: Literal["idro", "greedy"] | None = arg(
-        None, help="weight the clusters in the training file; needs --loss triplet or own_group"
+        None, help="weight the clusters of the training file"
     )
-    dro_alpha: float = arg(
-        0.25,
-        above=0,
-        most=1,
-        help="idro: power of the losses (COCO-DR 0.25); greedy: share of queries",
-    )
+    dro_alpha: float = arg(0.25, above=0, most=1, help="idro: power of losses; greedy: worst share")
     dro_ema: float = arg(
-        0.1,
-        least=0,
-        most=1,
-        help="idro: power of the previous weight; greedy: rate of the running means",
+        0.1, least=0, most=1, help="idro: power of the previous weight; greedy: rate"
     )
     dro_rho: float = arg(0.05, least=0, help="idro: step size of the weights (COCO-DR 0.05)")
     dro_eps: float = arg(0.01, least=0, most=1, help="least weight of a cluster (COCO-DR 0.01)")
     per_device_batch_size: int = arg(
         16, group="optimisation", least=1, help="queries per process and micro-step (RetroMAE 16)"
     )
-    chunk_size: int = arg(
-        0,
-        least=0,
-        help="GradCache: encode N texts at a time, so that any batch fits; 0 = all at once",
-    )
+    chunk_size: int = arg(0, least=0, help="GradCache: texts encoded at a time; 0 = all at once")
     gradient_checkpointing: bool = arg(
         False,
         help="recompute activations in the backward pass: about 20% slower, a third less memory",
@@ -173,21 +129,13 @@ class Args:
     gradient_accumulation_steps: int = arg(
         1, least=1, help="micro-steps per step; does not add in-batch negatives (use --chunk_size)"
     )
-    optimizer: Literal["adamw", "lamb"] = arg(
-        "adamw", help="betas 0.9 and 0.999, eps 1e-8 (ANCE: lamb)"
-    )
+    optimizer: Literal["adamw", "lamb"] = arg("adamw", help="betas 0.9 and 0.999, eps 1e-8")
     learning_rate: float = arg(2e-5, above=0, help="peak learning rate (RetroMAE 2e-5)")
-    weight_decay: float = arg(
-        0.01, least=0, help="not for biases and norms (RetroMAE 0, LexMAE 0.01)"
-    )
+    weight_decay: float = arg(0.01, least=0, help="not for biases and norms (RetroMAE 0)")
     max_grad_norm: float = arg(1.0, least=0, help="clip gradients to this norm; 0 = do not")
     num_epochs: float = arg(4.0, above=0, help="passes over the examples (RetroMAE 4)")
     max_steps: int = arg(None, least=1, help="optimizer steps, in place of --num_epochs")
-    warmup_steps: float = arg(
-        0.05,
-        least=0,
-        help="linear warm-up before the linear decay: steps, or below 1 a share of them",
-    )
+    warmup_steps: float = arg(0.05, least=0, help="linear warm-up: steps, or below 1 their share")
     seed: int = arg(42, group="runtime", least=0, help="decides data order, negatives and dropout")
     save_every: int = arg(1000, least=1, help="steps between states to --resume from")
     log_every: int = arg(
@@ -195,13 +143,9 @@ class Args:
     )
     resume: bool = arg(False, help="continue from the last saved state")
     num_workers: int = arg(2, least=0, help="loader processes that turn text into ids")
-    report_to: Literal["none", "tensorboard", "wandb"] = arg(
-        "none", help="tracker beside log.jsonl"
-    )
+    report_to: Literal["none", "tensorboard", "wandb"] = arg("none", help="tracker of the log")
     deterministic: bool = arg(False, help="bit-identical reruns on CUDA, slower")
-    dry_run: bool = arg(
-        False, help="show the first inputs, truncation, batch, steps and disk, and stop"
-    )
+    dry_run: bool = arg(False, help="show the first inputs, batch, steps and disk, and stop")
 
 
 def contrastive_loss(scores, positives, mask):
@@ -225,8 +169,8 @@ def check(args, passages_per_query: int, candidates: int) -> None:
         )
     if args.dro and (in_batch or by_parts):
         raise UserError(
-            "--dro needs a loss of each query alone, of a batch encoded at once — give --loss triplet or own_group, and "
-            "leave out --head sparse, --chunk_size and --gradient_checkpointing"
+            "--dro needs a loss of each query alone, of a batch encoded at once — give --loss triplet or "
+            "own_group, and leave out --head sparse, --chunk_size and --gradient_checkpointing"
         )
     if Path(args.train).is_dir() and not args.max_steps:
         raise UserError(
@@ -262,14 +206,7 @@ def main():
     check(args, P, W * B * P if args.loss == "info_nce" else P)
     groups = Groups(file, P - 1, args.negatives_depth, args.seed)
     distilled = bool(args.kl_weight or args.margin_mse_weight)
-    if distilled and file.positive_scores is None:
-        raise UserError(
-            f"{args.train}: it has no teacher scores — add them with recipes/score_pairs.py"
-        )
-    if args.dro and file.clusters is None:
-        raise UserError(
-            f"{args.train}: it has no clusters — add them with recipes/cluster_queries.py"
-        )
+    file.require(scores=distilled, clusters=bool(args.dro))
     batch_size = W * B * accumulation
     max_steps = args.max_steps or math.ceil(args.num_epochs * len(groups) / batch_size)
     warmup_steps = steps_of(args.warmup_steps, max_steps)
@@ -304,9 +241,7 @@ def main():
         "texts": ", ".join(f"{name} {value!r}" for name, value in asdict(form).items()),
         "running on": launch.describe(accelerator),
         "batch": f"{B} queries x {W} process(es) x {accumulation} accumulated = {batch_size} per step",
-        "encoded at a time": f"{args.chunk_size} texts (GradCache)"
-        if chunked
-        else "the whole batch",
+        "encoded at a time": f"{args.chunk_size} texts (GradCache)" if chunked else "all texts",
         "scores": f"{'cosine' if model.normalized else 'dot product'} / {temperature}",
         "training data": f"{used.train}, of step {used.step}" if refresh else args.train,
         **groups.notes,
@@ -314,11 +249,14 @@ def main():
     }
     copies = 4 + bool(dev) + KEPT_CHECKPOINTS * bool(refresh)  # of the weights, 3 in state/
     facts["disk"] = f"{copies * weights * 4 / 1e9:.2f} GB"
-    facts["inputs"] = {"corpus": corpus.fingerprint, "queries": queries.fingerprint}
+    inputs = {"model": model_hash(checkpoint_folder(args.model)), **file.fingerprints}
+    if refresh:
+        del inputs["train"]  # which generation is used when stands in generations.tsv
+    facts["inputs"] = inputs
     if not launch.begin(accelerator, args, "fine-tuning", facts, partial(preview, collate)):
         return
-    decayed = parameter_groups(model, args.weight_decay)
-    optimizer = make_optimizer(args.optimizer, decayed, args.learning_rate)
+    parameters = parameter_groups(model, args.weight_decay)
+    optimizer = make_optimizer(args.optimizer, parameters, args.learning_rate)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # ---- resume
@@ -344,9 +282,8 @@ def main():
             student, keep = scores.gather(1, own), mask.gather(1, own)
             stats["kl"] = losses.kl_divergence(student, batch["teacher_scores"], keep)
             stats["margin_mse"] = losses.margin_mse(student, batch["teacher_scores"], keep)
-            loss = (
-                loss + args.kl_weight * stats["kl"] + args.margin_mse_weight * stats["margin_mse"]
-            )
+            loss = loss + args.kl_weight * stats["kl"]
+            loss = loss + args.margin_mse_weight * stats["margin_mse"]
         loss = dro.loss(loss, batch["clusters"]) if dro else loss.mean()
         real = (batch["passage_rows"] >= 0).repeat_interleave(form.max_chunks)
         if sparse:

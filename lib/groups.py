@@ -12,6 +12,7 @@ from itertools import chain, islice
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -84,6 +85,25 @@ class TrainingFile:
         self.negative_scores = self._whole(self.negative_scores, scored, "scores")
         self.clusters = self._whole(self.clusters, len(self.clusters), "a cluster")
         self._refuse_positives_among_negatives()
+        digest = xxhash.xxh3_128()
+        for rows in (self.query_rows, self.positive_rows, self.negative_rows):
+            digest.update(rows.tobytes())
+        self.fingerprints = {
+            "train": digest.hexdigest(),
+            "queries": queries.fingerprint,
+            "corpus": corpus.fingerprint,
+        }
+
+    def require(self, scores: bool, clusters: bool) -> None:
+        """UserError if a training needs the teacher's scores or clusters, and the file has none."""
+        if scores and self.positive_scores is None:
+            raise UserError(
+                f"{self.path}: it has no teacher scores — add them with recipes/score_pairs.py"
+            )
+        if clusters and self.clusters is None:
+            raise UserError(
+                f"{self.path}: it has no clusters — add them with recipes/cluster_queries.py"
+            )
 
     def _rows(self, texts: Texts, ids: list[str], what: str) -> list[int]:
         return require_rows(texts, ids, self.path, what).tolist()

@@ -338,3 +338,18 @@ def test_bf16_saves_what_fp32_reads(
         [line["loss"] for line in log_of(tmp_path / n) if "loss" in line] for n in ("no", "bf16")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=0.02) and losses[0] != losses[1]
+
+
+def test_a_folder_is_complete_only_for_the_inputs_it_was_made_from(
+    arguments, call, tiny_collection, tmp_path, capsys
+):
+    rows = [row for _, row in read_training_file(tiny_collection.train)]
+    train = tmp_path / "train.jsonl"
+    write_training_file(train, rows)
+    call(arguments(train=train, max_steps=2))
+    call(arguments(train=train, max_steps=2))
+    assert "out is complete" in capsys.readouterr().out
+    write_training_file(train, [row._replace(neg=row.neg[::-1]) for row in rows])
+    for resume in ([], ["--resume"]):
+        with pytest.raises(UserError, match="it was made with train .* — choose another"):
+            call(arguments(*resume, train=train, max_steps=2))

@@ -148,7 +148,7 @@ MISTAKES = [
         "evaluate --queries_embeddings vectors_p --corpus_embeddings vectors_q --allow_unknown --qrels QRELS",
         "of kind passage",
     ),
-    ("evaluate --run QRELS --qrels QRELS", "rank 'score' is not an integer"),
+    ("evaluate --run QRELS --qrels QRELS", "the rank 'score' is not a finite number"),
 ]
 
 

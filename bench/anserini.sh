@@ -71,7 +71,7 @@ from scipy.sparse import vstack
 
 from lib.embeddings import Embeddings, finish_embeddings, write_shard
 from lib.files import RunList, read_json, read_run
-from lib.search import check_pair
+from lib.index import check_pair
 from lib.inverted import Sparse
 from recipes.export_anserini import quantise
 
@@ -101,11 +101,11 @@ found = index.search(asked, hits)
 print(f"ours: searched in {time.perf_counter() - began:.3f} s")
 
 place = np.argsort(np.argsort(corpus.ids(range(len(corpus)))))  # Anserini puts equal scores in the order of the ids
-theirs, nothing = read_run(out / f"run-{hits}.trec"), RunList([], np.zeros(0, np.float32), np.zeros(0, np.int32))
+theirs, nothing = read_run(out / f"run-{hits}.trec"), RunList([], np.zeros(0, np.float32))
 compared, largest, lowered, same = 0, 0.0, 0.0, 0
 for at, (qid, scores, rows) in enumerate(zip(qids, *found)):
     entry = theirs.pop(qid, nothing)
-    order = np.argsort(entry.ranks)
+    order = np.argsort(-entry.scores, kind="stable")
     their_rows, stated = corpus.rows(entry.pids)[order], entry.scores[order]
     if their_rows.min(initial=0) < 0:
         sys.exit(f"Anserini found a passage for {qid} that the corpus has not")

@@ -272,7 +272,7 @@ def main():
         print(f"{name:28} {wall:9.3f} ms per query ({wall / ours[0]:7.1f} x ours), {cpu:9.3f} of all cores "
               f"({cpu / ours[1]:7.1f} x), {same:.4%} of the rows ours")  # fmt: skip
     for bits in (32, 8):
-        parts = {path.stem: path.stat().st_size for path in (folder / f"index{bits}").glob("*.npy")}
+        parts = {path.stem: path.stat().st_size for path in (folder / f"index{bits}").glob("*.bin")}
         lists = sum(parts.values()) - parts["documents"] - parts["weights"]
         print(f"{bits} bits: {(parts['documents'] + parts['weights']) / stored:.2f} bytes per posting, and "
               f"{lists / stored:.2f} for where lists begin")  # fmt: skip

@@ -1,48 +1,32 @@
-"""Metrics: trec_eval's through pytrec_eval, and what it lacks: RR@k by the MS MARCO definition, hole rate, tests.
+"""Metrics of a run, fusion of runs, and two statistics: a bootstrap interval, a randomisation test.
 
-Names are those of ir_measures: nDCG@10  RR@10 (MRR@10)  R@100 (Recall@100)  AP (MAP)  P@10  Success@5  Hole@10.
-A value belongs to a judged query. Queries that the run lacks, or that have no relevant passage, count 0, as under
-trec_eval -c.
+Metrics are computed by trec_eval (through pytrec_eval). Names are those of ir_measures: nDCG@10,
+RR@10 (or MRR@10), R@100 (Recall@100), AP (MAP), P@10, Success@5, Hole@10. Every judged query has a
+value: 0 if it has no result or no relevant passage, as under `trec_eval -c`.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from scipy.stats import bootstrap
 
 from lib.files import RunList, UserError
 
-ALIASES = {
-    "mrr": "RR",
-    "rr": "RR",
-    "recall": "R",
-    "r": "R",
-    "map": "AP",
-    "ap": "AP",
-    "ndcg": "nDCG",
-    "p": "P",
-}
-ALIASES |= {"precision": "P", "success": "Success", "hole": "Hole"}
-PYTREC = {
-    "nDCG": ("ndcg", "ndcg_cut"),
-    "AP": ("map", "map_cut"),
-    "R": (None, "recall"),
-    "P": (None, "P"),
-    "RR": ("recip_rank", None),
-}
+KINDS = {"ndcg": "nDCG", "rr": "RR", "mrr": "RR", "r": "R", "recall": "R", "ap": "AP", "map": "AP"}
+KINDS |= {"p": "P", "precision": "P", "success": "Success", "hole": "Hole"}
+WITH_CUT = {"nDCG": "ndcg_cut", "R": "recall", "AP": "map_cut", "P": "P", "Success": "success"}
+WITHOUT_CUT = {"nDCG": "ndcg", "AP": "map", "RR": "recip_rank"}
 
 
 def parse_metric(name: str) -> tuple[str, int | None]:
-    """("nDCG", 10) from "nDCG@10" or "ndcg@10"; None for no cut."""
+    """("nDCG", 10) from "nDCG@10" or "ndcg@10"; the cut is None where there is none."""
     match = re.fullmatch(r"([A-Za-z]+)(?:@([1-9]\d*))?", name)
-    kind, cut = (
-        (ALIASES.get(match[1].lower()), match[2] and int(match[2])) if match else (None, None)
-    )
-    if kind is None or (cut is None and kind in ("R", "P", "Success", "Hole")):
-        raise UserError(
-            f"--metrics {name}: unknown — take nDCG@k, RR@k, R@k, AP, P@k, Success@k, Hole@k"
-        )
-    return kind, cut
+    kind = KINDS.get(match[1].lower()) if match else None
+    if kind is None or (match[2] is None and kind not in WITHOUT_CUT):
+        known = "nDCG@k, RR@k, R@k, AP, P@k, Success@k or Hole@k"
+        raise UserError(f"--metrics {name}: unknown metric — give {known}")
+    return kind, int(match[2]) if match[2] else None
 
 
 def metric_name(name: str) -> str:
@@ -50,15 +34,8 @@ def metric_name(name: str) -> str:
     return kind if cut is None else f"{kind}@{cut}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# orders
-
-
-def order(entry: RunList, ties: str = "score") -> list[int]:
-    """Positions of a query's list in evaluation order. "score": as trec_eval, which ignores the rank column: score (as
-    float32) descending, id descending. "rank": by the rank column, as the MS MARCO script does."""
-    if ties == "rank":
-        return np.argsort(entry.ranks, kind="stable").tolist()
+def order(entry: RunList) -> list[int]:
+    """Positions of a list in trec_eval's order: score (float32) descending, then id descending."""
     by_score = np.argsort(-entry.scores, kind="stable")
     ordered = entry.scores[by_score]
     if not (ordered[1:] == ordered[:-1]).any():
@@ -67,134 +44,87 @@ def order(entry: RunList, ties: str = "score") -> list[int]:
     return sorted(by_id, key=lambda i: -entry.scores[i])
 
 
-def reciprocal_rank_fusion(
-    runs: Sequence[dict[str, RunList]], ties: str = "score", k: int = 60
-) -> dict[str, RunList]:
-    """One run from several: score = sum over runs of 1 / (k + rank). Cormack et al., SIGIR 2009; k = 60 is theirs."""
+def reciprocal_rank_fusion(runs: Sequence[dict[str, RunList]], k: int = 60) -> dict[str, RunList]:
+    """One run from several: a score is the sum over the runs of 1 / (k + rank). Cormack et al.,
+    SIGIR 2009, with their k."""
     fused = {}
     for qid in dict.fromkeys(qid for run in runs for qid in run):
         scores = {}
-        for run in runs:
-            if qid in run:
-                for rank, at in enumerate(order(run[qid], ties), 1):
-                    pid = run[qid].pids[at]
-                    scores[pid] = scores.get(pid, 0.0) + 1.0 / (k + rank)
+        for entry in (run[qid] for run in runs if qid in run):
+            for rank, at in enumerate(order(entry), 1):
+                pid = entry.pids[at]
+                scores[pid] = scores.get(pid, 0.0) + 1.0 / (k + rank)
         pids = sorted(scores, key=lambda pid: (-scores[pid], pid))
-        values = np.array([scores[pid] for pid in pids], dtype=np.float32)
-        fused[qid] = RunList(pids, values, np.arange(1, len(pids) + 1, dtype=np.int32))
+        fused[qid] = RunList(pids, np.array([scores[pid] for pid in pids], dtype=np.float32))
     return fused
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# values per query
-
-
-def mrr_at_k(
-    ranking: dict[str, Sequence[str]], qrels: dict[str, dict[str, int]], k: int, level: int = 1
-) -> float:
-    """Mean over ALL queries of the qrels of 1 / rank of the first relevant passage among the first k, else 0: the
-    official MS MARCO definition (ms_marco_eval.py). ranking[qid] = passages, best first."""
-    return float(
-        np.mean(
-            [
-                _reciprocal_rank(ranking.get(qid, ())[:k], judged, level)
-                for qid, judged in qrels.items()
-            ]
-        )
-    )
-
-
-def _reciprocal_rank(pids: Sequence[str], judged: dict[str, int], level: int) -> float:
-    return next(
-        (1.0 / rank for rank, pid in enumerate(pids, 1) if judged.get(pid, 0) >= level), 0.0
-    )
+def mrr_at_k(ranking: dict[str, Sequence[str]], qrels: dict, k: int, level: int = 1) -> float:
+    """The official MS MARCO definition (ms_marco_eval.py): the mean over ALL queries of the qrels
+    of 1 / rank of the first relevant passage in ranking[qid][:k], best first, or 0."""
+    values = []
+    for qid, judged in qrels.items():
+        ranks = enumerate(ranking.get(qid, ())[:k], 1)
+        values.append(next((1.0 / rank for rank, pid in ranks if judged.get(pid, 0) >= level), 0.0))
+    return float(np.mean(values))
 
 
 def score_run(
-    run: dict[str, RunList],
-    qrels: dict[str, dict[str, int]],
-    metrics: Iterable[str],
-    level: int = 1,
-    ties: str = "score",
+    run: dict[str, RunList], qrels: dict[str, dict], metrics: Iterable[str], level: int = 1
 ) -> dict[str, dict[str, float]]:
-    """values[metric][qid] for every query of the qrels. `level`: lowest grade that the binary metrics (all but nDCG)
-    count as relevant; 2 for the passage tasks of TREC DL. nDCG uses every grade (gain = grade, negative grades 0).
+    """values[metric][qid] for every query of the qrels.
 
-    RR@k and Success@k look at the first k alone (pytrec_eval ignores a cut on recip_rank). Hole@k: the share of the
-    first k retrieved that nobody judged, 0 for an empty list; its mean is over queries."""
+    level: the lowest grade that all metrics but nDCG take as relevant; 2 for passages of TREC DL.
+    nDCG uses every grade (gain = grade; a negative grade gains nothing). Hole@k is the share of
+    the first k passages that nobody judged, 0 for an empty list."""
     import pytrec_eval
 
-    wanted = {metric_name(name): parse_metric(name) for name in metrics}
-    rankings = {
-        qid: [run[qid].pids[at] for at in order(run[qid], ties)] for qid in qrels if qid in run
-    }
-    theirs = {}  # our name -> pytrec_eval's
-    for name, (kind, cut) in wanted.items():
-        plain, with_cut = PYTREC.get(kind, (None, None))
-        if cut and with_cut:
-            theirs[name] = f"{with_cut}.{cut}"
-        elif not cut and plain:
-            theirs[name] = plain
-    # pytrec_eval sorts by itself, exactly as order(): scores that fall strictly hand it the order of the rank column
-    lists = {
-        qid: dict(zip(pids, range(len(pids), 0, -1), strict=True))
-        if ties == "rank"
-        else _scores(run[qid])
-        for qid, pids in rankings.items()
-    }
-    measured = pytrec_eval.RelevanceEvaluator(
-        qrels, set(theirs.values()), relevance_level=level
-    ).evaluate(lists)
-    values = {}
-    for name, (kind, cut) in wanted.items():
-        if name in theirs:
-            key = theirs[name].replace(".", "_")
-            values[name] = {qid: measured[qid][key] if qid in measured else 0.0 for qid in qrels}
-            continue
-        values[name] = {}
-        for qid, judged in qrels.items():
-            pids = rankings.get(qid, [])[:cut]
+    parsed = {metric_name(name): parse_metric(name) for name in metrics}
+    measures = {}  # trec_eval's name, with a dot before the cut; its recip_rank knows no cut
+    for name, (kind, cut) in parsed.items():
+        if kind != "Hole":
+            whole = cut is None or kind == "RR"
+            measures[name] = WITHOUT_CUT[kind] if whole else f"{WITH_CUT[kind]}.{cut}"
+    lists = {qid: run[qid] for qid in qrels if qid in run}
+    scores = {qid: dict(zip(e.pids, e.scores.tolist(), strict=True)) for qid, e in lists.items()}
+    evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(measures.values()), relevance_level=level)
+    measured = evaluator.evaluate(scores)
+    values = {name: dict.fromkeys(qrels, 0.0) for name in parsed}
+    for name, (kind, cut) in parsed.items():
+        for qid, entry in lists.items():
             if kind == "Hole":
-                values[name][qid] = (
-                    sum(pid not in judged for pid in pids) / len(pids) if pids else 0.0
-                )
+                first = [entry.pids[at] for at in order(entry)[:cut]]
+                value = sum(pid not in qrels[qid] for pid in first) / max(len(first), 1)
             else:
-                rank = _reciprocal_rank(pids, judged, level)
-                values[name][qid] = rank if kind == "RR" else float(rank > 0)
+                value = measured.get(qid, {}).get(measures[name].replace(".", "_"), 0.0)
+            too_late = kind == "RR" and cut is not None and value < 1.0 / cut
+            values[name][qid] = 0.0 if too_late else value
     return values
 
 
-def _scores(entry: RunList) -> dict[str, float]:
-    return dict(zip(entry.pids, entry.scores.astype(float).tolist(), strict=True))
+def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean over queries, from 10,000 samples. For a paired
+    comparison pass the differences. (scipy refuses a single value.)"""
+    if len(values) == 1:
+        return float(values[0]), float(values[0])
+    settings = {"n_resamples": 10_000, "batch": 1000, "method": "percentile"}
+    found = bootstrap((values,), np.mean, rng=np.random.default_rng(seed), **settings)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# chance
-
-
-def bootstrap_interval(
-    values: Sequence[float], seed: int = 0, trials: int = 10_000, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile interval of the mean, queries drawn with replacement. For a paired comparison pass differences."""
-    values, draw, means = np.asarray(values, dtype=np.float64), np.random.default_rng(seed), []
-    for _ in range(0, trials, 1000):
-        means.append(values[draw.integers(0, len(values), (1000, len(values)))].mean(1))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def randomisation_test(differences: Sequence[float], seed: int = 0, trials: int = 10_000) -> float:
-    """Two-sided p of a paired randomisation (permutation) test that the mean difference is 0: the share of sign flips
-    whose mean is at least as far from 0. All 2^n flips for up to 13 queries, else random ones, the observed one
-    counted in (Smucker et al., CIKM 2007)."""
+def randomisation_test(differences: Sequence[float], seed: int = 0) -> float:
+    """Two-sided p of a paired randomisation test that the mean difference is 0: the share of sign
+    flips whose mean is at least as far from 0 (Smucker et al., CIKM 2007). All 2^n flips for up to
+    13 queries, else 10,000 random ones and the observed one. scipy's permutation_test draws other
+    flips and takes nine times as long."""
     differences = np.asarray(differences, dtype=np.float64)
-    n, observed = len(differences), abs(differences.sum())
-    reach = observed * (1 - 1e-12) - 1e-12  # sums in another order differ in the last bits
+    n = len(differences)
+    reach = abs(differences.sum()) * (1 - 1e-12) - 1e-12  # the order of addition changes last bits
     if n <= 13:
         signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
         return float((np.abs(signs @ differences) >= reach).mean())
     draw, further = np.random.default_rng(seed), 0
-    for _ in range(0, trials, 1000):
+    for _ in range(10):
         signs = draw.integers(0, 2, (1000, n), dtype=np.int8) * 2.0 - 1.0
         further += int((np.abs(signs @ differences) >= reach).sum())
-    return (further + 1) / (-(-trials // 1000) * 1000 + 1)
+    return (further + 1) / 10_001

@@ -1,23 +1,23 @@
-"""Search: the k best passages of each query, as keys, and dense search (exact or faiss); lib/inverted.py searches
-sparse vectors and BM25.
+"""Search: keys of scored rows, and the search of dense vectors, exact or by faiss.
 
-Every search returns (scores (Q, k) float32, rows (Q, k) int64): score descending, then corpus row, also for ties at
-the cut, so the same on every run; row -1 and score -inf where there are fewer than k. Rows count through the whole
-corpus. With W processes each searches its own range of rows, and all of them get the merged lists; the score matrix is
-never kept.
+Every search of the project returns scores (Q, k) float32 and rows (Q, k) int64, ordered by score
+descending, then by corpus row. This also holds for ties at the cut, so that results are the same
+on every run. Where there are fewer than k results, the row is -1 and the score -inf. With W
+processes each searches its own range of rows and all receive the merged lists; the matrix of all
+scores is never kept.
 
-A text of several chunks (ANCE's MaxP) has a vector for each. Its score is that of its best one. Each of the k best
-texts has one among the k·M best vectors, if none has more than M: a search goes so deep, and is as exact as any other.
+A text of several chunks (MaxP) has a vector for each and scores as the best of them. A search for
+k texts takes the k·M best vectors, M being the largest number of chunks: it cannot miss a text.
 
-A score and a row are held as one int64 key whose order is the order of the results (see `pack`). Keys are unique, so
-the k largest are the k best passages whatever selects them, and merging lists is sorting keys.
+A score and its row are held as one int64 key whose order is the order of results (see `pack`).
+Keys are unique: the k largest are the k best passages, and merging lists is sorting keys.
 
-Shapes: Q queries, N passages, D dimensions, k depth, M chunks of a passage at most, W processes.
+Shapes: Q queries, N passages, D dimensions, k depth, M chunks of a passage, W processes.
 """
 
 import mmap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 
@@ -25,6 +25,7 @@ import numba
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from lib.cpu import product
@@ -33,27 +34,21 @@ from lib.embeddings import Embeddings
 from lib.files import UserError
 
 EMPTY = np.iinfo(np.int64).min  # the key of "no passage": below every other
-
-
 ROW_MASK = (1 << 32) - 1
-
-
 KEYS_AT_A_TIME = 1 << 24  # bound on Q·k of a pass over the corpus, all processes together
-
-
-QUERY_TILE, ROW_TILE = 1024, 2048  # scores computed at a time by each thread of a CPU: 8 MB
-
-
+QUERY_TILE, ROW_TILE = 1024, 2048  # scores that a thread of a CPU computes at a time: 8 MB
 DEVICE_QUERY_TILE, DEVICE_ROW_TILE = 2048, 65536  # on a GPU: 512 MB
 
 
 # keys
 def pack(scores: Tensor, rows: Tensor) -> Tensor:
-    """int64 keys of float32 scores and their rows: greater = better score, then lower row; EMPTY where the row is -1.
+    """int64 keys of float32 scores and their rows; EMPTY where the row is -1. The greater key has
+    the better score or, at the same score, the lower row.
 
-    The bits of a float, read as an integer, are in the order of the floats; of negative ones in the opposite order,
-    which flipping their 31 low bits mends. They stand above the 32 bits of the row, counted downwards."""
-    bits = (scores + 0.0).view(torch.int32).long()  # + 0.0: -0 becomes 0, they are equal scores
+    The bits of positive floats, read as integers, are in the order of the floats. Those of
+    negative floats are in the opposite order, so their 31 low bits are flipped. The low 32 bits of
+    a key hold ROW_MASK - row."""
+    bits = (scores + 0.0).view(torch.int32).long()  # + 0.0 makes 0 of -0, which is an equal score
     keys = (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) | (ROW_MASK - rows)
     return keys.masked_fill_(rows < 0, EMPTY)
 
@@ -67,11 +62,43 @@ def unpack(keys: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def top_keys(keys: Tensor, k: int) -> Tensor:
-    """The k largest of each row, best first, filled up with EMPTY."""
+    """The k largest keys of each row, best first; EMPTY fills short rows."""
     best = keys.topk(min(k, keys.shape[1]), dim=1).values
-    return torch.nn.functional.pad(best, (0, k - best.shape[1]), value=EMPTY)
+    return pad(best, (0, k - best.shape[1]), value=EMPTY)
 
 
+def best_of_texts(keys: Tensor, text_of: np.ndarray, k: int) -> Tensor:
+    """Keys (Q, k·M) of vectors, best first -> keys (Q, k) of their texts, each with its best
+    score. text_of (num_vectors,): the text that a vector belongs to."""
+    scores, rows = unpack(keys)
+    texts = torch.from_numpy(np.where(rows < 0, -1, text_of[rows]).astype(np.int64))
+    texts, at = texts.sort(dim=1, stable=True)  # stable: the best key of a text stays its first
+    again = pad(texts[:, 1:] == texts[:, :-1], (1, 0))
+    return top_keys(pack(torch.from_numpy(scores).gather(1, at), texts.masked_fill(again, -1)), k)
+
+
+def merge(keys: Tensor, k: int, accelerator) -> Tensor:
+    """Keys (Q, k) that each process found -> the best (Q, k) of all, the same on every process."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return keys
+    lists = all_gather(keys.to(accelerator.device)).cpu().chunk(accelerator.num_processes)
+    return top_keys(torch.cat(lists, 1), k)
+
+
+def search_in_parts(
+    find: Callable[[slice], Tensor], queries: int, k: int, at_a_time: int, accelerator
+) -> tuple[np.ndarray, np.ndarray]:
+    """(scores (Q, k), rows (Q, k)) of all processes. find(some of the queries) gives the keys
+    (n, k) of this process."""
+    scores = np.empty((queries, k), dtype=np.float32)
+    rows = np.empty((queries, k), dtype=np.int64)
+    for start in range(0, queries, at_a_time):
+        part = slice(start, min(start + at_a_time, queries))
+        scores[part], rows[part] = unpack(merge(find(part), k, accelerator))
+    return scores, rows
+
+
+# selection on a CPU: a query has a list of 2·k keys, which is cut to the k best whenever it is full
 @numba.njit(nogil=True, cache=True)
 def _flip(bits):
     return bits ^ 0x7FFFFFFF if bits < 0 else bits
@@ -79,11 +106,12 @@ def _flip(bits):
 
 @numba.njit(nogil=True, cache=True)
 def _best_first(keys, k):
-    """Quickselect: reorder unique keys so that the k largest come first; the k-th. (np.partition takes numba 5 s to
-    compile, this a tenth of a second.)"""
+    """Quickselect: reorder unique keys so that the k largest come first; returns the k-th.
+    (np.partition does the same, but numba compiles it for 5 s, this for 0.1 s.)"""
     low, high = 0, len(keys) - 1
     while low < high:
-        pivot, i, j = keys[(low + high) // 2], low, high
+        pivot = keys[(low + high) // 2]
+        i, j = low, high
         while i <= j:
             while keys[i] > pivot:
                 i += 1
@@ -91,7 +119,8 @@ def _best_first(keys, k):
                 j -= 1
             if i <= j:
                 keys[i], keys[j] = keys[j], keys[i]
-                i, j = i + 1, j - 1
+                i += 1
+                j -= 1
         if k - 1 <= j:
             high = j
         elif k - 1 >= i:
@@ -102,84 +131,45 @@ def _best_first(keys, k):
 
 
 @numba.njit(nogil=True, cache=True)
-def push(score, bits, row, keys, count, bar, k):
-    """Put one score above `bar` into keys[:count]; (count, bar) after that. `bits`: the score as int32.
+def push(score, row, keys, count, bar):
+    """Put a float32 score above `bar` into keys[:count] of 2·k; returns the new (count, bar).
 
-    `keys` has more than k places; when it is full, the k best stay and the worst of them is the new bar. Rows come in
-    ascending order, so that a later row which ties with the bar has lost already."""
+    When `keys` is full, the k best stay and the worst of them is the new bar. Rows come in
+    ascending order, so a later row with the score of the bar cannot enter the top k any more."""
+    bits = np.float32(score).view(np.int32)
     high = _flip(np.int64(bits)) if score != 0 else np.int64(0)
     keys[count] = (high << 32) | (0xFFFFFFFF - row)
     count += 1
     if count == len(keys):
-        bar = np.int32(_flip(_best_first(keys, k) >> 32)).view(np.float32)
-        count = k
+        count = len(keys) // 2
+        bar = np.int32(_flip(_best_first(keys, count) >> 32)).view(np.float32)
     return count, bar
 
 
 @numba.njit(nogil=True, cache=True)
-def _scan(scores, first_row, keys, counts, bars, k):
-    """Offer the scores (n, Q) of rows first_row ... to the lists of Q queries."""
-    bits = scores.view(np.int32)
+def _scan(scores, first_row, keys, counts, bars):
+    """Offer the scores (n, Q) of the rows from first_row on to the lists of Q queries."""
     for j in range(len(scores)):
         for start in range(0, scores.shape[1], 64):
-            line, least, hit = scores[j, start : start + 64], bars[start : start + 64], False
+            line = scores[j, start : start + 64]
+            least = bars[start : start + 64]
+            hit = False
             for i in range(len(line)):  # no branch, so that the compiler compares 16 at a time
                 hit |= line[i] > least[i]
             if hit:
                 for i in range(len(line)):
                     if line[i] > least[i]:
                         q = start + i
-                        counts[q], bars[q] = push(
-                            line[i], bits[j, q], first_row + j, keys[q], counts[q], bars[q], k
-                        )
-
-
-def best_of_texts(keys: Tensor, text_of: np.ndarray, k: int) -> Tensor:
-    """Keys (Q, k·M) of vectors, best first -> (Q, k) of the texts that they belong to, each with the best of its
-    scores."""
-    scores, rows = unpack(keys)
-    texts = torch.from_numpy(np.where(rows < 0, -1, text_of[rows]).astype(np.int64))
-    texts, at = texts.sort(dim=1, stable=True)  # the best of a text stays its first
-    again = torch.nn.functional.pad(texts[:, 1:] == texts[:, :-1], (1, 0))
-    return top_keys(pack(torch.from_numpy(scores).gather(1, at), texts.masked_fill(again, -1)), k)
-
-
-def merge(keys: Tensor, k: int, accelerator) -> Tensor:
-    """Keys (Q, k) that each process found in its rows -> the best (Q, k) of all, the same on every process."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return keys
-    lists = all_gather(keys.to(accelerator.device)).cpu().chunk(accelerator.num_processes)
-    return top_keys(torch.cat(lists, 1), k)
-
-
-# dense
-def check_pair(queries: Embeddings, corpus: Embeddings, factory: str | None = None) -> None:
-    """UserError unless the two folders are queries and passages of one checkpoint, and dense if faiss is to search."""
-    for part, kind in ((queries, "query"), (corpus, "passage")):
-        if part.meta["kind"] != kind:
-            raise UserError(
-                f"{part.folder}: embeddings of kind {part.meta['kind']}, not {kind} — swap the folders?"
-            )
-    if queries.meta["model_hash"] != corpus.meta["model_hash"]:
-        raise UserError(
-            f"{queries.folder}: made by another checkpoint than {corpus.folder} — encode both with one"
-        )
-    if queries.sparse != corpus.sparse:  # of a plain folder, which states no head
-        part = queries if queries.sparse else corpus
-        raise UserError(
-            f"{part.folder}: sparse vectors, the others are dense — encode both with the same --head"
-        )
-    if corpus.sparse and factory:
-        raise UserError(
-            "--index is for dense vectors — leave it out; --bits 8 makes an index of sparse ones small"
-        )
+                        found = push(line[i], first_row + j, keys[q], counts[q], bars[q])
+                        counts[q], bars[q] = found
 
 
 def scan_device(scores: Tensor, first_row: int, best: Tensor, k: int) -> Tensor:
-    """The k best keys (Q, k) of `best` (Q, k) and of the scores (Q, n) of rows first_row ..., fp32, all on one device.
+    """The k best keys (Q, k) of `best` (Q, k) and of the scores (Q, n), fp32, of the rows from
+    first_row on; all on one device.
 
-    topk takes any of the entries that tie at the cut, so the queries where more than k reach it are selected again by
-    their keys, which do not tie."""
+    topk chooses at random among entries that tie at the cut. Where more than k entries reach it,
+    the selection is made again by keys, which never tie."""
     kept = min(k, scores.shape[1])
     top, at = scores.topk(kept, sorted=False)
     new = pack(top, at + first_row)
@@ -191,91 +181,101 @@ def scan_device(scores: Tensor, first_row: int, best: Tensor, k: int) -> Tensor:
 
 
 class DenseIndex:
-    """Inner-product search over a folder of embeddings: exact, by blocks over the memory-mapped shards, or through any
-    faiss factory string, with search parameters after a colon (IVF4096,Flat:nprobe=32  HNSW32:efSearch=128  PQ48).
+    """Inner-product search over a folder of dense embeddings. It is exact, by blocks over the
+    memory-mapped shards, or goes through any faiss factory string, with search parameters after a
+    colon (IVF4096,Flat:nprobe=32, HNSW32:efSearch=128, PQ48).
 
-    `search` and `score` count texts; what they call counts vectors (see Embeddings), up to best_of_texts."""
+    The rows of `search` and `score` are texts; those of the private methods are vectors."""
 
-    def __init__(
-        self, corpus: Embeddings, accelerator=None, factory: str | None = None, seed: int = 0
-    ):
+    def __init__(self, corpus: Embeddings, accelerator=None, factory=None, seed: int = 0):
         assert corpus.num_vectors <= ROW_MASK, "a row has 32 bits of a key"
         self.corpus, self.accelerator = corpus, accelerator
-        rank, self.world = (
-            (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-        )
-        edges = [
-            len(corpus) * r // self.world for r in (rank, rank + 1)
-        ]  # a text is not split between processes
+        rank = accelerator.process_index if accelerator else 0
+        self.world = accelerator.num_processes if accelerator else 1
+        # the vectors of a text all belong to the same process
+        edges = [len(corpus) * r // self.world for r in (rank, rank + 1)]
         self.start, self.stop = edges if corpus.first is None else corpus.first[edges].tolist()
         self.device = accelerator.device if accelerator else torch.device("cpu")
         self.approximate = self._build(factory, seed) if factory else None
 
+    def search(
+        self, queries: np.ndarray, k: int, at_a_time: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """queries (Q, D) -> (scores (Q, k), rows (Q, k)) of distinct texts, see the module.
+        at_a_time: queries of a pass over the corpus; None keeps all lists within 128 MB.
+
+        UserError: queries of another dimension, a vector that is not finite."""
+        if queries.shape[1] != self.corpus.dim:
+            raise UserError(
+                f"{self.corpus.folder}: vectors of {self.corpus.dim} dimensions, but queries of "
+                f"{queries.shape[1]} — encode both with one checkpoint"
+            )
+        finite = np.isfinite(queries).all(1)
+        if not finite.all():
+            raise UserError(
+                f"query vector {finite.argmin()} is not finite — encode the queries again"
+            )
+        find = self._search_device if self.device.type == "cuda" else self._search_cpu
+        if self.approximate is not None:
+            find = self._search_faiss
+        depth = k * self.corpus.max_chunks
+        fitting = max(KEYS_AT_A_TIME // (depth * self.world), 256)
+
+        def best(part: slice) -> Tensor:
+            some = np.ascontiguousarray(queries[part], dtype=np.float32)
+            keys = find(torch.from_numpy(some), depth)
+            if self.corpus.max_chunks == 1:
+                return keys
+            tiles = keys.split(QUERY_TILE)
+            return torch.cat([best_of_texts(tile, self.corpus.text_of, k) for tile in tiles])
+
+        at_a_time = at_a_time or min(fitting, 1 << 16)
+        return search_in_parts(best, len(queries), k, at_a_time, self.accelerator)
+
+    def score(self, queries: np.ndarray, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The scores of given texts: queries (Q, D) and Q arrays of rows -> Q float32 arrays."""
+        return [self._score(q.astype(np.float32), r) for q, r in zip(queries, rows, strict=True)]
+
+    def _score(self, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        first = self.corpus.first
+        if first is None or not len(rows):
+            return self.corpus.take(rows) @ query
+        counts = first[rows + 1] - first[rows]
+        starts = np.cumsum(counts) - counts
+        vectors = np.arange(counts.sum()) + np.repeat(first[rows] - starts, counts)
+        return np.maximum.reduceat(self.corpus.take(vectors) @ query, starts)
+
     def _blocks(self, size: int, what: str) -> Iterator[tuple[int, np.ndarray]]:
-        """The blocks of this process's vectors. Pages that were read are given back at once: a shard that stays mapped
-        would count as ours until its end."""
-        shown, total = (
-            not self.accelerator or self.accelerator.is_main_process,
-            self.stop - self.start,
-        )
-        with tqdm(
-            total=total, desc=what, unit=" rows", leave=False, disable=not shown, delay=5
-        ) as bar:
+        """The blocks of this process's vectors. Pages that were read are given back at once, else
+        a shard that stays mapped counts as memory of this process until its end."""
+        hidden = bool(self.accelerator) and not self.accelerator.is_main_process
+        total = self.stop - self.start
+        with tqdm(total=total, desc=what, leave=False, disable=hidden, delay=5) as bar:
             for row, block in self.corpus.blocks(self.start, self.stop, size):
                 yield row, block
                 bar.update(len(block))
                 if hasattr(mmap, "MADV_DONTNEED") and getattr(block, "_mmap", None) is not None:
                     block._mmap.madvise(mmap.MADV_DONTNEED)
 
-    def search(
-        self, queries: np.ndarray, k: int, at_a_time: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """queries (Q, D) -> (scores (Q, k) float32, rows (Q, k) int64) of distinct texts, the same on every process.
-        `at_a_time` queries to a pass over the corpus; None: as many as keep the lists of all processes within 128 MB.
-        """
-        if queries.ndim != 2 or queries.shape[1] != self.corpus.dim:
+    def _check_finite(self, values: np.ndarray, row: int) -> None:
+        """UserError unless the values of consecutive vectors are finite. A score, or a sum, of a
+        vector with a NaN or an infinity never is."""
+        finite = np.isfinite(values)
+        if not finite.all():
+            row += int(finite.argmin())
+            text = row if self.corpus.text_of is None else self.corpus.text_of[row]
             raise UserError(
-                f"{self.corpus.folder}: vectors of {self.corpus.dim} dimensions, but queries of "
-                f"{queries.shape[-1]} — encode both with one checkpoint"
+                f"{self.corpus.folder}: the vector of {self.corpus.ids([text])[0]} is not finite "
+                "or too large — encode the corpus again"
             )
-        assert k > 0
-        if not np.isfinite(queries).all():
-            raise UserError(
-                f"query vector {int(np.isfinite(queries).all(1).argmin())} is not finite — encode the queries again"
-            )
-        scores, rows = (
-            np.empty((len(queries), k), dtype=np.float32),
-            np.empty((len(queries), k), dtype=np.int64),
-        )
-        exact = self._search_device if self.device.type == "cuda" else self._search_cpu
-        find, depth = (
-            exact if self.approximate is None else self._search_faiss,
-            k * self.corpus.max_chunks,
-        )
-        at_a_time = at_a_time or min(max(KEYS_AT_A_TIME // (depth * self.world), 256), 1 << 16)
-        for at in range(0, len(queries), at_a_time):
-            part = torch.from_numpy(
-                np.ascontiguousarray(queries[at : at + at_a_time], dtype=np.float32)
-            )
-            keys = find(part, depth)
-            if self.corpus.max_chunks > 1:
-                keys = torch.cat(
-                    [best_of_texts(tile, self.corpus.text_of, k) for tile in keys.split(QUERY_TILE)]
-                )
-            scores[at : at + at_a_time], rows[at : at + at_a_time] = unpack(
-                merge(keys, k, self.accelerator)
-            )
-        return scores, rows
 
     def _search_cpu(self, queries: Tensor, k: int) -> Tensor:
         depth = min(k, self.stop - self.start)
         if depth == 0:  # more processes than rows
             return torch.full((len(queries), k), EMPTY)
         keys = np.full((len(queries), 2 * depth), EMPTY)
-        counts, bars = (
-            np.zeros(len(queries), dtype=np.int64),
-            np.full(len(queries), -np.inf, dtype=np.float32),
-        )
+        counts = np.zeros(len(queries), dtype=np.int64)
+        bars = np.full(len(queries), -np.inf, dtype=np.float32)
         threads = torch.get_num_threads()
         size = min(-(-len(queries) // threads), QUERY_TILE)
         parts = [slice(at, at + size) for at in range(0, len(queries), size)]
@@ -288,16 +288,14 @@ class DenseIndex:
                 scores = products[number](block[at : at + ROW_TILE]).numpy()  # (n, Q)
                 if number == 0:
                     self._check_finite(scores[:, 0], row + at)
-                _scan(scores, row + at, keys[part], counts[part], bars[part], depth)
+                _scan(scores, row + at, keys[part], counts[part], bars[part])
 
-        # each thread multiplies and scans for its own queries, so that none waits for another within a block
+        # each thread multiplies and scans for its own queries, so that none waits for another
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(threads) as pool:
                 for row, block in self._blocks(8 * ROW_TILE, "exact search"):
-                    with (
-                        warnings.catch_warnings()
-                    ):  # torch says that a mapped array is read-only; nobody writes to it
+                    with warnings.catch_warnings():  # of torch, that a mapped array is read-only
                         warnings.simplefilter("ignore")
                         block = torch.from_numpy(block).float()
                     list(pool.map(scan, range(len(parts)), repeat(block), repeat(row)))
@@ -322,16 +320,10 @@ class DenseIndex:
             torch.set_float32_matmul_precision(precision)
         return best
 
-    def _check_finite(self, scores: np.ndarray, row: int) -> None:
-        """scores: of one query with consecutive rows. Whatever the query, the score of a vector with a NaN or an
-        infinity is none."""
-        if not np.isfinite(scores).all():
-            row += int(np.isfinite(scores).argmin())
-            row = row if self.corpus.text_of is None else self.corpus.text_of[row]
-            raise UserError(
-                f"{self.corpus.folder}: the vector of {self.corpus.ids([row])[0]} is not finite or too large — "
-                "encode the corpus again"
-            )
+    def _search_faiss(self, queries: Tensor, k: int) -> Tensor:
+        scores, rows = self.approximate.search(queries.numpy(), k)  # row -1 where there is none
+        rows = np.where(rows < 0, -1, rows + self.start)
+        return pack(torch.from_numpy(scores), torch.from_numpy(rows))
 
     def _build(self, factory: str, seed: int):
         import faiss
@@ -340,50 +332,22 @@ class DenseIndex:
         faiss.omp_set_num_threads(torch.get_num_threads())
         try:
             index = faiss.index_factory(self.corpus.dim, description, faiss.METRIC_INNER_PRODUCT)
-        except RuntimeError as error:
-            raise UserError(
-                f"--index {factory}: faiss cannot make it — see faiss' index factory"
-            ) from error
-        if (
-            not index.is_trained
-        ):  # on the same sample everywhere, so that the parts are parts of one index
-            inverted = faiss.try_extract_index_ivf(index)
-            wanted = max(1 << 16, 64 * inverted.nlist if inverted else 0)
-            sample = np.random.default_rng(seed).permutation(self.corpus.num_vectors)[:wanted]
-            try:
+            if not index.is_trained:  # on one sample everywhere: the parts then form one index
+                inverted = faiss.try_extract_index_ivf(index)
+                wanted = max(1 << 16, 64 * inverted.nlist if inverted else 0)
+                draw = np.random.default_rng(seed)
+                sample = draw.permutation(self.corpus.num_vectors)[:wanted]
                 index.train(self.corpus.take(np.sort(sample)))
-            except RuntimeError as error:
-                raise UserError(
-                    f"--index {factory}: {len(sample)} vectors cannot train it — choose a smaller index"
-                ) from error
-        for row, block in self._blocks(1 << 16, f"faiss {description}"):
-            block = np.ascontiguousarray(block, dtype=np.float32)
-            self._check_finite(block.sum(1), row)
-            index.add(block)
-        if parameters:
-            try:
+            for row, block in self._blocks(1 << 16, f"faiss {description}"):
+                block = np.ascontiguousarray(block, dtype=np.float32)
+                self._check_finite(block.sum(1), row)
+                index.add(block)
+            if parameters:
                 faiss.ParameterSpace().set_index_parameters(index, parameters)
-            except RuntimeError as error:
-                raise UserError(
-                    f"--index {factory}: faiss does not know {parameters} — nprobe=32 or efSearch=128, for example"
-                ) from error
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(
+                f"--index {factory}: faiss cannot make it over {self.corpus.num_vectors} vectors "
+                f"({reason}) — see faiss' index factory, or choose a smaller index"
+            ) from error
         return index
-
-    def _search_faiss(self, queries: Tensor, k: int) -> Tensor:
-        scores, rows = self.approximate.search(queries.numpy(), k)  # faiss fills up with row -1
-        return pack(
-            torch.from_numpy(scores), torch.from_numpy(np.where(rows < 0, -1, rows + self.start))
-        )
-
-    def score(self, queries: np.ndarray, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """The scores of given rows: queries (Q, D), for each an array of rows -> for each a float32 array."""
-        return [self._score(q.astype(np.float32), r) for q, r in zip(queries, rows, strict=True)]
-
-    def _score(self, query: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        first = self.corpus.first
-        if first is None or not len(rows):
-            return self.corpus.take(rows) @ query
-        counts = first[rows + 1] - first[rows]
-        starts = np.cumsum(counts) - counts
-        vectors = np.arange(counts.sum()) + np.repeat(first[rows] - starts, counts)
-        return np.maximum.reduceat(self.corpus.take(vectors) @ query, starts)

@@ -28,11 +28,11 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_matrix
 from transformers import AutoTokenizer
-from transformers.hf_argparser import HfArg
 
+from lib.arguments import arg, parse_args
 from lib.embeddings import Embeddings
 from lib.files import UserError, atomic, read_json, write_json, write_lines
-from lib.launch import claim_output, make_accelerator, parse_args, run
+from lib.launch import claim_output, make_accelerator, run
 
 ROWS_AT_A_TIME = 4096
 PADDING = 128  # columns that a model may have beyond the tokenizer: vocabularies are rounded up for the hardware
@@ -40,16 +40,18 @@ CLAUSES = 1024  # terms of a query that Lucene allows
 LONGEST = 127  # characters of a term: Lucene's WhitespaceAnalyzer cuts after 255 UTF-16 units
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Args:
-    embeddings: str = HfArg(help="folder that encode.py wrote, of queries or of passages")
-    output_dir: str = HfArg(help="where the export goes")
-    model: str = HfArg(
-        default=None, help="the tokenizer, if the checkpoint has moved since encoding"
+    embeddings: str = arg(group="data", help="folder of queries or passages that encode.py wrote")
+    output_dir: str = arg(help="folder for the export")
+    model: str | None = arg(
+        None, help="folder with the tokenizer, if the checkpoint has moved since the encoding"
     )
-    factor: float = HfArg(default=100.0, help="a weight x becomes rint(factor x)")
-    files: int = HfArg(
-        default=24, help="files of a collection; an indexing thread reads one at a time"
+    factor: float = arg(
+        100.0, group="export", above=0, help="a weight x is exported as rint(factor * x)"
+    )
+    files: int = arg(
+        24, least=1, help="number of files of a collection; an indexing thread reads one at a time"
     )
 
 
@@ -93,8 +95,6 @@ def quantise(weights: csr_matrix, factor: float, unknown: int) -> csr_matrix:
 
 def main():
     args = parse_args(Args)
-    if args.factor <= 0 or args.files < 1:
-        raise UserError("--factor must be above 0 and --files at least 1 — mend them")
     accelerator, out = make_accelerator(), Path(args.output_dir)
     vectors = Embeddings(args.embeddings)
     if not vectors.sparse:

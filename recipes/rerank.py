@@ -53,7 +53,7 @@ from lib.encoder import positions
 from lib.files import (
     UserError,
     atomic,
-    read_candidates,
+    read_run,
     read_json,
     write_json,
     write_lines,
@@ -65,7 +65,7 @@ from lib.loader import load
 from lib.losses import in_batch_accuracy, info_nce
 from lib.optim import descend, lr_at, parameter_groups
 from lib.text import join_title, pad, step_seed, token_batches
-from lib.texts import known_rows, open_texts
+from lib.texts import require_rows, open_texts
 
 
 @dataclass
@@ -460,9 +460,12 @@ def train(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dic
 def read_pairs(args: Args, queries, corpus) -> tuple[np.ndarray, np.ndarray, dict]:
     """(row of the query (n,), row of the passage (n,), notes for the echo); UserError for an id without a text."""
     if args.run:
-        run = {qid: pids[: args.depth] for qid, pids in read_candidates(args.run).items()}
-        query_rows, notes = known_rows(queries, list(run), args.run, "query"), {"queries": len(run)}
-        lists = [known_rows(corpus, pids, args.run, "passage", qid) for qid, pids in run.items()]
+        run = {qid: entry.pids[: args.depth] for qid, entry in read_run(args.run).items()}
+        query_rows, notes = (
+            require_rows(queries, list(run), args.run, "query"),
+            {"queries": len(run)},
+        )
+        lists = [require_rows(corpus, pids, args.run, "passage", qid) for qid, pids in run.items()]
     else:
         groups = Groups(
             queries,

@@ -81,19 +81,9 @@ def test_a_run_on_two_splits_and_its_policy(runs, evaluate):
     assert "out is complete" in evaluate(*flags)[1]
 
 
-def test_ties_by_rank_identical_ids_and_levels(runs, evaluate):
-    evaluate(
-        "--run",
-        "other",
-        "--qrels",
-        "dev.tsv",
-        "--ties",
-        "rank",
-        "--metrics",
-        "R@1",
-        "--output_dir",
-        "rank",
-    )
+def test_ranks_of_ms_marco_identical_ids_and_levels(runs, evaluate):
+    (runs / "marco").write_text("q1\ta\t1\nq2\tc\t2\nq2\tb\t1\n")
+    evaluate("--run", "marco", "--qrels", "dev.tsv", "--metrics", "R@1", "--output_dir", "rank")
     assert files.read_run(runs / "rank" / "run.trec")["q2"].pids == ["b", "c"]
     evaluate(
         "--run",
@@ -231,7 +221,7 @@ def test_bm25_and_mistakes(tmp_path, tiny_collection, evaluate):
         ([*data, "--qrels", "a.qrels"], "a.qrels:2: passage gone is not in the corpus"),
         ([*data, "--qrels", "b.qrels"], "b.qrels:2: query qx is not in"),
         ([*data, "--qrels", "a.qrels", "--metrics", "bleu@4"], "--metrics bleu@4: unknown"),
-        ([*data, "--qrels", "a.qrels", "--run", "x"], "what to evaluate"),
+        ([*data, "--qrels", "a.qrels", "--run", "x"], "nothing to search, or several sources"),
         (["--run", "a.qrels", "--qrels", "a.qrels"], "a.qrels:1: 4 columns"),
     ]
     for flags, message in cases:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib import search
-from lib.bm25 import BM25
+from lib.bm25 import BM25, Weighting
 from lib.embeddings import Embeddings, finish_embeddings, write_shard
 from lib.files import UserError
 from lib.search import EMPTY, DenseIndex, scan_device, unpack
@@ -100,10 +100,10 @@ def test_vectors_that_are_not_finite_are_named(tmp_path):
 
 
 TEXTS = [
-    ("a", "", "the cats sat on a mat"),
-    ("b", "Mats", "mat mat dogs"),
-    ("c", "", "dogs run"),
-    ("d", "", "the of"),
+    ("a", (), "the cats sat on a mat"),
+    ("b", ("Mats",), "mat mat dogs"),
+    ("c", (), "dogs run"),
+    ("d", (), "the of"),
 ]
 
 
@@ -115,8 +115,8 @@ def texts(tmp_path, monkeypatch):
 
 def test_bm25_is_the_formula_of_lucene(tmp_path, texts):
     terms = [["cat", "sat", "mat"], ["mat", "mat", "mat", "dog"], ["dog", "run"], []]
-    found = BM25.open(texts, tmp_path / "index", k1=0.9, b=0.4)
-    assert [found.terms(f"{t} {x}") for _, t, x in TEXTS] == terms
+    found = BM25.open(texts, tmp_path / "index", Weighting(k1=0.9, b=0.4))
+    assert [found.terms(" ".join([*t, x])) for _, t, x in TEXTS] == terms
     average = sum(map(len, terms)) / 4
 
     def score(query, document):
@@ -148,9 +148,9 @@ def test_bm25_is_saved_without_pickles_and_not_mixed_up(tmp_path, texts):
     assert all(isinstance(part, np.memmap) for part in again.lists) and all(
         (a == b).all() for a, b in zip(first, again.search(["dogs on mats"], 3), strict=True)
     )
-    assert {p.suffix for p in (tmp_path / "index").iterdir()} == {".npy", ".json"}
+    assert {p.suffix for p in (tmp_path / "index").iterdir()} == {".bin", ".json"}
     with pytest.raises(UserError, match="a BM25 index with k1 0.9, not 1.2"):
-        BM25.open(texts, tmp_path / "index", k1=1.2)
+        BM25.open(texts, tmp_path / "index", Weighting(k1=1.2))
     write_texts(tmp_path / "other.jsonl", TEXTS[:2])
     with pytest.raises(UserError, match="a BM25 index with fingerprint"):
         BM25.open(open_texts(tmp_path / "other.jsonl"), tmp_path / "index")

@@ -89,7 +89,7 @@ def test_order_with_ties_at_the_cut(tmp_path, tiles, tied, k):
     assert (rows == expected[1]).all() and (scores == expected[0]).all()
     assert scores.dtype == np.float32 and rows.dtype == np.int64 and scores.shape == (Q, k)
     assert (rows[3:5] == -1).all() and np.isneginf(scores[3:5]).all()
-    device = found._best_device(*found._queries(queries), k)  # what a GPU does, on a CPU
+    device = found._best_device(found._queries(queries), k)  # what a GPU does, on a CPU
     assert all((a == b).all() for a, b in zip(search.unpack(device), expected, strict=True))
 
 
@@ -115,7 +115,7 @@ def test_scores_are_the_products(tmp_path, tiles, bits):
     )
     absent = [np.flatnonzero(line == 0) for line in exact]
     assert all((part == 0).all() for part in found.score(queries, absent)) and sum(map(len, absent))
-    on_device = search.unpack(found._best_device(*found._queries(queries), 50))
+    on_device = search.unpack(found._best_device(found._queries(queries), 50))
     assert np.allclose(on_device[0], scores[:, :50], rtol=1e-5)
     assert found.search(queries[:0], 3)[0].shape == (0, 3)
 
@@ -126,7 +126,7 @@ def test_bytes_per_posting(tmp_path, bits, limit):
     has = generator.random((3000, 2000)) < np.minimum(0.7, 6 / (1 + np.arange(2000)) ** 0.9)
     passages = csr_matrix(has * generator.random(has.shape, np.float32))
     Sparse.open(store(tmp_path / "p", passages), tmp_path / "index", bits)
-    bytes_of = {path.stem: path.stat().st_size - 128 for path in (tmp_path / "index").glob("*.npy")}
+    bytes_of = {path.stem: path.stat().st_size for path in (tmp_path / "index").glob("*.bin")}
     assert (bytes_of["documents"] + bytes_of["weights"]) / passages.nnz < limit
     assert sum(bytes_of.values()) - bytes_of["documents"] - bytes_of["weights"] == 16 * 2000 + 24
 
@@ -149,7 +149,7 @@ def test_ranges_of_rows_are_merged_to_the_same_bits(tmp_path, tiles, monkeypatch
     parts = []
     for rank in range(world):
         place = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
-        parts.append(Sparse(tmp_path / "index", place)._best(*whole._queries(queries), 40))
+        parts.append(Sparse(tmp_path / "index", place)._best(whole._queries(queries), 40))
     monkeypatch.setattr(search, "all_gather", lambda keys: torch.cat(parts))
     merged = search.unpack(search.merge(parts[0], 40, place))
     assert all((a == b).all() for a, b in zip(merged, whole.search(queries, 40), strict=True))
@@ -197,15 +197,15 @@ def test_an_index_is_kept_and_not_mixed_up(tmp_path, tiles):
     assert (tmp_path / "index" / "manifest.json").stat().st_mtime_ns == stamp
     assert all(isinstance(part, np.memmap) for part in again.lists)
     assert all((a == b).all() for a, b in zip(first, again.search(queries, 9), strict=True))
-    assert {path.suffix for path in (tmp_path / "index").iterdir()} == {".npy", ".json"}
+    assert {path.suffix for path in (tmp_path / "index").iterdir()} == {".bin", ".json"}
     with pytest.raises(UserError, match="a sparse index with bits 32, not 8 — remove it"):
         Sparse.open(moved, tmp_path / "index", bits=8)
     with pytest.raises(UserError, match="a sparse index with model_hash m, not other"):
         Sparse.open(store(tmp_path / "o", passages, model_hash="other"), tmp_path / "index")
-    with pytest.raises(UserError, match="weights of 4 bits — choose 32, 16 or 8"):
+    with pytest.raises(UserError, match="--bits 4: choose 32, 16 or 8"):
         Sparse.open(moved, tmp_path / "new", bits=4)
     (tmp_path / "index" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="no sparse index — choose another folder"):
+    with pytest.raises(UserError, match="there is no sparse index in it — choose another folder"):
         Sparse.open(moved, tmp_path / "index")
 
 
@@ -221,7 +221,7 @@ def test_a_killed_build_leaves_no_index(tmp_path, tiles):
         os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert (
-        len(list(tmp_path.glob(".tmp-*-index/weights.npy"))) == 1
+        len(list(tmp_path.glob(".tmp-*-index/weights.bin"))) == 1
         and not (tmp_path / "index").exists()
     )
     scores, _ = Sparse.open(corpus, tmp_path / "index").search(draw(Q, V, 5), 9)

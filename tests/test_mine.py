@@ -10,8 +10,8 @@ import pytest
 
 from lib import files
 from lib.embeddings import finish_embeddings, write_shard
+from lib.files import TrainingRow
 from lib.texts import open_texts, write_texts
-from mine_negatives import score_limit
 
 
 @pytest.fixture
@@ -49,8 +49,13 @@ def planted(tmp_path):
     return tmp_path, flags
 
 
+def rows(folder):
+    """{qid: line of the training file}"""
+    return {row.qid: row for _, row in files.read_training_file(folder / "train.jsonl")}
+
+
 def negatives(folder):
-    return dict(files.read_negatives(folder / "negatives.tsv"))
+    return {qid: row.neg for qid, row in rows(folder).items()}
 
 
 def test_positives_and_their_copies_are_removed_and_counted(planted, mine):
@@ -61,6 +66,11 @@ def test_positives_and_their_copies_are_removed_and_counted(planted, mine):
         "q": ["d0", "d3", "d4", "d6", "d7"],
         "r": [f"d{i}" for i in range(8)],
     }
+    assert {qid: row.pos for qid, row in rows(folder / "out").items()} == {
+        "q": ["d2", "d1"],
+        "r": ["d11"],
+    }, "grade 0 is no positive"
+    assert all(row[3:] == (None, None, None) for row in rows(folder / "out").values())
     audit = json.loads((folder / "out" / "audit.json").read_text())
     assert (
         audit["positives removed"],
@@ -72,38 +82,72 @@ def test_positives_and_their_copies_are_removed_and_counted(planted, mine):
     assert "made with --depth 8, now 9" in mine(*flags, "--depth", 9, "--output_dir", "out")[2]
 
 
-def test_a_teacher_says_what_is_a_false_negative(planted, mine):
+def test_the_scores_of_a_training_file_tell_false_negatives(planted, mine):
     folder, flags = planted
-    scores = {0: 3.0, 1: 4.0, 2: 2.0, 3: 1.4, 4: 1.6, 5: 9.0, 6: -3.0, 7: 1.5}
-    pairs = [("q", f"d{i}", score) for i, score in scores.items()] + [
-        ("r", f"d{i}", -i) for i in range(12)
+    scores = {0: 3.0, 3: 1.4, 4: 1.6, 5: 9.0, 6: -3.0, 7: 1.5}
+    others = [f"d{i}" for i in range(11)]
+    scored = [
+        TrainingRow(
+            "q", ["d1", "d2"], [f"d{i}" for i in scores], [4.0, 2.0], [*scores.values()], 7
+        ),
+        TrainingRow("r", ["d11"], others, [-11.0], [-float(i) for i in range(11)], 7),
     ]
-    files.write_scores(folder / "teacher.tsv", pairs)
-    how = "--depth", 8, "--max_score_margin", 0.5, "--teacher_scores", "teacher.tsv"
-    assert mine(*flags, *how, "--output_dir", "out")[0] == 0
-    # the lowest positive has 2.0, so 1.5 stays and 1.6 does not; the copy d5 is a copy whatever it scores
-    assert negatives(folder / "out") == {"q": ["d3", "d6", "d7"]}, (
-        "r: all score above its positive, -11"
+    files.write_training_file(folder / "train.jsonl", scored)
+    source = ["--run", "train.jsonl", *flags[4:]]
+    how = ["--depth", 11, "--max_score_margin", 0.5]
+    assert mine(*source, *how, "--output_dir", "out")[0] == 0
+    # the lowest positive has 2.0, so 1.5 stays and 1.6 does not; the copy d5 is a copy anyway
+    found = rows(folder / "out")
+    assert found["q"] == TrainingRow(
+        "q", ["d2", "d1"], ["d7", "d3", "d6"], [2.0, 4.0], [1.5, pytest.approx(1.4), -3.0], None
     )
+    assert found["r"].neg == [], "all score above the positive, which has -11"
     audit = json.loads((folder / "out" / "audit.json").read_text())
-    assert audit["removed by score"] == 2 + 8 and audit["copies of positives removed"] == 1
-    files.write_scores(folder / "teacher.tsv", [pair for pair in pairs if pair[:2] != ("q", "d6")])
-    assert "no score for query q and passage d6" in mine(*flags, *how, "--output_dir", "b")[2]
-    assert (
-        "--teacher_scores filters nothing"
-        in mine(*flags, "--teacher_scores", "x", "--output_dir", "b")[2]
-    )
+    assert audit["removed by score"] == 2 + 11 and audit["copies of positives removed"] == 1
+    mine(*source, "--depth", 11, "--output_dir", "all")
+    assert rows(folder / "all")["q"].neg_scores == [3.0, *map(np.float32, (1.6, 1.5, 1.4)), -3.0]
+
+    files.write_training_file(folder / "train.jsonl", [scored[0], scored[1]._replace(pos=["d2"])])
+    error = mine(*source, *how, "--output_dir", "b")[2]
+    assert "train.jsonl: no score for query r and passage d11" in error
+    plain = [row._replace(pos_scores=None, neg_scores=None) for row in scored]
+    files.write_training_file(folder / "train.jsonl", plain)
+    assert "--max_score_margin needs scores" in mine(*source, *how, "--output_dir", "b")[2]
+    mine(*source, "--depth", 3, "--output_dir", "plain")
+    assert rows(folder / "plain")["q"] == TrainingRow("q", ["d2", "d1"], ["d0", "d3", "d4"])
 
 
-def test_filters_windows_and_draws(planted, mine):
+def test_lists_that_somebody_else_mined_and_ids_with_commas(tmp_path, mine):
+    texts = [("a,1", "", "one"), ("b,2", "", "two"), ("c", "", "three"), ("d", "", "four")]
+    write_texts(tmp_path / "corpus.jsonl", texts)
+    write_texts(tmp_path / "queries.jsonl", [("q,1", "", "two three four")])
+    (tmp_path / "qrels").write_text("q,1 0 a,1 1\nq,1 0 c 0\n")
+    data = ["--corpus", "corpus.jsonl", "--qrels", "qrels"]
+    mine("--bm25", "--queries", "queries.jsonl", *data, "--output_dir", "bm25")
+    assert rows(tmp_path / "bm25") == {"q,1": TrainingRow("q,1", ["a,1"], ["b,2", "c", "d"])}
+    (tmp_path / "lists").write_text("q0\tc\nq,1\td,c,d\nq,1\tc\n")
+    mine("--run", "lists", *data, "--output_dir", "lists-out")
+    assert negatives(tmp_path / "lists-out") == {"q,1": ["d", "c"]}
+    (tmp_path / "lists").write_text("q0\tc\nq,1\td,b,2\n")
+    error = mine("--run", "lists", *data, "--output_dir", "bad")[2]
+    assert "lists:2: passage b is not in" in error and not (tmp_path / "bad").exists()
+    (tmp_path / "run").write_text("q,1 Q0 b,2 1 3 t\nq,1 Q0 a,1 2 2 t\nq,1 Q0 gone,3 3 1 t\n")
+    error = mine("--run", "run", *data, "--output_dir", "bad")[2]
+    assert "run:3: passage gone,3 is not in" in error
+    (tmp_path / "qrels").write_text("q,1 0 a,1 1\nq,1 0 gone,3 1\n")
+    error = mine("--run", "run", *data, "--output_dir", "bad")[2]
+    assert "qrels:2: passage gone,3 is not in" in error
+
+
+def test_margins_and_draws(planted, mine):
     folder, flags = planted
     mine(*flags, "--depth", 12, "--max_score_margin", 0.25, "--output_dir", "margin")
     assert negatives(folder / "margin")["q"] == ["d6", "d7", "d8", "d9", "d10", "d11"][-6:], (
         "s <= 0.8 - 0.25"
     )
-    assert "r" not in negatives(folder / "margin"), "nothing scores 0.25 less than the last"
-    mine(*flags, "--depth", 12, "--skip_top", 6, "--num_negatives", 2, "--output_dir", "window")
-    assert negatives(folder / "window")["q"] == ["d6", "d7"]
+    assert negatives(folder / "margin")["r"] == [], "nothing scores 0.25 less than the last"
+    mine(*flags, "--depth", 12, "--num_negatives", 2, "--output_dir", "window")
+    assert negatives(folder / "window")["q"] == ["d0", "d3"]
     draws = []
     for seed, out in ((1, "a"), (1, "b"), (2, "c")):
         mine(
@@ -128,23 +172,12 @@ def test_filters_windows_and_draws(planted, mine):
         )
 
 
-def test_limits_for_negative_scores():
-    assert score_limit(0.8, None, 0.95) == pytest.approx(0.76) and score_limit(
-        0.8, 0.1, None
-    ) == pytest.approx(0.7)
-    assert score_limit(-2.0, None, 0.95) == pytest.approx(-2.1), (
-        "below the positive; -2.0 * 0.95 would be above it"
-    )
-    assert (
-        score_limit(-2.0, 0.1, 0.95) == pytest.approx(-2.1) and score_limit(1, None, None) == np.inf
-    )
-
-
 def test_from_a_run_and_from_bm25_on_two_processes(tmp_path, tiny_collection, mine, two_processes):
     data = ["--corpus", tiny_collection.corpus, "--qrels", tiny_collection.qrels, "--depth", 10]
     mine("--run", tiny_collection.candidates, *data, "--output_dir", "run")
     positives = files.read_qrels(tiny_collection.qrels)
-    assert negatives(tmp_path / "run") == dict(files.read_negatives(tiny_collection.negatives))
+    listed = files.read_run(tiny_collection.negatives)
+    assert negatives(tmp_path / "run") == {qid: entry.pids for qid, entry in listed.items()}
     bm25 = ["--bm25", "--queries", tiny_collection.queries, *data]
     mine(*bm25, "--output_dir", "one")
     two_processes("mine_negatives.py", *bm25, "--output_dir", "two")

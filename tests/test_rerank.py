@@ -395,7 +395,7 @@ def test_a_run_is_ranked_anew(flags, teacher, tiny_collection, tmp_path):
     assert list(after) == list(before)
     for qid, entry in after.items():
         expected = sorted(before[qid].pids[:4], key=lambda pid: -naive(qid, pid)[0])
-        assert entry.pids == expected and entry.ranks.tolist() == [1, 2, 3, 4]
+        assert entry.pids == expected
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
         "args.json", "meta.json", "run.trec", "scores.tsv"
     ]  # fmt: skip

@@ -1,34 +1,54 @@
-"""Fine-tune a bi-encoder: queries and passages share one encoder, a score is the dot product of their vectors.
+"""Fine-tune a bi-encoder: queries and passages share one encoder, a score is the dot product of
+their vectors.
 
-    info_nce   softmax over the passages of the batch on all processes: DPR (arXiv 2004.04906), RetroMAE (2205.12035)
+    info_nce   softmax over the passages of the batch on all processes: DPR (arXiv 2004.04906),
+               RetroMAE (2205.12035)
     own_group  the same over the passages of the query's own group alone
-    triplet    -log softmax over (positive, negative) pairs, no in-batch negatives: ANCE (2007.00808)
-    distilled  --kl_weight (RetroMAE, LexMAE) or --margin_mse_weight (SPLADE) on teacher scores in the training file
-    sparse     --head sparse: a weight per term of the vocabulary, and the FLOPS regulariser: SPLADE-max (2109.10086),
+    triplet    -log softmax over (positive, negative) pairs, no in-batch negatives: ANCE
+               (2007.00808)
+    distilled  --kl_weight (RetroMAE, LexMAE) or --margin_mse_weight (SPLADE) on teacher scores in
+               the training file
+    sparse     --head sparse: a weight per term of the vocabulary, and the FLOPS regulariser:
+               SPLADE-max (2109.10086),
                LexMAE (2208.14754)
     MaxP       --max_chunks: the best chunk of a document is its score: ANCE
-    robust     --dro: the clusters in the training file are weighted: COCO-DR (2210.15212), lib/dro.py
+    robust     --dro: the clusters in the training file are weighted: COCO-DR (2210.15212),
+               lib/dro.py
 
-A group is 1 positive + n negatives, drawn anew at each visit from the first --negatives_depth of the query's list in
-the training file; or in the newest generation of it, if --train is a folder that a miner fills meanwhile (ANCE,
-lib/generations.py). Deliberate deviations from the papers' official code:
-  1. Passages of other processes carry gradient: W processes of batch B train like one of W·B (RetroMAE has 1/W of it).
-  2. Positives of a query and exact copies of them are never its negatives, neither drawn nor, where they stand in the
-     batch for another query, in the softmax.
-  3. A list shorter than the group is filled with masked columns (RetroMAE: random passages, LexMAE: repeats).
-  4. Each positive is an example, shuffled over the epoch (ANCE: one per query, its triplets in a row).
-  5. FLOPS is of the batch of all processes (LexMAE, SPLADE: of each GPU's own); of one micro-step if accumulated.
-  6. A file in which only some lines have teacher scores stops the run (RetroMAE switches distillation off silently).
-  7. Each chunk of MaxP begins with [CLS] (ANCE: the first); what DRO does otherwise is in lib/dro.py.
+A group is 1 positive + n negatives, drawn anew at each visit from the first --negatives_depth of
+the query's list in the training file; or in the newest generation of it, if --train is a folder
+that a miner fills meanwhile (ANCE, lib/generations.py). Deliberate deviations from the papers'
+official code:
+  1. Passages of other processes carry gradient: W processes of batch B train like one of W·B
+  (RetroMAE has 1/W of it).
+  2. Positives of a query and exact copies of them are never its negatives, neither drawn nor, where
+     they stand in the batch for another query, in the softmax.
+  3. A list shorter than the group is filled with masked columns (RetroMAE: random passages, LexMAE:
+  repeats).
+  4. Each positive is an example, shuffled over the epoch (ANCE: one per query, its triplets in a
+  row).
+  5. FLOPS is of the batch of all processes (LexMAE, SPLADE: of each GPU's own); of one micro-step
+  if accumulated.
+  6. A file in which only some lines have teacher scores stops the run (RetroMAE switches
+  distillation off silently).
+  7. Each chunk of MaxP begins with [CLS] (ANCE: the first); what DRO does otherwise is in
+  lib/dro.py.
 
-Reads   --model (ours, sentence-transformers, or Hugging Face with --pooling); --train: a training file
-        (mine_negatives.py, recipes/import_training_data.py), judgments, or a folder of generations; corpus and queries
-Writes  --output_dir: the checkpoint, and best/ by MRR@10 on the development set, each also a sentence-transformers
-        folder; log.jsonl, args.json, state/ to --resume from, `done` last; checkpoints/, generations.tsv for a miner
+Reads   --model (ours, sentence-transformers, or Hugging Face with --pooling); --train: a training
+        file
+        (mine_negatives.py, recipes/import_training_data.py), judgments, or a folder of generations;
+        corpus and queries
+Writes  --output_dir: the checkpoint, and best/ by MRR@10 on the development set, each also a
+        sentence-transformers
+        folder; log.jsonl, args.json, state/ to --resume from, `done` last; checkpoints/,
+        generations.tsv for a miner
 
-CPU toy   python finetune_biencoder.py --model M --corpus C --queries Q --train qrels.tsv --output_dir O
-1 GPU     accelerate launch --mixed_precision bf16 finetune_biencoder.py ... --train negatives/train.jsonl
-N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 finetune_biencoder.py ...
+CPU toy   python finetune_biencoder.py --model M --corpus C --queries Q --train qrels.tsv
+          --output_dir O
+1 GPU     accelerate launch --mixed_precision bf16 finetune_biencoder.py ... --train
+          negatives/train.jsonl
+N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16
+          finetune_biencoder.py ...
 """
 
 import math
@@ -149,19 +169,21 @@ class Args:
 
 
 def contrastive_loss(scores, positives, mask):
-    """The loss of each query (B,): put your own here. scores (B, N), divided by the temperature; positives (B,), the
-    column of each query's positive; mask (B, N), True = the column counts."""
+    """The loss of each query (B,): put your own here. scores (B, N), divided by the temperature;
+    positives (B,), the column of each query's positive; mask (B, N), True = the column counts."""
     return losses.info_nce(scores, positives, mask)
 
 
 def check(args, passages_per_query: int, candidates: int) -> None:
-    """UserError where flags contradict each other. candidates: passages that a query is compared with."""
+    """UserError where flags contradict each other. candidates: passages that a query is compared
+    with."""
     distilled = args.kl_weight or args.margin_mse_weight
     in_batch = args.loss == "info_nce" or args.head != "dense"
     by_parts = args.chunk_size or args.gradient_checkpointing
     if candidates < 2:
         raise UserError(
-            f"--loss {args.loss} has no negatives — raise --passages_per_query or --per_device_batch_size"
+            f"--loss {args.loss} has no negatives — raise --passages_per_query or "
+            "--per_device_batch_size"
         )
     if distilled and passages_per_query < 2:
         raise UserError(
@@ -169,7 +191,8 @@ def check(args, passages_per_query: int, candidates: int) -> None:
         )
     if args.dro and (in_batch or by_parts):
         raise UserError(
-            "--dro needs a loss of each query alone, of a batch encoded at once — give --loss triplet or "
+            "--dro needs a loss of each query alone, of a batch encoded at once — give --loss "
+            "triplet or "
             "own_group, and leave out --head sparse, --chunk_size and --gradient_checkpointing"
         )
     if Path(args.train).is_dir() and not args.max_steps:
@@ -349,7 +372,8 @@ def main():
             if not finite:
                 qids = ", ".join(queries.ids(batch["query_rows"].tolist()))
                 raise UserError(
-                    f"step {step + 1}: the loss or gradient is not finite for queries {qids} — lower --learning_rate"
+                    f"step {step + 1}: the loss or gradient is not finite for queries {qids} — "
+                    "lower --learning_rate"
                 )
         # ------------------------------------------------- log, evaluate, save: once per step
         micro_step += 1

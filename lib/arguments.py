@@ -6,9 +6,8 @@
         learning_rate: float = arg(2e-5, above=0, help="peak learning rate")
         resume: bool = arg(False, help="continue from the last saved state")
 
-A field without a default is required. A field that is True by default has the flag --no_NAME. Every number is
-finite, and within the range that stands beside its type.
-"""
+A field without a default is required. A field that is True by default has the flag --no_NAME. Every
+number is finite, and within the range that stands beside its type."""
 
 import argparse
 import dataclasses
@@ -47,9 +46,11 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def parse_args(cls: type):
-    """The arguments of a script from its command line. --help shows the docstring of the script and every flag.
+    """The arguments of a script from its command line. --help shows the docstring of the script and
+    every flag.
 
-    UserError: an unknown, abbreviated or missing flag, a value of another type, a number out of its range."""
+    UserError: an unknown, abbreviated or missing flag, a value of another type, a number out of its
+    range."""
     script = sys.modules["__main__"].__doc__
     parser = _Parser(
         description=script, formatter_class=_Help, allow_abbrev=False, usage="%(prog)s [flags]"

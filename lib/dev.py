@@ -1,4 +1,5 @@
-"""The development set of a training run: candidates of judged queries, re-ranked by the model as it stands."""
+"""The development set of a training run: candidates of judged queries, re-ranked by the model as it
+stands."""
 
 import torch
 from accelerate.utils import gather_object
@@ -22,7 +23,8 @@ class DevSet:
     def __init__(self, queries_path, qrels_path, candidates_path, corpus: Texts):
         if not (queries_path and qrels_path and candidates_path):
             raise UserError(
-                "the development set is incomplete — give --dev_queries, --dev_qrels and --dev_candidates"
+                "the development set is incomplete — give --dev_queries, --dev_qrels and "
+                "--dev_candidates"
             )
         self.queries, self.corpus = open_texts(queries_path), corpus
         self.qrels = read_qrels(qrels_path)
@@ -30,14 +32,16 @@ class DevSet:
         self.candidates = {q: one.pids for q, one in listed.items() if q in self.qrels}
         if not self.candidates:
             raise UserError(
-                f"{candidates_path}: it has no query of {qrels_path} — give candidates of the judged queries"
+                f"{candidates_path}: it has no query of {qrels_path} — give candidates of the "
+                "judged queries"
             )
         require_rows(self.queries, list(self.candidates), candidates_path, "query")
         for pids in self.candidates.values():
             require_rows(corpus, pids, candidates_path, "passage")
 
     def mrr(self, accelerator, model, collate: GroupCollator, k: int = 10) -> float:
-        """MRR@k over all judged queries; those without candidates count 0. Each process ranks its share."""
+        """MRR@k over all judged queries; those without candidates count 0. Each process ranks its
+        share."""
         rank, W = accelerator.process_index, accelerator.num_processes
         mine = sorted(self.candidates)[rank::W]
         encoder = accelerator.unwrap_model(model).eval()
@@ -50,9 +54,9 @@ class DevSet:
     def rerank(
         self, encoder, collate: GroupCollator, qids: list[str], k: int
     ) -> dict[str, list[str]]:
-        """{qid: the best k of its candidates, best first} by dot product, that of their best chunk where they have
-        several; ties keep the order of the candidates. As many queries at a time as memory for their candidates allows,
-        each candidate encoded once for them."""
+        """{qid: the best k of its candidates, best first} by dot product, that of their best chunk
+        where they have several; ties keep the order of the candidates. As many queries at a time as
+        memory for their candidates allows, each candidate encoded once for them."""
         ranked = {}
         most = max(map(len, self.candidates.values()))
         size = max(NUMBERS // encoder.dim // most, 1)

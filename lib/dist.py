@@ -1,4 +1,5 @@
-"""What the processes of a run exchange for a contrastive loss. On one process every function is the identity."""
+"""What the processes of a run exchange for a contrastive loss. On one process every function is the
+identity."""
 
 import torch
 import torch.distributed as dist
@@ -24,14 +25,17 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:
-    """x (n, ...) of every process -> (W·n, ...) in the order of the ranks, differentiable. n must be equal everywhere.
+    """x (n, ...) of every process -> (W·n, ...) in the order of the ranks, differentiable. n must
+    be equal everywhere.
 
-    Forward: all-gather. Backward: reduce-scatter, so that x receives the sum of what the losses of all processes say
-    about it. Why no factor W is needed: process r holds L_r, the mean over its own B queries; the loss of the batch of
-    W·B queries is L = (1/W) sum_r L_r. Process r sends sum_s dL_s/d(reps of r) through its own reps, DDP averages
-    the parameter gradients over processes, and (1/W) sum_r sum_s dL_s/dθ through the reps of r is dL/dθ, exactly.
-    (RetroMAE keeps its own slice of the gathered tensor alive, with the full matrix on each rank: dL/dθ / W.
-    LexMAE does so with its own queries only, and loses what other processes say about its passages.)"""
+    Forward: all-gather. Backward: reduce-scatter, so that x receives the sum of what the losses of
+    all processes say about it. Why no factor W is needed: process r holds L_r, the mean over its
+    own B queries; the loss of the batch of W·B queries is L = (1/W) sum_r L_r. Process r sends
+    sum_s dL_s/d(reps of r) through its own reps, DDP averages the parameter gradients over
+    processes, and (1/W) sum_r sum_s dL_s/dθ through the reps of r is dL/dθ, exactly. (RetroMAE
+    keeps its own slice of the gathered tensor alive, with the full matrix on each rank: dL/dθ / W.
+    LexMAE does so with its own queries only, and loses what other processes say about its
+    passages.)"""
     return _AllGather.apply(x) if world()[1] > 1 else x
 
 

@@ -1,9 +1,9 @@
-"""Group-robust training (DRO): weights for groups of queries, and the inner products of the groups' gradients.
+"""Group-robust training (DRO): weights for groups of queries, and the inner products of the groups'
+gradients.
 
-K groups, of which G are in the batch of all processes; B queries per device, W processes. Losses are per query and
-depend on the query's own passages alone. Everything a weight depends on is global, so that it is the same on every
-process.
-"""
+K groups, of which G are in the batch of all processes; B queries per device, W processes. Losses
+are per query and depend on the query's own passages alone. Everything a weight depends on is
+global, so that it is the same on every process."""
 
 from dataclasses import dataclass
 
@@ -30,27 +30,33 @@ class Robustness:
 
 
 class GroupWeights:
-    """How much each group of queries counts, h (K,), moved after every step towards those that gain most, or lag most.
+    """How much each group of queries counts, h (K,), moved after every step towards those that gain
+    most, or lag most.
 
-    idro, COCO-DR (arXiv 2210.15212; DRO/dro_loss.py): loss = sum_i h_i L_i / sum_i h_i over the groups present, L_i
-    the mean loss of group i. Then, with r_ij = (L_i L_j)^alpha cos(g_i, g_j) and e_i = rho / K sum_j r_ij,
+    idro, COCO-DR (arXiv 2210.15212; DRO/dro_loss.py): loss = sum_i h_i L_i / sum_i h_i over the
+    groups present, L_i the mean loss of group i. Then, with r_ij = (L_i L_j)^alpha cos(g_i, g_j)
+    and e_i = rho / K sum_j r_ij,
         h_i <- h_i^ema exp(e_i), normalised, at least eps
-    greedy, the same repository: the expected loss of the worst share alpha of the queries. With running means S of the
-    loss and c of the number of queries, and f = c / sum c: loss = sum over queries h_i l / (W B); then h = 1 / alpha
-    for the groups of highest S that make up alpha, the group at the border in proportion, all others eps.
+    greedy, the same repository: the expected loss of the worst share alpha of the queries. With
+    running means S of the loss and c of the number of queries, and f = c / sum c: loss = sum over
+    queries h_i l / (W B); then h = 1 / alpha for the groups of highest S that make up alpha, the
+    group at the border in proportion, all others eps.
 
     Deviations from the official code:
-      1. Losses, counts and gradients are of the batch of all processes (theirs: gradients alone, so that two processes
-         differ in their weights).
-      2. A group that is not in the batch keeps its weight (theirs: eps); those that are share what they hold.
-      3. h begins at 1 / K, and idro's loss is divided by the weight present, so that it stays a mean (theirs: 1 each,
-         and a sum).
-      4. The weight is not averaged over steps once more (their greedy's weight_ema, 0 in the recipe)."""
+      1. Losses, counts and gradients are of the batch of all processes (theirs: gradients alone, so
+         that two processes differ in their weights).
+      2. A group that is not in the batch keeps its weight (theirs: eps); those that are share what
+      they hold.
+      3. h begins at 1 / K, and idro's loss is divided by the weight present, so that it stays a
+         mean (theirs: 1 each, and a sum).
+      4. The weight is not averaged over steps once more (their greedy's weight_ema, 0 in the
+      recipe)."""
 
     def __init__(self, groups: int, settings: Robustness):
         if settings.eps * groups > 1:
             raise UserError(
-                f"--dro_eps {settings.eps}: {groups} groups cannot all have this weight — give at most 1 / {groups}"
+                f"--dro_eps {settings.eps}: {groups} groups cannot all have this weight — give at "
+                f"most 1 / {groups}"
             )
         self.settings = settings
         one = torch.ones(groups, dtype=torch.float64)
@@ -66,8 +72,9 @@ class GroupWeights:
             setattr(self, name, torch.tensor(values, dtype=torch.float64))
 
     def loss(self, losses: Tensor, groups: Tensor) -> Tensor:
-        """losses (B,), groups (B,) int64 -> scalar: its mean over processes is the loss above. Keeps what `update`
-        needs: how many queries of each group the batch has, and their mean losses."""
+        """losses (B,), groups (B,) int64 -> scalar: its mean over processes is the loss above.
+        Keeps what `update` needs: how many queries of each group the batch has, and their mean
+        losses."""
         everyone = all_gather(groups.to(losses.device)).cpu()
         values = all_gather(losses).double().cpu()
         self.present = torch.bincount(everyone, minlength=len(self.h))  # (K,)
@@ -104,8 +111,8 @@ class GroupWeights:
 
 
 def groups_of_rows(groups: Tensor, *orders: Tensor) -> Tensor:
-    """The group of every encoded row: groups (B,) of the queries; orders: for each side (B·m,) the place of its texts
-    among the encoded rows, as lib/groups.py gives it."""
+    """The group of every encoded row: groups (B,) of the queries; orders: for each side (B·m,) the
+    place of its texts among the encoded rows, as lib/groups.py gives it."""
     parts = []
     for order in orders:
         rows = torch.empty(int(order.max()) + 1, dtype=groups.dtype, device=groups.device)
@@ -115,9 +122,10 @@ def groups_of_rows(groups: Tensor, *orders: Tensor) -> Tensor:
 
 
 def cvar_weights(losses: Tensor, shares: Tensor, alpha: float, eps: float) -> Tensor:
-    """(K,) weights under which the mean over queries is that of the worst `alpha` of them: 1 / alpha for the groups of
-    highest loss while their shares (K,), which sum to 1, stay below alpha; then what is left; then eps.
-    Example: losses 3, 2, 1, shares 0.2, 0.3, 0.5, alpha 0.4, eps 0.01 -> 2.5, (1 - 0.2 / 0.4) / 0.3 = 1.667, 0.01."""
+    """(K,) weights under which the mean over queries is that of the worst `alpha` of them: 1 /
+    alpha for the groups of highest loss while their shares (K,), which sum to 1, stay below alpha;
+    then what is left; then eps. Example: losses 3, 2, 1, shares 0.2, 0.3, 0.5, alpha 0.4, eps 0.01
+    -> 2.5, (1 - 0.2 / 0.4) / 0.3 = 1.667, 0.01."""
     order = losses.argsort(descending=True, stable=True)
     full = min(int((shares[order].cumsum(0) < alpha).sum()), len(order) - 1)
     weights = torch.full_like(losses, eps)
@@ -128,14 +136,15 @@ def cvar_weights(losses: Tensor, shares: Tensor, alpha: float, eps: float) -> Te
 
 
 class GroupGradients:
-    """Inner products between the gradients that groups of texts give the weights of some layers, from one ordinary
-    backward pass over all of them.
+    """Inner products between the gradients that groups of texts give the weights of some layers,
+    from one ordinary backward pass over all of them.
 
-    The gradient of a weight is a sum over tokens, of outer products of the gradient at a Linear's output and its
-    input; a token belongs to one text, a text to one group. So the layers keep both, and the sum is taken group by
-    group: once more the cost of these weights' gradients, no backward pass of its own. One weight at a time has its
-    (G, out, in) numbers in memory, is summed over processes and adds its Gram matrix. (The official code: G backward
-    passes, and all gradients of all layers in one matrix, 4 GB for BERT base and 50 groups.)
+    The gradient of a weight is a sum over tokens, of outer products of the gradient at a Linear's
+    output and its input; a token belongs to one text, a text to one group. So the layers keep both,
+    and the sum is taken group by group: once more the cost of these weights' gradients, no backward
+    pass of its own. One weight at a time has its (G, out, in) numbers in memory, is summed over
+    processes and adds its Gram matrix. (The official code: G backward passes, and all gradients of
+    all layers in one matrix, 4 GB for BERT base and 50 groups.)
 
     UserError: a layer with parameters outside of Linear and LayerNorm."""
 
@@ -145,7 +154,8 @@ class GroupGradients:
         layers = next(
             m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == depth
         )
-        self.calls = {}  # module -> [input, gradient at the output] of each call, in the order of the forward pass
+        # module -> [input, gradient at the output] of each call, in the order of the forward pass
+        self.calls = {}
         for layer in layers[-num_layers:]:
             for module in layer.modules():
                 if isinstance(module, nn.Linear | nn.LayerNorm):
@@ -153,7 +163,8 @@ class GroupGradients:
                     module.register_forward_hook(self._keep)
                 elif next(module.parameters(recurse=False), None) is not None:
                     raise UserError(
-                        f"--dro: {type(module).__name__} is neither Linear nor LayerNorm — use BERT's kind"
+                        f"--dro: {type(module).__name__} is neither Linear nor LayerNorm — use "
+                        "BERT's kind"
                     )
 
     def _keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -164,8 +175,9 @@ class GroupGradients:
 
     @torch.no_grad()
     def products(self, groups: Tensor, present: Tensor) -> Tensor:
-        """groups (R,): of each text, in the order in which the layers read them since the last call; present (K,)
-        bool, the groups of all processes -> (G, G) float64 on the CPU. Forgets what it kept."""
+        """groups (R,): of each text, in the order in which the layers read them since the last
+        call; present (K,) bool, the groups of all processes -> (G, G) float64 on the CPU. Forgets
+        what it kept."""
         G, slot = int(present.sum()), (present.cumsum(0) - 1)[groups.cpu()]  # (R,) in 0 ... G - 1
         total = 0
         for module, calls in self.calls.items():

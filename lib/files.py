@@ -1,13 +1,16 @@
-"""Plain files: reading and writing of everything but texts and embeddings. Formats: docs/formats.md.
+"""Plain files: reading and writing of everything but texts and embeddings. Formats:
+docs/formats.md.
 
-    qrels          q1 0 7 1 (TREC, MS MARCO) · query-id corpus-id score, then q1 7 1 (BEIR) · q1 7 (RetroMAE)
+    qrels          q1 0 7 1 (TREC, MS MARCO) · query-id corpus-id score, then q1 7 1 (BEIR) · q1 7
+                   (RetroMAE)
     run            q1 Q0 7 1 13.25 tag (TREC) · q1 7 1 (MS MARCO: qid, pid, rank)
-    candidates     q1 \\t 7 \\t query \\t passage (top1000.dev) · q1 \\t 9,4,12 (lists, best first) · a run
-    training file  {"qid": "q1", "pos": ["7"], "neg": ["9", "4"], "neg_scores": [8.3, 2.0], "cluster": 3}
+    candidates     q1 \\t 7 \\t query \\t passage (top1000.dev) · q1 \\t 9,4,12 (lists, best first)
+                   · a run
+    training file  {"qid": "q1", "pos": ["7"], "neg": ["9", "4"], "neg_scores": [8.3, 2.0],
+                   "cluster": 3}
 
-Every text file may be gzipped. Ids are strings. Readers stream, and stop at a bad line with `file:line: what is
-wrong — what to do`.
-"""
+Every text file may be gzipped. Ids are strings. Readers stream, and stop at a bad line with
+`file:line: what is wrong — what to do`."""
 
 import contextlib
 import gzip
@@ -24,8 +27,8 @@ import numpy as np
 
 
 class UserError(Exception):
-    """A mistake that the user can correct. The message names the place and the remedy; launch.run prints it as one
-    line and exits with status 1."""
+    """A mistake that the user can correct. The message names the place and the remedy; launch.run
+    prints it as one line and exits with status 1."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -33,8 +36,8 @@ class UserError(Exception):
 
 
 def lines(path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its newline) of a plain or gzipped UTF-8 file, streaming. Blank lines are
-    skipped."""
+    """(line number from 1, line without its newline) of a plain or gzipped UTF-8 file, streaming.
+    Blank lines are skipped."""
     path, number = Path(path), 0
     if not path.is_file():
         found = "this is a folder, not a file" if path.is_dir() else "no such file"
@@ -50,7 +53,8 @@ def lines(path) -> Iterator[tuple[int, str]]:
                     yield number, line
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{path}:{number}: not UTF-8 ({error.reason}) — convert the file, for example with iconv"
+                f"{path}:{number}: not UTF-8 ({error.reason}) — convert the file, for example with "
+                "iconv"
             ) from error
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise UserError(
@@ -60,8 +64,8 @@ def lines(path) -> Iterator[tuple[int, str]]:
 
 @contextlib.contextmanager
 def atomic(path) -> Iterator[Path]:
-    """A temporary name beside `path` for a file or folder. It becomes `path` when the block ends well, and is removed
-    when the block fails."""
+    """A temporary name beside `path` for a file or folder. It becomes `path` when the block ends
+    well, and is removed when the block fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
@@ -82,8 +86,8 @@ def atomic(path) -> Iterator[Path]:
 
 
 def write_lines(path, rows: Iterable[str]) -> None:
-    """One line per row, atomically. A name that ends in .gz is gzipped, without a time stamp, so that equal content
-    gives equal bytes."""
+    """One line per row, atomically. A name that ends in .gz is gzipped, without a time stamp, so
+    that equal content gives equal bytes."""
     with atomic(path) as temporary, open(temporary, "wb") as raw:
         zipped = str(path).endswith(".gz")
         stream = gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) if zipped else raw
@@ -121,8 +125,8 @@ def json_object(path, number: int, line: str) -> dict:
 
 
 def line_of(path, *fields) -> str:
-    """`file:line` of the first line that holds all `fields` as columns, list items or JSON strings, for an error that
-    is found after reading; else `file`."""
+    """`file:line` of the first line that holds all `fields` as columns, list items or JSON strings,
+    for an error that is found after reading; else `file`."""
     for number, line in lines(path):
         if line.lstrip().startswith("{"):
             if all(json.dumps(field, ensure_ascii=False) in line for field in fields):
@@ -154,10 +158,11 @@ def _integer(value: str, place: str, what: str) -> int:
 
 
 def read_qrels(path) -> dict[str, dict[str, int]]:
-    """qrels[qid][pid] = grade. Formats are told apart by shape: 4 columns are TREC's and MS MARCO's (qid, 0, pid,
-    grade), 3 columns with BEIR's header, 2 columns RetroMAE's (qid, pid; grade 1).
+    """qrels[qid][pid] = grade. Formats are told apart by shape: 4 columns are TREC's and MS MARCO's
+    (qid, 0, pid, grade), 3 columns with BEIR's header, 2 columns RetroMAE's (qid, pid; grade 1).
 
-    UserError: anything else; 3 columns without a header may be a run. A grade that is no whole number."""
+    UserError: anything else; 3 columns without a header may be a run. A grade that is no whole
+    number."""
     qrels, width = {}, None
     for number, line in lines(path):
         place = f"{path}:{number}"
@@ -175,7 +180,8 @@ def read_qrels(path) -> dict[str, dict[str, int]]:
         pid = columns[2 if width == 4 else 1]
         if width == 2 and "," in pid:
             raise UserError(
-                f"{place}: several passages in column 2, as in lists of negatives — qrels have one per line"
+                f"{place}: several passages in column 2, as in lists of negatives — qrels have one "
+                "per line"
             )
         grade = 1 if width == 2 else _integer(columns[-1], place, "the grade")
         if qrels.setdefault(columns[0], {}).setdefault(pid, grade) != grade:
@@ -188,7 +194,8 @@ def read_qrels(path) -> dict[str, dict[str, int]]:
 
 
 def _is_header(place: str, columns: list[str]) -> bool:
-    """Whether the first line of judgments is BEIR's header; UserError if it is of no known shape."""
+    """Whether the first line of judgments is BEIR's header; UserError if it is of no known
+    shape."""
     if len(columns) == 6:
         raise UserError(f"{place}: 6 columns are a run, not judgments — give the qrels file")
     if len(columns) == 3:
@@ -200,7 +207,8 @@ def _is_header(place: str, columns: list[str]) -> bool:
         )
     if len(columns) not in (2, 4):
         raise UserError(
-            f"{place}: {len(columns)} columns — qrels have 4 (TREC), 3 with a header (BEIR) or 2 (RetroMAE)"
+            f"{place}: {len(columns)} columns — qrels have 4 (TREC), 3 with a header (BEIR) or 2 "
+            "(RetroMAE)"
         )
     return False
 
@@ -256,14 +264,15 @@ def foreign_format(line: str) -> str | None:
 
 
 def read_training_file(path) -> Iterator[tuple[int, TrainingRow]]:
-    """(line number, row) of a `train.jsonl`. UserError: a line of another form; another project's training data is
-    answered with the command that imports it."""
+    """(line number, row) of a `train.jsonl`. UserError: a line of another form; another project's
+    training data is answered with the command that imports it."""
     seen = set()
     for number, line in lines(path):
         place = f"{path}:{number}"
         if not seen and (whose := foreign_format(line)):
             raise UserError(
-                f"{place}: this is {whose} data — convert it: python -m recipes.import_training_data "
+                f"{place}: this is {whose} data — convert it: python -m "
+                "recipes.import_training_data "
                 f"--input {path} --output_dir OUT"
             )
         record = json_object(path, number, line)
@@ -278,7 +287,8 @@ def _training_row(record: dict, place: str) -> TrainingRow:
     fields = {name: record[name] for name in TrainingRow._fields if record.get(name) is not None}
     if not isinstance(fields.get("qid"), str) or not fields.get("pos"):
         raise UserError(
-            f'{place}: a line of a training file has a string "qid" and a list "pos" of passage ids that is not '
+            f'{place}: a line of a training file has a string "qid" and a list "pos" of passage '
+            "ids that is not "
             "empty — correct the line"
         )
     row = TrainingRow(**fields)
@@ -294,7 +304,8 @@ def _training_row(record: dict, place: str) -> TrainingRow:
         numbers = isinstance(scores, list) and all(isinstance(s, int | float) for s in scores)
         if not numbers or len(scores) != len(ids) or not np.isfinite(scores).all():
             raise UserError(
-                f'{place}: "{name}_scores" must have one finite number for each of "{name}" — score the file again'
+                f'{place}: "{name}_scores" must have one finite number for each of "{name}" — '
+                "score the file again"
             )
     if row.cluster is not None and (type(row.cluster) is not int or row.cluster < 0):
         raise UserError(f'{place}: "cluster" must be an integer of at least 0 — correct the line')
@@ -323,12 +334,16 @@ def read_run(path) -> dict[str, RunList]:
 
         q1 Q0 7 1 13.25 tag           TREC run
         q1 7 1                        MS MARCO run: qid, pid, rank; the score is -rank
-        q1 \t 7 \t what? \t Ants ...  top1000.dev: the scores are -1, -2, ... in the order of the file
-        q1 \t 9,4,12                  mined lists, best first: the same; a passage that is repeated counts once
-        {"qid": "q1", "neg": ...}     training file: its negatives, best first, then its positives, with their scores
+        q1 \t 7 \t what? \t Ants ...  top1000.dev: the scores are -1, -2, ... in the order of the
+                                      file
+        q1 \t 9,4,12                  mined lists, best first: the same; a passage that is repeated
+                                      counts once
+        {"qid": "q1", "neg": ...}     training file: its negatives, best first, then its positives,
+                                      with their scores
                                       where all have one
 
-    UserError: another shape, lines of different shapes, a passage twice for a query of a run, an empty file."""
+    UserError: another shape, lines of different shapes, a passage twice for a query of a run, an
+    empty file."""
     _, first = next(lines(path), (0, ""))
     columns = first.split("\t")
     judgments = len(columns) == 4 and columns[1] in ("0", "Q0") and columns[3].isdigit()
@@ -351,7 +366,8 @@ def _run_of_columns(path) -> dict[str, RunList]:
         width = width or len(columns)
         if len(columns) != width or width not in (3, 6):
             raise UserError(
-                f"{path}:{number}: {len(columns)} columns — a run has 6 (TREC) or 3 (qid, pid, rank) in "
+                f"{path}:{number}: {len(columns)} columns — a run has 6 (TREC) or 3 (qid, pid, "
+                "rank) in "
                 "every line; lists of passages and top1000.dev have tabs between their columns"
             )
         pid = columns[1] if width == 3 else columns[2]
@@ -363,7 +379,8 @@ def _run_of_columns(path) -> dict[str, RunList]:
         pids, scores = gathered.setdefault(columns[0], ({}, array("f")))
         if pid in pids:
             raise UserError(
-                f"{path}:{number}: passage {pid} is listed twice for query {columns[0]} — remove one line"
+                f"{path}:{number}: passage {pid} is listed twice for query {columns[0]} — remove "
+                "one line"
             )
         pids[pid] = None
         scores.append(score)
@@ -410,7 +427,8 @@ def _falling(n: int) -> np.ndarray:
 def write_run(
     path, rows: Iterable[tuple[str, list[str], Iterable[float]]], tag: str = "isthmus"
 ) -> None:
-    """TREC run; ranks from 1 in the order given. Nine digits bring a float32 score back unchanged."""
+    """TREC run; ranks from 1 in the order given. Nine digits bring a float32 score back
+    unchanged."""
     write_lines(
         path,
         (

@@ -1,15 +1,20 @@
-"""What passes between a trainer and a miner that run at the same time: ANCE (arXiv 2007.00808, figure 1).
+"""What passes between a trainer and a miner that run at the same time: ANCE (arXiv 2007.00808,
+figure 1).
 
-    output_dir/checkpoints/checkpoint-00000500/   of the trainer; it gets this name when it is complete
+    output_dir/checkpoints/checkpoint-00000500/   of the trainer; it gets this name when it is
+                                                  complete
     output_dir/done                               the trainer has ended
-    generations/generation-0003/                  of the miner; it gets this name when it is complete: train.jsonl and,
-                                                  written last, manifest.json: {"step": 500, "checkpoint": ..., ...}
-    output_dir/generations.tsv                    of the trainer: `step TAB generation` of every look for a new one
+    generations/generation-0003/                  of the miner; it gets this name when it is
+                                                  complete: train.jsonl and,
+                                                  written last, manifest.json: {"step": 500,
+                                                  "checkpoint": ..., ...}
+    output_dir/generations.tsv                    of the trainer: `step TAB generation` of every
+                                                  look for a new one
 
-Files are all that couples the two, so each may run alone, be killed, or stand on another machine that shares the
-folders. Generation numbers and the steps behind them only grow. (The ANCE repositories write the file that says
-"ready" in place, let every process list the folder for itself, and leave no record of what was used when.)
-"""
+Files are all that couples the two, so each may run alone, be killed, or stand on another machine
+that shares the folders. Generation numbers and the steps behind them only grow. (The ANCE
+repositories write the file that says "ready" in place, let every process list the folder for
+itself, and leave no record of what was used when.)"""
 
 import os
 import re
@@ -46,8 +51,8 @@ def newest_checkpoint(output_dir) -> tuple[int, Path] | None:
 
 
 def remove_old_checkpoints(output_dir, keep: int) -> None:
-    """All but the `keep` newest, and what a killed run left unfinished. Each loses its name first, so that nobody
-    finds half of one."""
+    """All but the `keep` newest, and what a killed run left unfinished. Each loses its name first,
+    so that nobody finds half of one."""
     folder = Path(output_dir) / "checkpoints"
     for _, path in _numbered(folder, "checkpoint", "isthmus.json")[:-keep]:
         os.replace(path, path.with_name(f".old-{path.name}"))
@@ -56,13 +61,15 @@ def remove_old_checkpoints(output_dir, keep: int) -> None:
 
 
 def read_generations(folder) -> list[Generation]:
-    """The complete generations in a folder, ascending. UserError: one whose step is below that of the one before."""
+    """The complete generations in a folder, ascending. UserError: one whose step is below that of
+    the one before."""
     found = []
     for number, path in _numbered(folder, "generation", "manifest.json"):
         step = read_json(path / "manifest.json")["step"]
         if found and step < found[-1].step:
             raise UserError(
-                f"{path}: its step {step} is below {found[-1].step} of the generation before, so two runs have "
+                f"{path}: its step {step} is below {found[-1].step} of the generation before, so "
+                "two runs have "
                 "written to this folder — give each run its own"
             )
         found.append(Generation(number, step, path / "train.jsonl"))
@@ -70,11 +77,12 @@ def read_generations(folder) -> list[Generation]:
 
 
 class Refresh:
-    """Which generation a run trains on: the newest complete one at every look. The main process decides, and writes
-    the decision to `record` before anyone acts upon it; a resumed run that repeats these steps repeats its decisions.
+    """Which generation a run trains on: the newest complete one at every look. The main process
+    decides, and writes the decision to `record` before anyone acts upon it; a resumed run that
+    repeats these steps repeats its decisions.
 
-    A generation of a checkpoint that this run has not reached yet belongs to another run, and is passed over.
-    UserError: no generation yet; one that the run has used is gone."""
+    A generation of a checkpoint that this run has not reached yet belongs to another run, and is
+    passed over. UserError: no generation yet; one that the run has used is gone."""
 
     def __init__(self, folder, record):
         self.folder, self.record = Path(folder), Path(record)
@@ -119,7 +127,8 @@ class Refresh:
         found = [one for one in read_generations(self.folder) if one.step <= step]
         if not found:
             raise UserError(
-                f"{self.folder}: it has no generation of training data for step {step} — publish one (recipes/ance.sh)"
+                f"{self.folder}: it has no generation of training data for step {step} — publish "
+                "one (recipes/ance.sh)"
             )
         return found[-1]
 

@@ -1,14 +1,16 @@
-"""Large contrastive batches on small memory: GradCache (Gao et al., arXiv 2101.06983). The only copy in the project.
+"""Large contrastive batches on small memory: GradCache (Gao et al., arXiv 2101.06983). The only
+copy in the project.
 
-A contrastive loss needs all representations at once, but not all activations. So: encode everything in chunks without
-gradient; take the gradient of the loss at the representations; encode each chunk again, with gradient, and push its
-share of that gradient through. The price is one more forward pass.
+A contrastive loss needs all representations at once, but not all activations. So: encode everything
+in chunks without gradient; take the gradient of the loss at the representations; encode each chunk
+again, with gradient, and push its share of that gradient through. The price is one more forward
+pass.
 
-Dropout is a function of (seed, chunk), so the second pass of a chunk drops what its first pass dropped; otherwise the
-cached gradient would belong to other representations (COCO-DR: dropout in the first pass only). accelerator.backward
-divides by the accumulation and scales for fp16, once per chunk; the gradient at the representations is neither.
-Processes exchange gradients in the last chunk.
-"""
+Dropout is a function of (seed, chunk), so the second pass of a chunk drops what its first pass
+dropped; otherwise the cached gradient would belong to other representations (COCO-DR: dropout in
+the first pass only). accelerator.backward divides by the accumulation and scales for fp16, once per
+chunk; the gradient at the representations is neither. Processes exchange gradients in the last
+chunk."""
 
 import contextlib
 from collections.abc import Callable
@@ -23,12 +25,14 @@ from lib.text import step_seed
 def contrastive_backward(
     accelerator: Accelerator, model: nn.Module, batch: dict, loss_fn: Callable, seed: int
 ) -> tuple[Tensor, dict]:
-    """Encode both sides of a batch chunk by chunk, compute `loss_fn(q_reps, p_reps) -> (scalar, stats)`, backpropagate
-    into the parameters. Returns (loss, stats), detached; the loss is neither scaled nor divided by the accumulation.
+    """Encode both sides of a batch chunk by chunk, compute `loss_fn(q_reps, p_reps) -> (scalar,
+    stats)`, backpropagate into the parameters. Returns (loss, stats), detached; the loss is neither
+    scaled nor divided by the accumulation.
 
-    model: the prepared (DDP-wrapped) one; model(query, passage) encodes either side, or one with the other None
-    batch: "query" and "passage" as lib/groups.py makes them; loss_fn gets (B, D) and (B·P·M, D) in query-major order,
-    may gather over processes, and must depend on the model through the representations alone.
+    model: the prepared (DDP-wrapped) one; model(query, passage) encodes either side, or one with
+    the other None batch: "query" and "passage" as lib/groups.py makes them; loss_fn gets (B, D) and
+    (B·P·M, D) in query-major order, may gather over processes, and must depend on the model through
+    the representations alone.
 
     Call it under `accelerator.accumulate(model)`."""
     query, passage = batch["query"], batch["passage"]
@@ -55,9 +59,9 @@ def cached_backward(
     loss_fn: Callable,
     seed: int,
 ) -> tuple[Tensor, object]:
-    """encoders: for each chunk a function () -> (its reps (n, D), a loss that belongs to the chunk alone, or 0), called
-    twice; loss_fn(list of the reps) -> (scalar, stats). Backpropagates the sum of all losses; returns those of loss_fn,
-    detached."""
+    """encoders: for each chunk a function () -> (its reps (n, D), a loss that belongs to the chunk
+    alone, or 0), called twice; loss_fn(list of the reps) -> (scalar, stats). Backpropagates the sum
+    of all losses; returns those of loss_fn, detached."""
 
     def replay(index: int) -> tuple[Tensor, Tensor | float]:
         torch.manual_seed(step_seed(seed, index))

@@ -1,9 +1,10 @@
-"""Training data of a bi-encoder: a training file in flat arrays, groups drawn from it, and the batches they become.
+"""Training data of a bi-encoder: a training file in flat arrays, groups drawn from it, and the
+batches they become.
 
-B queries per batch, P passages per query (the positive first, then P - 1 negatives), n = B·P, M chunks of a passage
-at most, Q queries of the file, E positives of all queries together. A corpus row of -1 is a filler: it stands where a
-list of negatives is too short, is encoded as an empty text, and has its column masked by the loss.
-"""
+B queries per batch, P passages per query (the positive first, then P - 1 negatives), n = B·P, M
+chunks of a passage at most, Q queries of the file, E positives of all queries together. A corpus
+row of -1 is a filler: it stands where a list of negatives is too short, is encoded as an empty
+text, and has its column masked by the loss."""
 
 from array import array
 from collections.abc import Iterator
@@ -25,7 +26,8 @@ NEGATIVES_AT_A_TIME = 1 << 22
 
 
 def read_rows(path) -> Iterator[tuple[int, TrainingRow]]:
-    """(line number, row) of what --train takes: a training file, or judgments, whose queries have no negatives."""
+    """(line number, row) of what --train takes: a training file, or judgments, whose queries have
+    no negatives."""
     _, first = next(lines(path), (0, ""))
     foreign = foreign_format(first)
     if foreign == "negative-lists":
@@ -43,13 +45,16 @@ def read_rows(path) -> Iterator[tuple[int, TrainingRow]]:
 
 
 class TrainingFile:
-    """A training file, or judgments, as flat arrays of rows in queries and corpus; workers share them.
+    """A training file, or judgments, as flat arrays of rows in queries and corpus; workers share
+    them.
 
-    query_rows (Q,)    positive_rows (E,), positive_starts (Q + 1,)    negative_rows, negative_starts (Q + 1,)
-    positive_scores, negative_scores: float32 beside the rows, or None    clusters (Q,) int64, or None
+    query_rows (Q,)    positive_rows (E,), positive_starts (Q + 1,)    negative_rows,
+                       negative_starts (Q + 1,)
+    positive_scores, negative_scores: float32 beside the rows, or None    clusters (Q,) int64, or
+                                                                          None
 
-    UserError: an id without a text; a file without a positive; a negative that is a positive of its query, by id or by
-    its exact text; scores or clusters that only some of the lines have."""
+    UserError: an id without a text; a file without a positive; a negative that is a positive of its
+    query, by id or by its exact text; scores or clusters that only some of the lines have."""
 
     def __init__(self, path, queries: Texts, corpus: Texts):
         self.path, self.queries, self.corpus = path, queries, corpus
@@ -112,7 +117,8 @@ class TrainingFile:
         """The values as an array, None if no line has them; UserError if only some lines do."""
         if 0 < lines_with < len(self):
             raise UserError(
-                f"{self.path}: only {lines_with} of {len(self)} lines have {what} — run the recipe that writes them again"
+                f"{self.path}: only {lines_with} of {len(self)} lines have {what} — run the recipe "
+                "that writes them again"
             )
         return np.array(values) if lines_with else None
 
@@ -125,7 +131,8 @@ class TrainingFile:
         return np.asarray(self.corpus.text_keys[self.positive_rows[own]])
 
     def _refuse_positives_among_negatives(self) -> None:
-        """A (query, text) pair is one 64-bit number; the positives are sorted, and every negative is looked up."""
+        """A (query, text) pair is one 64-bit number; the positives are sorted, and every negative
+        is looked up."""
         queries = np.arange(len(self), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
         def pairs(rows: np.ndarray, owners: np.ndarray) -> np.ndarray:
@@ -144,23 +151,26 @@ class TrainingFile:
                 qid = self.queries.id(self.query_rows[owners[first]])
                 pid = self.corpus.id(self.negative_rows[first])
                 raise UserError(
-                    f"{self.path}: passage {pid} is a negative of query {qid}, but it is one of its positives or an "
+                    f"{self.path}: passage {pid} is a negative of query {qid}, but it is one of "
+                    "its positives or an "
                     "exact copy of one — mine the negatives again with mine_negatives.py"
                 )
 
 
 class Groups(Dataset):
-    """Training examples: one for every positive of the file, with negatives drawn anew at every visit.
+    """Training examples: one for every positive of the file, with negatives drawn anew at every
+    visit.
 
-    From the first `depth` negatives of a query, num_negatives are drawn without replacement, as a function of (seed,
-    micro-step, global row). A shorter list is filled up with row -1."""
+    From the first `depth` negatives of a query, num_negatives are drawn without replacement, as a
+    function of (seed, micro-step, global row). A shorter list is filled up with row -1."""
 
     def __init__(self, file: TrainingFile, num_negatives: int, depth: int, seed: int):
         self.file, self.num_negatives, self.depth, self.seed = file, num_negatives, depth, seed
         counts = np.minimum(np.diff(file.negative_starts), depth)
         if num_negatives and not counts.any():
             raise UserError(
-                f"{file.path}: it has no negatives for --passages_per_query {num_negatives + 1} — mine some with "
+                f"{file.path}: it has no negatives for --passages_per_query {num_negatives + 1} — "
+                "mine some with "
                 "mine_negatives.py, or give --passages_per_query 1"
             )
         per_query = np.diff(file.positive_starts)
@@ -173,7 +183,8 @@ class Groups(Dataset):
         }
         if short.any():
             self.notes["short lists"] = (
-                f"{(short > 0).sum()} queries have fewer than {num_negatives} negatives: {short @ per_query} columns "
+                f"{(short > 0).sum()} queries have fewer than {num_negatives} negatives: "
+                f"{short @ per_query} columns "
                 "per epoch are empty and masked"
             )
 
@@ -181,8 +192,8 @@ class Groups(Dataset):
         return len(self.file.positive_rows)
 
     def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, np.ndarray, np.ndarray]:
-        """(example, micro-step, global row) of StepSampler -> (query of the file, (P,) corpus rows, the positive first,
-        (P,) teacher scores, 0 where there is none)."""
+        """(example, micro-step, global row) of StepSampler -> (query of the file, (P,) corpus rows,
+        the positive first, (P,) teacher scores, 0 where there is none)."""
         example, micro_step, global_row = place
         file, query = self.file, int(self.query_of[example])
         start = file.negative_starts[query]
@@ -208,7 +219,8 @@ class GroupCollator:
 
     query, passage     what the encoder reads, see encoder_input
     passage_rows       (n,) corpus row, -1 = filler        passage_keys     (n,) text key
-    query_rows         (B,) row of the query               positive_rows    (B,) corpus row of its positive
+    query_rows         (B,) row of the query               positive_rows    (B,) corpus row of its
+                       positive
     positive_keys      (B, K) text keys of all positives of each query, padded by repetition
     teacher_scores     (B, P), 0 where there is none
     clusters           (B,), if the file has them"""
@@ -251,11 +263,13 @@ class GroupCollator:
 def encoder_input(
     kind: str, texts: list[tuple], form: TextFormat, tokenizer, chunk_rows: int
 ) -> dict[str, list | Tensor]:
-    """(titles, text) pairs -> {"chunks": padded batches of at most `chunk_rows` texts of like length, "order": the place
-    of each text among their rows}, so that torch.cat(encoded chunks)[order] is in the order of the texts.
+    """(titles, text) pairs -> {"chunks": padded batches of at most `chunk_rows` texts of like
+    length, "order": the place of each text among their rows}, so that torch.cat(encoded
+    chunks)[order] is in the order of the texts.
 
-    Where a text may have M > 1 chunks, the rows are the chunks that there are, and order has (len(texts)·M,) places, text
-    by text. Missing chunks point at chunk 0 of their text, so that the maximum over M is unchanged."""
+    Where a text may have M > 1 chunks, the rows are the chunks that there are, and order has
+    (len(texts)·M,) places, text by text. Missing chunks point at chunk 0 of their text, so that the
+    maximum over M is unchanged."""
     M = form.chunks(kind)
     strings = format_texts(texts, kind, form, tokenizer)
     cut = chunk_ids(strings, tokenizer, form.max_length(kind), M)
@@ -272,7 +286,8 @@ def encoder_input(
 
 
 def preview(collate: GroupCollator, examples: int = 256) -> dict[str, str]:
-    """What a dry run shows: the first group as the encoder will read it, and how many texts are cut."""
+    """What a dry run shows: the first group as the encoder will read it, and how many texts are
+    cut."""
     groups, form, tokenizer = collate.groups, collate.form, collate.tokenizer
     file = groups.file
     items = [groups[example, 0, example] for example in range(min(examples, len(groups)))]

@@ -1,4 +1,5 @@
-"""How every script starts, speaks, stops and goes on: arguments, Accelerator, output folder, log, resume state."""
+"""How every script starts, speaks, stops and goes on: arguments, Accelerator, output folder, log,
+resume state."""
 
 import contextlib
 import json
@@ -36,9 +37,10 @@ def run(main) -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         main()
-        # What main() held is gone by now, DDP's reducer above all. If that were the last to hold the process group, it
-        # would wait for a thread of gloo while it has the GIL, which the thread may need: a run that hangs at its end,
-        # now and then. A gloo process that just ends may abort in that thread.
+        # What main() held is gone by now, DDP's reducer above all. If that were the last to hold
+        # the process group, it would wait for a thread of gloo while it has the GIL, which the
+        # thread may need: a run that hangs at its end, now and then. A gloo process that just ends
+        # may abort in that thread.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except UserError as error:
@@ -54,8 +56,9 @@ def run(main) -> None:
 
 
 def end_with_parent(_worker: int = 0) -> None:
-    """The first act of a worker of a loader or pool: to end as soon as the process it works for has ended, by kill -9
-    too. The watchdog of torch's workers watches another process under forkserver, by which Python 3.14 starts them."""
+    """The first act of a worker of a loader or pool: to end as soon as the process it works for has
+    ended, by kill -9 too. The watchdog of torch's workers watches another process under forkserver,
+    by which Python 3.14 starts them."""
     died = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (wait([died]), os._exit(1)), daemon=True).start()
 
@@ -66,8 +69,8 @@ def make_accelerator(
     output_dir=None,
     deterministic: bool = False,
 ) -> Accelerator:
-    """The Accelerator. UserError for what would silently be something else: FSDP, DeepSpeed, fp16 on a CPU, processes
-    that do not see each other, a tracker that is not installed."""
+    """The Accelerator. UserError for what would silently be something else: FSDP, DeepSpeed, fp16
+    on a CPU, processes that do not see each other, a tracker that is not installed."""
     if deterministic:  # bit-identity on CUDA; the variable must be set before CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -86,12 +89,14 @@ def make_accelerator(
     plain = DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU
     if accelerator.distributed_type not in plain:
         raise UserError(
-            f"{accelerator.distributed_type.value} is not supported — run `accelerate config` and choose plain data "
+            f"{accelerator.distributed_type.value} is not supported — run `accelerate config` and "
+            "choose plain data "
             "parallelism"
         )
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise UserError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but Accelerate runs {accelerator.num_processes} process — on a "
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but Accelerate runs "
+            f"{accelerator.num_processes} process — on a "
             "CPU use `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`"
         )
     on_cpu = accelerator.device.type == "cpu"
@@ -135,11 +140,12 @@ def claim_output(
 ) -> bool:
     """Make args.output_dir the folder of this run; True if an equal run has already completed it.
 
-    A folder is complete when `last_file` exists. A script with --resume goes on with an unfinished folder only by that
-    flag, others by the same command.
+    A folder is complete when `last_file` exists. A script with --resume goes on with an unfinished
+    folder only by that flag, others by the same command.
 
     ignore   arguments that do not change the result
-    inputs   fingerprints of what the run reads; a run that was made from other inputs is not this one
+    inputs   fingerprints of what the run reads; a run that was made from other inputs is not this
+             one
     UserError: the folder holds anything else, or a run with other arguments or inputs."""
     skipped = {"output_dir", "resume", "dry_run", *ignore}
     arguments = {name: value for name, value in asdict(args).items() if name not in skipped}
@@ -171,7 +177,8 @@ def _claim(
     others = [p for p in folder.iterdir() if p not in unfinished]
     if others and not (folder / "args.json").is_file():
         return (
-            f"{folder}: it holds something else ({others[0].name}, ...) — choose another --output_dir or empty it",
+            f"{folder}: it holds something else ({others[0].name}, ...) — choose another "
+            "--output_dir or empty it",
             False,
         )
     for leftover in unfinished:  # of a killed run
@@ -187,7 +194,8 @@ def _claim(
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key):
                 return (
-                    f"{folder}: it was made with {shown.format(key)} {old.get(key)}, now {new.get(key)} — choose another "
+                    f"{folder}: it was made with {shown.format(key)} {old.get(key)}, now "
+                    f"{new.get(key)} — choose another "
                     "--output_dir or remove the folder"
                 ), False
     if (folder / last_file).is_file():
@@ -209,8 +217,9 @@ def echo(accelerator, heading: str, facts: dict) -> None:
 
 
 def begin(accelerator, args, heading: str, facts: dict, preview: Callable) -> bool:
-    """The last thing before a training run: claim its folder and print the facts. False if the folder is complete, or
-    if this is a dry run, which shows preview() too. facts may have "inputs", see claim_output."""
+    """The last thing before a training run: claim its folder and print the facts. False if the
+    folder is complete, or if this is a dry run, which shows preview() too. facts may have "inputs",
+    see claim_output."""
     inputs = facts.pop("inputs", {})
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions().items())
     if args.dry_run:
@@ -233,7 +242,8 @@ def describe(accelerator) -> str:
 
 
 class RunLog:
-    """One line per logged step, the same on the console, in log.jsonl and in the tracker; main process only."""
+    """One line per logged step, the same on the console, in log.jsonl and in the tracker; main
+    process only."""
 
     def __init__(self, accelerator, output_dir, step: int = 0):
         self.accelerator, self.path = accelerator, Path(output_dir) / "log.jsonl"
@@ -243,7 +253,8 @@ class RunLog:
             accelerator.init_trackers("isthmus")
 
     def _lines_up_to(self, step: int) -> list[str]:
-        """A resumed run does later steps again. The last line may be half written, by a run that was killed."""
+        """A resumed run does later steps again. The last line may be half written, by a run that
+        was killed."""
         kept = []
         for _, line in lines(self.path):
             with contextlib.suppress(json.JSONDecodeError):
@@ -252,7 +263,8 @@ class RunLog:
         return kept
 
     def write(self, step: int, values: dict, bar=None) -> None:
-        """A value may be a list, which the console leaves out and a tracker gets as name/0, name/1, ..."""
+        """A value may be a list, which the console leaves out and a tracker gets as name/0, name/1,
+        ..."""
         numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
         lists = {name: value for name, value in values.items() if isinstance(value, list)}
         flat = {f"{name}/{i}": v for name, some in lists.items() for i, v in enumerate(some)}
@@ -267,8 +279,8 @@ class RunLog:
 
 
 class Means:
-    """Running means between two log lines, over micro-steps and processes, and the time they took. Numbers stay on the
-    device until they are taken."""
+    """Running means between two log lines, over micro-steps and processes, and the time they took.
+    Numbers stay on the device until they are taken."""
 
     def __init__(self):
         self._reset()
@@ -299,8 +311,8 @@ class Means:
 
 
 def save_state(output_dir, step: int, accelerator, model, optimizer, extra: dict) -> None:
-    """state/state.pt: all a resume needs. No generator state: every random choice is a function of (seed, step).
-    Atomic, main process only."""
+    """state/state.pt: all a resume needs. No generator state: every random choice is a function of
+    (seed, step). Atomic, main process only."""
     if accelerator.is_main_process:
         folder = Path(output_dir) / "state"
         folder.mkdir(parents=True, exist_ok=True)
@@ -318,15 +330,16 @@ def save_state(output_dir, step: int, accelerator, model, optimizer, extra: dict
 
 
 def load_state(output_dir, accelerator, model, optimizer) -> tuple[int, dict]:
-    """(step, extra) of the last save_state, put into model, optimizer and scaler; (0, {}) if there is none yet.
-    UserError: the run had other processes or another precision."""
+    """(step, extra) of the last save_state, put into model, optimizer and scaler; (0, {}) if there
+    is none yet. UserError: the run had other processes or another precision."""
     path = Path(output_dir) / "state" / "state.pt"
     if not path.is_file():
         return 0, {}
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state["launched"] != _launched(accelerator):
         raise UserError(
-            f"{output_dir}: the run had {state['launched']}, now {_launched(accelerator)} — resume it as it was"
+            f"{output_dir}: the run had {state['launched']}, now {_launched(accelerator)} — resume "
+            "it as it was"
         )
     accelerator.unwrap_model(model).load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -336,8 +349,8 @@ def load_state(output_dir, accelerator, model, optimizer) -> tuple[int, dict]:
 
 
 def finish(accelerator, output_dir) -> None:
-    """The last thing of a training run: `done`, trackers closed. (Not end_training(), which would destroy the process
-    group under the model: see run.)"""
+    """The last thing of a training run: `done`, trackers closed. (Not end_training(), which would
+    destroy the process group under the model: see run.)"""
     if accelerator.is_main_process:
         write_lines(Path(output_dir) / "done", [])
     for tracker in accelerator.trackers:

@@ -1,5 +1,5 @@
-"""What the loaders of the two training scripts yield. Text becomes ids here, in the workers; every draw is a function
-of (seed, step, row)."""
+"""What the loaders of the two training scripts yield. Text becomes ids here, in the workers; every
+draw is a function of (seed, step, row)."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -12,14 +12,13 @@ from lib.text import step_seed
 
 
 class StepSampler:
-    """Batch sampler without end and without state: micro-step m takes positions m*W*B ... (m+1)*W*B of the
-    concatenated epochs, this process its B of them. So W processes of batch B see what one of batch W*B sees, and a
-    resume starts at any micro-step.
+    """Batch sampler without end and without state: micro-step m takes positions m*W*B ... (m+1)*W*B
+    of the concatenated epochs, this process its B of them. So W processes of batch B see what one
+    of batch W*B sees, and a resume starts at any micro-step.
 
-    Yields [(example, micro_step, global_row), ...] of length B; global_row counts within the batch of the whole world.
-    Each epoch is a permutation by (seed, epoch), or epoch_order(epoch); a batch that runs over the end of an epoch is
-    filled from the next.
-    """
+    Yields [(example, micro_step, global_row), ...] of length B; global_row counts within the batch
+    of the whole world. Each epoch is a permutation by (seed, epoch), or epoch_order(epoch); a batch
+    that runs over the end of an epoch is filled from the next."""
 
     def __init__(
         self,
@@ -57,7 +56,8 @@ class StepSampler:
 
 
 def load(dataset: Dataset, collate: Callable, sampler, num_workers: int, device) -> Iterator[dict]:
-    """Batches without end, made by loader workers. sampler: of batches; None = the dataset yields them whole."""
+    """Batches without end, made by loader workers. sampler: of batches; None = the dataset yields
+    them whole."""
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"
     )  # or tokenizers warns at every fork of a worker

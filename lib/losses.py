@@ -1,11 +1,11 @@
 """Losses: pure functions of scores and tensors, in fp32.
 
-Legend: B queries per device, P passages per query (the positive first, then its negatives), W processes,
-N = W·B·P passages scored. scores (B, N) = q_reps @ p_reps.T / temperature: local queries, passages of all processes.
-positives (B,) = the column that answers each query, (rank·B + i)·P. mask (B, N) bool, True = the column counts.
-Contrastive losses come per query, (B,): the caller takes the mean, or weights them. The mean over the B local queries,
-averaged over processes by DDP, is the mean over the batch of the whole world.
-"""
+Legend: B queries per device, P passages per query (the positive first, then its negatives), W
+processes, N = W·B·P passages scored. scores (B, N) = q_reps @ p_reps.T / temperature: local
+queries, passages of all processes. positives (B,) = the column that answers each query, (rank·B +
+i)·P. mask (B, N) bool, True = the column counts. Contrastive losses come per query, (B,): the
+caller takes the mean, or weights them. The mean over the B local queries, averaged over processes
+by DDP, is the mean over the batch of the whole world."""
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +14,18 @@ from torch import Tensor
 from lib.dist import all_gather, all_gather_with_grad, world
 from lib.files import UserError
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # which columns count
 
 
 def score_batch(
     batch: dict, q_reps: Tensor, p_reps: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Local queries against the passages of all processes -> scores (B, N), positives (B,), mask (B, N).
+    """Local queries against the passages of all processes -> scores (B, N), positives (B,), and
+    mask (B, N), True = the column counts.
 
-    batch: of lib/groups.py   q_reps (B, D), p_reps (B·P·M, D) query-major; a passage's score is that of its best chunk
-    Raises an AssertionError if a label does not point at its positive."""
+    batch: of lib/groups.py    q_reps: (B, D)    p_reps: (B·P·M, D), query-major
+    The score of a passage is that of its best chunk. Raises an AssertionError if a label does not point at its positive."""
     B = len(q_reps)
     mine = torch.stack([batch["passage_rows"], batch["passage_keys"]], 1)
     rows, keys = all_gather(mine).unbind(1)  # (N,) each
@@ -41,12 +42,15 @@ def candidate_mask(
 ) -> Tensor:
     """(B, N) bool: True where a passage counts as a candidate for a query.
 
-    positives: (B,) column of each query's own positive    filler: (N,) bool, True = stands in for a missing negative
-    passage_keys: (N,) int64, equal for equal texts    positive_keys: (B, M) int64, the keys of all positives of
-    each query, padded by repeating one
-    A column that holds another judged positive of the query, or its own positive a second time (a batch may hold a
-    passage several times), is no negative and is masked. The query's own positive always counts.
-    Example: passages a b a c; a query answered by column 0 and judged {a, c} -> True True False False."""
+    positives      (B,) column of each query's own positive
+    filler         (N,) bool, True = stands in for a missing negative
+    passage_keys   (N,) int64, equal for equal texts
+    positive_keys  (B, K) int64, the keys of all positives of each query, padded by repeating one
+
+    A column that holds another positive of the query, or its own positive a second time (a batch
+    may hold a passage several times), is no negative and is masked. The query's own positive always
+    counts. Example: passages a b a c; a query answered by column 0, with the positives {a, c} ->
+    True True False False."""
     mask = ~filler.expand(len(positives), -1)
     for keys in positive_keys.unbind(1):  # M comparisons of (B, N), never a (B, N, M) tensor
         mask = mask & (passage_keys != keys[:, None])
@@ -54,17 +58,19 @@ def candidate_mask(
 
 
 def own_group(positives: Tensor, num_columns: int, passages_per_query: int) -> Tensor:
-    """(B, N) bool: True for the P columns of each query's own group, which begins at its positive."""
+    """(B, N) bool: True for the P columns of each query's own group, which begins at its
+    positive."""
     offset = torch.arange(num_columns, device=positives.device) - positives[:, None]
     return (offset >= 0) & (offset < passages_per_query)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # contrastive losses
 
 
 def info_nce(scores: Tensor, positives: Tensor, mask: Tensor) -> Tensor:
-    """Softmax cross-entropy of each query over its candidates: DPR (arXiv 2004.04906), across processes.
+    """Softmax cross-entropy of each query over its candidates: DPR (arXiv 2004.04906), across
+    processes.
 
     loss_i = -log( exp(s[i, positives[i]]) / sum_{j: mask[i, j]} exp(s[i, j]) )
     scores: (B, N)   positives: (B,)   mask: (B, N), True = counts   ->   (B,)
@@ -77,13 +83,16 @@ def info_nce(scores: Tensor, positives: Tensor, mask: Tensor) -> Tensor:
 
 
 def triplet_nll(scores: Tensor, positives: Tensor, mask: Tensor) -> Tensor:
-    """Negative log-likelihood of (query, positive, negative), mean over a query's negatives: ANCE (arXiv 2007.00808).
+    """Negative log-likelihood of (query, positive, negative), mean over a query's negatives: ANCE
+    (arXiv 2007.00808).
 
-    loss_i = mean_{j: mask[i, j], j != positives[i]} softplus(s[i, j] - s[i, positives[i]]);  0 without a negative
+    loss_i = mean_{j: mask[i, j], j != positives[i]} softplus(s[i, j] - s[i, positives[i]]),
+    or 0 without a negative
     scores: (B, N)   positives: (B,)   mask: (B, N), True = counts   ->   (B,)
     Pass `mask & own_group(...)`: this loss uses no in-batch negatives.
-    Example: positive 2, negatives 0 and 3 -> (softplus(-2) + softplus(1)) / 2 = (0.1269 + 1.3133) / 2 = 0.7201.
-    With one negative it is -log softmax([s_pos, s_neg])[0]. A query of few negatives weighs as much as any other."""
+    Example: positive 2, negatives 0 and 3 -> (softplus(-2) + softplus(1)) / 2 = 0.7201. With one
+    negative it is -log softmax([s_pos, s_neg])[0]. A query of few negatives weighs as much as any
+    other."""
     assert scores.shape == mask.shape and positives.shape == scores.shape[:1]
     negatives = mask.scatter(1, positives[:, None], False)
     scores = scores.float()
@@ -91,20 +100,23 @@ def triplet_nll(scores: Tensor, positives: Tensor, mask: Tensor) -> Tensor:
     return terms.sum(1) / negatives.sum(1).clamp(min=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# distillation: over the own group of each query, (B, P), never over in-batch columns, for which no teacher has scores
+# ------------------------------------------------------------------------------------------------
+# distillation: over the own group of each query, (B, P), never over in-batch columns, for which no
+# teacher has scores
 
 
 def group_columns(positives: Tensor, passages_per_query: int) -> Tensor:
-    """(B, P) int64: the columns of each query's own group, its positive first; for scores.gather(1, ...)."""
+    """(B, P) int64: the columns of each query's own group, its positive first; for scores.gather(1,
+    ...)."""
     return positives[:, None] + torch.arange(passages_per_query, device=positives.device)
 
 
 def kl_divergence(scores: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """KL(softmax(teacher) || softmax(scores)) of each query: LexMAE stage 3, RetroMAE's distillation.
+    """KL(softmax(teacher) || softmax(scores)) of each query: LexMAE stage 3, RetroMAE's
+    distillation.
 
     loss_i = sum_{j: mask[i, j]} t_j (log t_j - log s_j), both softmaxes over the columns that count
-    scores, teacher: (B, P), each divided by its temperature   mask: (B, P), True = counts   ->   (B,)
+    scores, teacher: (B, P)   mask: (B, P), True = counts   ->   (B,)
     Its mean over queries is KLDivLoss("batchmean"), LexMAE's; RetroMAE's "mean" is 1/P of it.
     Example: scores [0, 0], teacher [log 3, 0] -> 0.75 log 1.5 + 0.25 log 0.5 = 0.1308."""
     assert scores.shape == teacher.shape == mask.shape
@@ -115,7 +127,8 @@ def kl_divergence(scores: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
 
 def margin_mse(scores: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Squared difference of the margins between positive and negatives, mean over the negatives: arXiv 2010.02666.
+    """Squared difference of the margins between positive and negatives, mean over the negatives:
+    arXiv 2010.02666.
 
     loss_i = mean_{j > 0: mask[i, j]} ((s_0 - s_j) - (t_0 - t_j))^2;  0 without a negative
     scores, teacher: (B, P), the positive first   mask: (B, P), True = counts   ->   (B,)
@@ -126,25 +139,26 @@ def margin_mse(scores: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
     return terms.sum(1) / mask[:, 1:].sum(1).clamp(min=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # sparse vectors
 
 
 def flops(reps: Tensor, counts: Tensor) -> Tensor:
-    """FLOPS regulariser of sparse vectors (arXiv 2004.05665, as SPLADE and LexMAE use it): sum_v (mean_n x[n, v])^2.
+    """FLOPS regulariser of sparse vectors (arXiv 2004.05665, as SPLADE and LexMAE use it): sum_v
+    (mean_n x[n, v])^2.
 
     reps: (n, V) >= 0   counts: (n,) bool, False = a filler   ->   scalar, the same on every process
     The mean runs over the batch of all processes; squaring comes after it."""
-    total = all_gather_with_grad((reps.float() * counts[:, None]).sum(0, keepdim=True)).sum(
-        0
-    )  # (V,)
+    local = (reps.float() * counts[:, None]).sum(0, keepdim=True)
+    total = all_gather_with_grad(local).sum(0)  # (V,)
     return (total / all_gather(counts.sum()[None]).sum().clamp(min=1)).square().sum()
 
 
 def sparsity(
     q_reps: Tensor, p_reps: Tensor, real: Tensor, passages_per_query: int
 ) -> dict[str, Tensor]:
-    """FLOPS and numbers of terms of queries (B, V) and of passages (B·P, V), of which `real` (B·P,) bool count."""
+    """FLOPS and numbers of terms of queries (B, V) and of passages (B·P, V), of which `real` (B·P,)
+    bool count."""
     values = {
         "q_flops": flops(q_reps, torch.ones_like(real[: len(q_reps)])),
         "p_flops": flops(p_reps, real),
@@ -153,16 +167,17 @@ def sparsity(
 
 
 def count_terms(q_reps: Tensor, positives: Tensor, p_reps: Tensor) -> dict[str, Tensor]:
-    """Mean numbers of terms: of queries (B, V), of passages (n, V), and of those that a query shares with its positive
-    (B, V)."""
+    """Mean numbers of terms: of queries (B, V), of passages (n, V), and of those that a query
+    shares with its positive (B, V)."""
     q, p = q_reps > 0, positives > 0
     counts = {"q_terms": q.sum(1), "p_terms": (p_reps > 0).sum(1), "shared_terms": (q & p).sum(1)}
     return {name: count.float().mean() for name, count in counts.items()}
 
 
 def stop_on_collapse(step: int, values: dict[str, float], vocabulary: int, settled: bool) -> None:
-    """UserError if the sparse vectors of a log line are nearly empty, or still dense once `settled`: when learning rate
-    and regulariser have reached their full size; before that dense vectors are still expected."""
+    """UserError if the sparse vectors of a log line are nearly empty, or still dense once
+    `settled`: when learning rate and regulariser have reached their full size; before that dense
+    vectors are still expected."""
     if "q_terms" not in values:
         return
     q_terms, p_terms = values["q_terms"], values["p_terms"]
@@ -171,21 +186,24 @@ def stop_on_collapse(step: int, values: dict[str, float], vocabulary: int, settl
     )
     if min(q_terms, p_terms) < 1:
         raise UserError(
-            f"{found}: the vectors are nearly empty — lower --flops_queries and --flops_passages, or raise "
+            f"{found}: the vectors are nearly empty — lower --flops_queries and --flops_passages, "
+            "or raise "
             "--flops_warmup_steps"
         )
     if settled and max(q_terms, p_terms) > vocabulary / 2:
         raise UserError(
-            f"{found}: the vectors stay dense — raise --flops_queries and --flops_passages, or the learning rate"
+            f"{found}: the vectors stay dense — raise --flops_queries and --flops_passages, or the "
+            "learning rate"
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # numbers for the log
 
 
 def in_batch_accuracy(scores: Tensor, positives: Tensor, mask: Tensor) -> Tensor:
-    """Fraction of queries whose positive outscores every other candidate that counts (a tie is a miss) -> scalar."""
+    """Fraction of queries whose positive outscores every other candidate that counts (a tie is a
+    miss) -> scalar."""
     others = scores.masked_fill(~mask.scatter(1, positives[:, None], False), float("-inf"))
     return (scores.gather(1, positives[:, None])[:, 0] > others.amax(1)).float().mean()
 
@@ -202,8 +220,8 @@ def batch_statistics(
 
 
 def spread(reps: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean over dimensions of the standard deviation, mean cosine of different rows) of (n, D), n >= 2.
-    A collapsed encoder shows std -> 0 and cosine -> 1."""
+    """(mean over dimensions of the standard deviation, mean cosine of different rows) of (n, D), n
+    >= 2. A collapsed encoder shows std -> 0 and cosine -> 1."""
     reps = reps.detach().float()
     n, total = len(reps), F.normalize(reps, dim=-1).sum(0)
     return reps.std(0, correction=0).mean(), (total @ total - n) / max(n * (n - 1), 1)

@@ -19,8 +19,9 @@ def steps_of(warmup: float, max_steps: int) -> int:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Groups for an optimizer, BERT's recipe: matrices and embeddings decay; biases and norms (one dimension) do not.
-    Frozen parameters are left out, a tied parameter stands once, an empty group is not returned."""
+    """Groups for an optimizer, BERT's recipe: matrices and embeddings decay; biases and norms (one
+    dimension) do not. Frozen parameters are left out, a tied parameter stands once, an empty group
+    is not returned."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -30,16 +31,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (arXiv 1904.00962) as ANCE, SEED-Encoder and COCO-DR train with it. A tensor p with the gradient g goes
+    """LAMB (arXiv 1904.00962) as ANCE, SEED-Encoder and COCO-DR train with it. A tensor p with the
+    gradient g goes
 
         m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g²       without bias correction
         u = m / (sqrt(v) + eps) + weight_decay p
         p = p - lr r u,  r = min(|p|, 10) / |u|              r = 1 where a norm is 0
 
-    Most others correct the bias, clip the gradient inside, bound r itself, or take r = 1 for what does not decay.
-    A group's tensors are worked on together and their norms stay on the device, so that no step waits for it; a group
-    may have its own lr, betas, eps and weight_decay, and lies on one device. Tensors without a gradient are passed
-    over. fp32."""
+    Most others correct the bias, clip the gradient inside, bound r itself, or take r = 1 for what
+    does not decay. A group's tensors are worked on together and their norms stay on the device, so
+    that no step waits for it; a group may have its own lr, betas, eps and weight_decay, and lies on
+    one device. Tensors without a gradient are passed over. fp32."""
 
     def __init__(
         self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
@@ -93,9 +95,10 @@ def make_optimizer(name: str, groups: list[dict], lr: float) -> torch.optim.Opti
 def descend(
     accelerator, model: nn.Module, optimizer, loss: Tensor, lr: float, max_grad_norm: float
 ) -> tuple[Tensor, bool]:
-    """After the backward pass of a micro-step: clip the gradient (0 = not), step, clear. Returns (its norm before, are
-    loss and gradient finite); if not, nothing is stepped. An infinite gradient of fp16 is left to the scaler, which
-    passes over the step. Within an accumulated step only the loss is looked at, and the norm is 0."""
+    """After the backward pass of a micro-step: clip the gradient (0 = not), step, clear. Returns
+    (its norm before, are loss and gradient finite); if not, nothing is stepped. An infinite
+    gradient of fp16 is left to the scaler, which passes over the step. Within an accumulated step
+    only the loss is looked at, and the norm is 0."""
     norm = torch.zeros_like(loss)
     if accelerator.sync_gradients:
         norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or math.inf)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 def step_seed(seed: int, *parts: int) -> int:
-    """A seed in [0, 2**63) for what happens at (step, rank, row, ...): random choices are functions of their place,
-    never of generator state."""
+    """A seed in [0, 2**63) for what happens at (step, rank, row, ...): random choices are functions
+    of their place, never of generator state."""
     digest = hashlib.blake2b(repr((seed, *map(int, parts))).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -25,9 +25,10 @@ def step_seed(seed: int, *parts: int) -> int:
 class TextFormat:
     """How a checkpoint wants its texts; stored with it, read by every later stage.
 
-    With max_chunks > 1 a passage is cut into at most max_chunks chunks, which are encoded apart; its score is the highest
-    of its chunks (ANCE's MaxP, arXiv 2007.00808). Deliberate deviation: each chunk has special tokens of its own. The
-    official code folds one sequence of 2048 tokens, of which only the first chunk begins with [CLS]."""
+    With max_chunks > 1 a passage is cut into at most max_chunks chunks, which are encoded apart;
+    its score is the highest of its chunks (ANCE's MaxP, arXiv 2007.00808). Deliberate deviation:
+    each chunk has special tokens of its own. The official code folds one sequence of 2048 tokens,
+    of which only the first chunk begins with [CLS]."""
 
     # left out | title + " " + text | title + [SEP] + text
     title: Literal["none", "space", "sep"] = "space"
@@ -51,8 +52,8 @@ class TextFormat:
 
 
 def join_title(titles: Sequence[str], text: str, how: str, tokenizer) -> str:
-    """Titles (none, one, or address and title of a document) and text as one string. What is empty leaves no separator
-    behind (RetroMAE's pre-processing leaves a leading [SEP])."""
+    """Titles (none, one, or address and title of a document) and text as one string. What is empty
+    leaves no separator behind (RetroMAE's pre-processing leaves a leading [SEP])."""
     if how == "none" or not titles:
         return text or " ".join(titles)
     parts = [*titles, text] if text.strip() else titles
@@ -60,8 +61,8 @@ def join_title(titles: Sequence[str], text: str, how: str, tokenizer) -> str:
 
 
 def format_texts(rows: Sequence[tuple], kind: str, form: TextFormat, tokenizer) -> list[str]:
-    """(titles, text) pairs -> the strings that are tokenised: prompt, then titles and text joined, cut to
-    max_characters. Queries have no title and are not cut."""
+    """(titles, text) pairs -> the strings that are tokenised: prompt, then titles and text joined,
+    cut to max_characters. Queries have no title and are not cut."""
     if kind == "query":
         return [form.query_prompt + text for _, text in rows]
     end = form.max_characters or None
@@ -86,8 +87,9 @@ def to_ids(strings: Sequence[str], tokenizer, max_length: int) -> list[list[int]
 def chunk_ids(
     strings: Sequence[str], tokenizer, max_length: int, max_chunks: int
 ) -> list[list[list[int]]]:
-    """For each string the ids of its chunks, 1 to `max_chunks`: consecutive tokens, in each chunk between special
-    tokens; all but the last have `max_length`. What is left over is dropped. Several chunks need a fast tokenizer."""
+    """For each string the ids of its chunks, 1 to `max_chunks`: consecutive tokens, in each chunk
+    between special tokens; all but the last have `max_length`. What is left over is dropped.
+    Several chunks need a fast tokenizer."""
     if max_chunks == 1 or not strings:
         return [[one] for one in to_ids(strings, tokenizer, max_length)]
     encoded = tokenizer(
@@ -106,8 +108,8 @@ def chunk_ids(
 
 
 def pad(ids: Sequence[Sequence[int]], tokenizer, width: int = 0) -> dict[str, Tensor]:
-    """{"input_ids", "attention_mask"}: (B, L) int64, padded to the longest, or to `width` if that is more, on the
-    tokenizer's padding side."""
+    """{"input_ids", "attention_mask"}: (B, L) int64, padded to the longest, or to `width` if that
+    is more, on the tokenizer's padding side."""
     width = max(width, max(map(len, ids)))
     input_ids = np.full((len(ids), width), tokenizer.pad_token_id, dtype=np.int64)
     attention_mask = np.zeros((len(ids), width), dtype=np.int64)
@@ -126,9 +128,10 @@ def pad(ids: Sequence[Sequence[int]], tokenizer, width: int = 0) -> dict[str, Te
 
 
 def token_batches(lengths: np.ndarray, budget: int, limit: int) -> list[tuple[np.ndarray, int]]:
-    """(rows, width) of batches, longest first: rows x width <= budget (or one row). Few shapes occur, because the
-    libraries below keep code and memory for each: the width is rounded up to one of eight steps between two powers of
-    two (`limit` tokens at most), and the rows at the end of a window are split by powers of two."""
+    """(rows, width) of batches, longest first: rows x width <= budget (or one row). Few shapes
+    occur, because the libraries below keep code and memory for each: the width is rounded up to one
+    of eight steps between two powers of two (`limit` tokens at most), and the rows at the end of a
+    window are split by powers of two."""
     order, batches = np.argsort(-lengths, kind="stable"), []
     while len(order):
         longest = max(

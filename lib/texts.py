@@ -1,12 +1,14 @@
-"""Corpora and queries: read as the field writes them, opened by row and id from a memory-mapped copy.
+"""Corpora and queries: read as the field writes them, opened by row and id from a memory-mapped
+copy.
 
-    {"_id": "7", "title": "Ants", "text": "Ants are ..."}   JSONL (BEIR; tevatron and MS MARCO v2 have other keys)
+    {"_id": "7", "title": "Ants", "text": "Ants are ..."}   JSONL (BEIR; tevatron and MS MARCO v2
+                                                            have other keys)
     7 \\t Ants are ...    7 \\t Ants \\t Ants are ...          TSV (MS MARCO, LexMAE)
     D7 \\t http://... \\t Ants \\t Ants are ...                TSV of MS MARCO documents
     Parquet, a save_to_disk folder, a hub name (NAME or NAME:CONFIG)
 
-A text is (titles, text): titles is () or ("Ants",), and of a document with an address ("http://...", "Ants").
-"""
+A text is (titles, text): titles is () or ("Ants",), and of a document with an address
+("http://...", "Ants")."""
 
 import json
 import os
@@ -39,8 +41,8 @@ Row = tuple[str, tuple[str, ...], str]  # id, titles, text
 
 
 def text_key(titles: tuple[str, ...], text: str) -> int:
-    """Signed 64-bit key, equal for passages of exactly equal text (white space at the ends apart); titles count only
-    where there is no text."""
+    """Signed 64-bit key, equal for passages of exactly equal text (white space at the ends apart);
+    titles count only where there is no text."""
     string = text.strip() or " ".join(titles).strip()
     return xxhash.xxh3_64_intdigest(string.encode()) - (1 << 63)
 
@@ -106,14 +108,16 @@ def _read_dataset(source) -> Iterator[tuple[str, Row]]:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{source}: not a file, a save_to_disk folder or a reachable hub data set ({reason}) — check the name"
+            f"{source}: not a file, a save_to_disk folder or a reachable hub data set ({reason}) — "
+            "check the name"
         ) from error
     if hasattr(table, "keys"):  # several splits: the only one, or the one with a usual name
         splits = list(table.keys())
         usual = [name for name in ("corpus", "queries", "train") if name in splits]
         if len(splits) > 1 and not usual:
             raise UserError(
-                f"{source}: several splits ({', '.join(splits)}) — save the one you mean with save_to_disk"
+                f"{source}: several splits ({', '.join(splits)}) — save the one you mean with "
+                "save_to_disk"
             )
         table = table[usual[0] if usual else splits[0]]
     for number, record in enumerate(table):
@@ -130,7 +134,8 @@ def read_texts(source) -> Iterator[Row]:
     for place, row in _read_file(path) if plain else _read_dataset(source):
         if not row[0] or any(c.isspace() for c in row[0]):
             raise UserError(
-                f"{place}: the id {row[0]!r} is empty or has white space, which run files cannot hold — rename it"
+                f"{place}: the id {row[0]!r} is empty or has white space, which run files cannot "
+                "hold — rename it"
             )
         yield row
 
@@ -147,7 +152,8 @@ def write_texts(path, rows: Iterable[Row]) -> None:
 
 
 def id_hashes(ids: Iterable[str]) -> np.ndarray:
-    """uint64 hash of each id; equal hashes are taken for equal ids (a corpus in which two ids collide is refused)."""
+    """uint64 hash of each id; equal hashes are taken for equal ids (a corpus in which two ids
+    collide is refused)."""
     return np.fromiter((xxhash.xxh3_64_intdigest(i.encode()) for i in ids), dtype=np.uint64)
 
 
@@ -161,13 +167,15 @@ def find_rows(ids: Iterable[str], sorted_hashes: np.ndarray, rows: np.ndarray) -
 
 
 def require_rows(texts, ids: list[str], path, what: str, *beside: str) -> np.ndarray:
-    """(n,) int64 rows of ids in `texts` (or embeddings). UserError for an unknown id, with the line of `path` that holds
-    it (and the ids `beside`); `what` names the kind of id, "query" or "passage"."""
+    """(n,) int64 rows of ids in `texts` (or embeddings). UserError for an unknown id, with the line
+    of `path` that holds it (and the ids `beside`); `what` names the kind of id, "query" or
+    "passage"."""
     rows = texts.rows(ids)
     if len(rows) and rows.min() < 0:
         unknown = ids[int(rows.argmin())]
         raise UserError(
-            f"{line_of(path, unknown, *beside)}: {what} {unknown} is not in {texts.source} ({(rows < 0).sum()} unknown "
+            f"{line_of(path, unknown, *beside)}: {what} {unknown} is not in {texts.source} "
+            f"({(rows < 0).sum()} unknown "
             "ids in all) — give the files that belong together"
         )
     return rows
@@ -178,7 +186,8 @@ def require_rows(texts, ids: list[str], path, what: str, *beside: str) -> np.nda
 
 
 def cache_root() -> Path:
-    """Where copies are kept: $ISTHMUS_CACHE, else `isthmus` in the Hugging Face cache ($HF_HOME)."""
+    """Where copies are kept: $ISTHMUS_CACHE, else `isthmus` in the Hugging Face cache
+    ($HF_HOME)."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     return Path(os.environ.get("ISTHMUS_CACHE") or Path(home) / "isthmus")
 
@@ -214,7 +223,8 @@ def _build_texts(folder: Path, source) -> None:
         pair = {int(order[twice[0]]), int(order[twice[0] + 1])}
         names = [(n + 1, row[0]) for n, row in enumerate(read_texts(source)) if n in pair]
         raise UserError(
-            f"{source}: entries {names[0][0]} and {names[1][0]} have the same id {names[1][1]} — ids must be unique"
+            f"{source}: entries {names[0][0]} and {names[1][0]} have the same id {names[1][1]} — "
+            "ids must be unique"
         )
     np.save(folder / "id_hashes.npy", ordered)
     np.save(folder / "id_rows.npy", order)
@@ -224,9 +234,9 @@ def _build_texts(folder: Path, source) -> None:
 
 
 def open_texts(source) -> "Texts":
-    """A corpus or queries for random access by row or id. The first use writes a memory-mapped Arrow copy to the cache;
-    a file that has changed since (name, size, time) gets a new one. On several processes call it first on one:
-    `with accelerator.main_process_first():`"""
+    """A corpus or queries for random access by row or id. The first use writes a memory-mapped
+    Arrow copy to the cache; a file that has changed since (name, size, time) gets a new one. On
+    several processes call it first on one: `with accelerator.main_process_first():`"""
     path = Path(source)
     if path.is_file() or path.is_dir():
         found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
@@ -244,8 +254,8 @@ def open_texts(source) -> "Texts":
 
 
 class Texts:
-    """Texts by row: `texts[row] -> (titles, text)`. Arrow, memory-mapped, shared by all processes and workers; nothing
-    is held in memory."""
+    """Texts by row: `texts[row] -> (titles, text)`. Arrow, memory-mapped, shared by all processes
+    and workers; nothing is held in memory."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -284,8 +294,8 @@ class Texts:
         return find_rows(ids, self._hashes, self._rows)
 
     def stream(self, start: int = 0, stop: int | None = None) -> Iterator[Row]:
-        """(id, titles, text) of rows [start, stop), read batch by batch without mapping, so that resident memory stays
-        flat."""
+        """(id, titles, text) of rows [start, stop), read batch by batch without mapping, so that
+        resident memory stays flat."""
         stop = self.count if stop is None else min(stop, self.count)
         with pa.OSFile(str(self.folder / "texts.arrow"), "rb") as source:
             reader = pa.ipc.open_file(source)

@@ -63,7 +63,7 @@ def same(one, other, atol=0.0):
         torch.testing.assert_close(one[name], other[name], atol=atol, rtol=0, msg=name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # refreshed negatives
 
 
@@ -124,7 +124,7 @@ def test_a_folder_without_a_generation_and_epochs_of_generations_are_refused(
     assert "has no fixed number of examples — give --max_steps" in train(fails=True, **how)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # groups of queries
 
 
@@ -197,7 +197,7 @@ def test_dro_is_refused_where_no_loss_belongs_to_a_query(train, clusters, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # documents
 
 

@@ -167,7 +167,7 @@ def test_a_corpus_without_tokens_stops(tmp_path, tiny_model_dir):
         Blocks(open_texts(tmp_path / "c.jsonl"), AutoTokenizer.from_pretrained(tiny_model_dir), 20)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # spans and several corpora
 
 

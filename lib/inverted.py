@@ -375,7 +375,7 @@ class Sparse(Inverted):
         of a few tiles. bits: 32 (float32), 16 or 8. All processes call it. UserError: the folder
         holds an index of other vectors or settings; a weight is negative or not finite."""
         if bits not in WEIGHTS:
-            raise UserError(f"--bits {bits}: choose 32, 16 or 8")
+            raise UserError(f"--bits {bits}: unknown — choose 32, 16 or 8")
         assert corpus.sparse
         manifest = {"bits": bits, "tile": TILE}
         for key, value in corpus.meta.items():

@@ -202,7 +202,7 @@ def test_an_index_is_kept_and_not_mixed_up(tmp_path, tiles):
         Sparse.open(moved, tmp_path / "index", bits=8)
     with pytest.raises(UserError, match="a sparse index with model_hash m, not other"):
         Sparse.open(store(tmp_path / "o", passages, model_hash="other"), tmp_path / "index")
-    with pytest.raises(UserError, match="--bits 4: choose 32, 16 or 8"):
+    with pytest.raises(UserError, match="--bits 4: unknown — choose 32, 16 or 8"):
         Sparse.open(moved, tmp_path / "new", bits=4)
     (tmp_path / "index" / "manifest.json").unlink()
     with pytest.raises(UserError, match="there is no sparse index in it — choose another folder"):

@@ -137,7 +137,7 @@ MISTAKES = [
     ),
     (MINE + "run_as.qrels", "run_as.qrels:1: 6 columns, a run"),
     (MINE + "headless.qrels", "headless.qrels:1: 3 columns without BEIR's header"),
-    (MINE + "QRELS --depth 5 --skip_top 5", "no rank is left"),
+    (MINE + "QRELS --run QRELS", "nothing to search, or several sources"),
     (BM25 + "unknown_query.qrels", "query q999 is not in"),
     (
         "evaluate --queries_embeddings vectors_q --corpus_embeddings vectors_p --allow_unknown --qrels QRELS",

@@ -48,20 +48,17 @@ def check_pair(queries: Embeddings, corpus: Embeddings) -> None:
     """UserError unless these are queries and passages of one checkpoint."""
     for part, kind in ((queries, "query"), (corpus, "passage")):
         if part.meta["kind"] != kind:
+            found = part.meta["kind"]
             raise UserError(
-                f"{part.folder}: embeddings of kind {part.meta['kind']}, not {kind} — are the two "
-                "folders swapped?"
+                f"{part.folder}: vectors of kind {found}, not {kind} — swap the folders"
             )
     if queries.meta["model_hash"] != corpus.meta["model_hash"]:
-        raise UserError(
-            f"{queries.folder}: made by another checkpoint than {corpus.folder} — encode both with "
-            "one checkpoint"
-        )
+        other = f"{queries.folder}: made by another checkpoint than {corpus.folder}"
+        raise UserError(f"{other} — encode both with one checkpoint")
     if queries.sparse != corpus.sparse:  # one checkpoint without a head of its own, two --head
         part = queries if queries.sparse else corpus
-        raise UserError(
-            f"{part.folder}: sparse vectors, but the others are dense — encode both with one --head"
-        )
+        other = f"{part.folder}: sparse vectors, but the others are dense"
+        raise UserError(f"{other} — encode both with one --head")
 
 
 class Index:
@@ -75,8 +72,8 @@ class Index:
         if source.bm25:
             with accelerator.main_process_first():
                 self.corpus, self.queries = open_texts(source.corpus), open_texts(source.queries)
-            how = f"k1 {source.weighting.k1}, b {source.weighting.b}"
-            self.name = f"BM25, {how} (Lucene's variant)"
+            k1, b = source.weighting
+            self.name = f"BM25, k1 {k1}, b {b} (Lucene's variant)"
             return
         self.queries = Embeddings(source.queries_embeddings)
         self.corpus = Embeddings(source.corpus_embeddings)

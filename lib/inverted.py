@@ -51,6 +51,7 @@ DEVICE_QUERIES = 8192  # held on a GPU as a dense matrix: 1 GB
 WEIGHTS = {32: np.float32, 16: np.uint16, 8: np.uint8}
 
 
+# numba's cache names the three classes: delete lib/__pycache__ after renaming one
 class Lists(NamedTuple):
     """The arrays of an index; each is a file, `documents.bin` and so on."""
 
@@ -148,15 +149,16 @@ def map_array(folder, name: str, dtype) -> np.ndarray:
 
 
 def open_folder(
-    folder, what: str, manifest: dict, build: Callable[[Path, dict], None], accelerator
+    folder, what: str, manifest: dict, build: Callable[[Path], None], accelerator
 ) -> None:
-    """The main process builds the index in `folder` if the folder is absent; every process checks
-    that the folder holds what `manifest` states."""
+    """The main process builds the index in `folder` if the folder is absent, build(temporary
+    name); every process checks that the folder holds what `manifest` states."""
     folder = Path(folder)
     if accelerator is None or accelerator.is_main_process:
         if not folder.exists():
             with atomic(folder) as temporary:
-                build(temporary, manifest)
+                build(temporary)
+                write_json(temporary / "manifest.json", manifest)
     if accelerator is not None:
         accelerator.wait_for_everyone()
     if not (folder / "manifest.json").is_file():
@@ -377,17 +379,11 @@ class Sparse(Inverted):
         if bits not in WEIGHTS:
             raise UserError(f"--bits {bits}: unknown — choose 32, 16 or 8")
         assert corpus.sparse
-        manifest = {"bits": bits, "tile": TILE}
-        for key, value in corpus.meta.items():
-            if key not in ("model", "input"):  # names, which may change
-                manifest[key] = value
-        open_folder(folder, "sparse", manifest, partial(cls._build, corpus), accelerator)
+        made = {**corpus.meta, "model": None, "input": None}  # two names, which may change
+        manifest = {**made, "bits": bits, "tile": TILE}
+        build = partial(write, tiles=_tiles(corpus), bits=bits)
+        open_folder(folder, "sparse", manifest, build, accelerator)
         return cls(folder, accelerator)
-
-    @staticmethod
-    def _build(corpus: Embeddings, folder: Path, manifest: dict) -> None:
-        write(folder, _tiles(corpus), manifest["bits"])
-        write_json(folder / "manifest.json", manifest)
 
     def _queries(self, queries: csr_matrix) -> Rows:
         if queries.shape[1] != self.dim:

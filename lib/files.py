@@ -208,8 +208,8 @@ def read_qrels(path) -> dict[str, dict[str, int]]:
 
 
 def line_of(path, *fields) -> str:
-    """`file:line` of the first line that holds all `fields` as columns, list items or JSON strings, for an error
-    found after reading; else `file`."""
+    """`file:line` of the first line that holds all `fields` as columns, list items or JSON
+    strings, for an error found after reading; else `file`."""
     for number, line in lines(path):
         words = {*line.split(), *line.replace(",", " ").split()}
         if all(field in words or f'"{field}"' in line for field in fields):
@@ -261,14 +261,15 @@ class RunList(NamedTuple):
 def read_run(path) -> dict[str, RunList]:
     """run[qid] from any file that lists passages for queries. The first line tells the shape:
 
-        q1 Q0 7 1 13.25 tag           TREC run
-        q1 7 1                        MS MARCO run: qid, pid, rank; the score is -rank
-        q1 \t 7 \t what? \t Ants ...  top1000.dev: the scores are -1, -2, ... in the order of the file
-        q1 \t 9,4,12                  mined lists, best first: the same; a passage that is repeated counts once
-        {"qid": "q1", "neg": ...}     training file: its negatives, best first, then its positives, with their scores
-                                      where all have one
+        q1 Q0 7 1 13.25 tag             TREC run
+        q1 7 1                          MS MARCO run: qid, pid, rank; the score is -rank
+        q1 TAB 7 TAB what? TAB Ants     top1000.dev; the scores are -1, -2, ... as the lines come
+        q1 TAB 9,4,12                   mined lists, best first; the same; repeated ids count once
+        {"qid": "q1", "neg": ["9"]}     training file: the negatives, best first, then the positives,
+                                        with their scores where all of them have one
 
-    UserError: another shape, lines of different shapes, a passage twice for a query of a run, an empty file."""
+    UserError: another shape, a line of another shape than the first, a passage that a run lists
+    twice for a query, an empty file."""
     _, first = next(lines(path), (0, ""))
     columns = first.split("\t")
     judgments = len(columns) == 4 and columns[1] in ("0", "Q0") and columns[3].isdigit()
@@ -290,8 +291,8 @@ def _run_of_columns(path) -> dict[str, RunList]:
         width = width or len(columns)
         if len(columns) != width or width not in (3, 6):
             raise UserError(
-                f"{path}:{number}: {len(columns)} columns — a run has 6 (TREC) or 3 (qid, pid, rank) in "
-                "every line; lists of passages and top1000.dev have tabs between their columns"
+                f"{path}:{number}: {len(columns)} columns — a run has 6 (TREC) or 3 (qid, pid, rank) "
+                "in every line; mined lists and top1000.dev have tabs between their columns"
             )
         pid = columns[1] if width == 3 else columns[2]
         pid = names.setdefault(pid, pid)  # one string for all its lines
@@ -302,7 +303,8 @@ def _run_of_columns(path) -> dict[str, RunList]:
         pids, scores = gathered.setdefault(columns[0], ({}, array("f")))
         if pid in pids:
             raise UserError(
-                f"{path}:{number}: passage {pid} is listed twice for query {columns[0]} — remove one line"
+                f"{path}:{number}: passage {pid} is listed twice for query {columns[0]} — remove one "
+                "line"
             )
         pids[pid] = None
         scores.append(score)
@@ -420,22 +422,24 @@ class TrainingRow(NamedTuple):
 
 
 def read_training_file(path) -> Iterator[tuple[int, TrainingRow]]:
-    """(line number, row) of train.jsonl: {"qid", "pos"} and, optional, {"neg", "pos_scores", "neg_scores", "cluster"};
-    one query per line, negatives best first.
+    """(line number, row) of train.jsonl: "qid", "pos" and the optional "neg", "pos_scores",
+    "neg_scores", "cluster"; one query per line, negatives best first.
 
-    UserError: a line is not such an object, or has not one finite score for each of its passages."""
+    UserError: a line is not such an object, or does not have a finite score for each passage."""
     for number, line in lines(path):
         try:
             record = json.loads(line)
             row = TrainingRow(**{"neg": [], **record})
         except (json.JSONDecodeError, TypeError) as error:
             raise UserError(
-                f"{path}:{number}: not a line of a training file ({error}) — mine_negatives.py writes one"
+                f"{path}:{number}: not a line of a training file ({error}) — mine_negatives.py writes "
+                "such a file"
             ) from error
         ids = [row.qid, *row.pos, *row.neg]
         if not row.pos or not all(isinstance(identifier, str) for identifier in ids):
             raise UserError(
-                f"{path}:{number}: qid must be a string, pos and neg lists of strings, pos not empty — fix the line"
+                f"{path}:{number}: qid must be a string, pos and neg lists of strings, and pos not "
+                "empty — fix the line"
             )
         for name, scores, pids in (
             ("pos_scores", row.pos_scores, row.pos),
@@ -446,7 +450,8 @@ def read_training_file(path) -> Iterator[tuple[int, TrainingRow]]:
             numbers = all(isinstance(score, int | float) for score in scores)
             if len(scores) != len(pids) or not numbers or not np.isfinite(scores).all():
                 raise UserError(
-                    f"{path}:{number}: {name} must have a finite number for each passage — fix the line"
+                    f"{path}:{number}: {name} must have a finite number for each passage — fix the "
+                    "line"
                 )
         yield number, row
 

@@ -365,14 +365,14 @@ class Texts:
 
 
 def require_rows(texts, ids: list[str], path, what: str, *beside: str) -> np.ndarray:
-    """(n,) int64 rows of ids in `texts` (Texts or Embeddings). UserError for an unknown id, with the line of `path`
-    that holds it (and the fields `beside` it)."""
+    """(n,) int64 rows of ids in `texts` (Texts or Embeddings). UserError for an unknown id, with
+    the line of `path` that holds it (and the fields `beside` it)."""
     rows = texts.rows(ids)
     if len(rows) and rows.min() < 0:
         unknown, count = ids[int(rows.argmin())], int((rows < 0).sum())
         raise UserError(
-            f"{line_of(path, unknown, *beside)}: {what} {unknown} is not in {texts.source} ({count} such) — give "
-            "the files that belong together"
+            f"{line_of(path, unknown, *beside)}: {what} {unknown} is not in {texts.source} ({count} "
+            "such) — give the files that belong together"
         )
     return rows
 

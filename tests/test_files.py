@@ -245,10 +245,7 @@ def test_what_is_written_comes_back(tmp_path):
     scores = np.float32([3.1415927, 1e-30, -2.5])
     files.write_run(tmp_path / "run", [("q1", ["a", "b", "c"], scores)])
     back = files.read_run(tmp_path / "run")["q1"]
-    assert (
-        back.pids == ["a", "b", "c"]
-        and (back.scores == scores).all()
-    )
+    assert back.pids == ["a", "b", "c"] and (back.scores == scores).all()
     qrels = {"q": {"a": 1, "b": 0}}
     files.write_qrels(tmp_path / "qrels", qrels)
     assert files.read_qrels(tmp_path / "qrels") == qrels

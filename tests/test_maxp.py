@@ -1,5 +1,5 @@
-"""pytest tests/test_maxp.py — documents: url, title and body joined and cut; MaxP against plain loops, in training,
-encoding, search, mining and evaluation."""
+"""pytest tests/test_maxp.py — documents: url, title and body joined and cut; MaxP against plain
+loops, in training, encoding, search, mining and evaluation."""
 
 import json
 from types import SimpleNamespace
@@ -123,7 +123,8 @@ def tokenizer(tiny_model_dir):
     return AutoTokenizer.from_pretrained(tiny_model_dir)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# ---------------------
 # texts
 
 
@@ -180,7 +181,8 @@ def test_chunks_are_the_tokens_in_order(tokenizer, chunks):
     ) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# ---------------------
 # training
 
 
@@ -259,7 +261,8 @@ def test_groups_preview_and_rerank(documents, naive, checkpoint):
         assert pids == sorted(scores, key=scores.get, reverse=True)[:4]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# ---------------------
 # checkpoints
 
 
@@ -306,7 +309,8 @@ def test_a_checkpoint_states_how_passages_are_cut(
         load_encoder(checkpoint)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# ---------------------
 # encoding
 
 
@@ -391,7 +395,8 @@ def test_two_processes_write_the_same_bytes(encode, checkpoint, documents, two_p
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# ---------------------
 # search
 
 COUNTS = [1, 4, 2, 9, 3, 1, 5, 7, 6, 8, 2, 9, 1, 1, 4]
@@ -399,8 +404,8 @@ COUNTS = [1, 4, 2, 9, 3, 1, 5, 7, 6, 8, 2, 9, 1, 1, 4]
 
 @pytest.fixture
 def stored(tmp_path):
-    """(folder of 15 texts with 1 to 9 chunks, the chunks of each, 8 queries); small whole numbers, so that there are
-    ties within and between texts."""
+    """(folder of 15 texts with 1 to 9 chunks, the chunks of each, 8 queries); small whole numbers,
+    so that there are ties within and between texts."""
     draw = np.random.default_rng(0)
     chunks = [draw.integers(-2, 3, (count, 4)).astype(np.float32) for count in COUNTS]
     chunks[8][:4] = chunks[3][:4] = 2.0  # ties that run over the cut
@@ -414,7 +419,8 @@ def stored(tmp_path):
 
 
 def best(chunks, query, k):
-    """Every text by its best chunk, sorted in Python: score descending, then row; filled up to k."""
+    """Every text by its best chunk, sorted in Python: score descending, then row; filled up to
+    k."""
     scores = [max(float(chunk @ query) for chunk in some) for some in chunks]
     rows = sorted(range(len(chunks)), key=lambda row: (-scores[row], row))[:k]
     missing = k - len(rows)
@@ -508,7 +514,8 @@ def test_a_chunk_that_is_not_finite_names_its_text(stored):
         DenseIndex(Embeddings(corpus.folder)).search(queries, 2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# ---------------------
 # mining and evaluation
 
 

@@ -22,8 +22,9 @@ def mine(script, tmp_path, monkeypatch):
 
 @pytest.fixture
 def planted(tmp_path):
-    """Embeddings of 12 passages on a line: query q scores passage d{i} with 1 - i/10, so the last two are negative. d2
-    is q's positive, d5 an exact copy of it, d1 a positive too; d3 is judged 0. r has the single positive d11."""
+    """Embeddings of 12 passages on a line: query q scores passage d{i} with 1 - i/10, so the last
+    two are negative. d2 is q's positive, d5 an exact copy of it, d1 a positive too; d3 is judged 0.
+    r has the single positive d11."""
     texts = [(f"d{i}", "", "the same text" if i in (2, 5) else f"text {i}") for i in range(12)]
     write_texts(tmp_path / "corpus.jsonl", texts)
     write_texts(tmp_path / "queries.jsonl", [("q", "", "a query"), ("r", "", "another")])

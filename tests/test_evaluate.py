@@ -218,7 +218,7 @@ def test_bm25_and_mistakes(tmp_path, tiny_collection, evaluate):
     files.write_qrels(tmp_path / "a.qrels", {"q1": {"p1": 1}, "q2": {"gone": 1}})
     files.write_qrels(tmp_path / "b.qrels", {"q1": {"p1": 1}, "qx": {"p2": 1}})
     cases = [
-        ([*data, "--qrels", "a.qrels"], "a.qrels:2: passage gone is not in the corpus"),
+        ([*data, "--qrels", "a.qrels"], "a.qrels:2: passage gone is not in"),
         ([*data, "--qrels", "b.qrels"], "b.qrels:2: query qx is not in"),
         ([*data, "--qrels", "a.qrels", "--metrics", "bleu@4"], "--metrics bleu@4: unknown"),
         ([*data, "--qrels", "a.qrels", "--run", "x"], "nothing to search, or several sources"),

@@ -122,6 +122,9 @@ def search(args: Args, index: Index, qids: list[str]) -> tuple[dict[str, RunList
         lists = zip(index.score(asked, wanted), wanted, strict=True)
     else:
         lists = zip(*index.search(asked, args.depth + args.ignore_identical_ids), strict=True)
+    if index.source.folder.is_dir():
+        size = sum(path.stat().st_size for path in index.source.folder.iterdir())
+        facts["index"] = f"{size / 1e6:.1f} MB"
     found = {}
     for qid, (scores, rows) in zip(qids, lists, strict=True):
         best = np.argsort(-scores, kind="stable")  # ties stay in the order of corpus rows

@@ -82,8 +82,8 @@ class Index:
             raise UserError(
                 "--index is for dense vectors — leave it out; --bits 8 makes a sparse index small"
             )
-        exact = "exact search" if source.bits == 32 else f"{source.bits} bits a weight"
-        self.name = f"{self.corpus.meta['model']}, {source.index or exact}"
+        how = f"{source.bits} bits a weight" if self.corpus.sparse else source.index
+        self.name = f"{self.corpus.meta['model']}, {how or 'exact search'}"
 
     @cached_property
     def engine(self) -> BM25 | Sparse | DenseIndex:

@@ -40,88 +40,69 @@ from accelerate.utils import gather_object, send_to_device
 from scipy.sparse import csr_matrix, vstack
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg
 
+from lib.arguments import arg, parse_args
 from lib.checkpoint import checkpoint_folder, load_encoder, model_hash
 from lib.cpu import economize, pack_linears
 from lib.embeddings import finish_embeddings, shard_file, write_shard
 from lib.encoder import SparseBiEncoder
 from lib.files import UserError, read_json, write_json
-from lib.launch import (
-    claim_output,
-    describe,
-    echo,
-    end_with_parent,
-    make_accelerator,
-    parse_args,
-    run,
-)
+from lib.launch import claim_output, describe, echo, end_with_parent, make_accelerator, run
 from lib.text import TextFormat, chunk_ids, format_texts, pad, token_batches
 from lib.texts import open_texts
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Args:
-    # data
-    model: str = HfArg(help="checkpoint")
-    input: str = HfArg(help="corpus or queries")
-    kind: Literal["query", "passage"] = HfArg(
-        help="decides prompt and length; queries have no title"
+    model: str = arg(group="data", help="checkpoint")
+    input: str = arg(help="corpus or queries")
+    kind: Literal["query", "passage"] = arg(help="decides prompt and length; queries have no title")
+    output_dir: str = arg(help="folder for the vectors")
+    dtype: Literal["float16", "float32"] | None = arg(
+        None, help="how vectors are stored; default float16 for dense ones, float32 for sparse ones"
     )
-    output_dir: str = HfArg(help="where the vectors go")
-    titles: str = HfArg(default=None, help="`pid TAB title` file to join to the corpus")
-    dtype: Literal["float16", "float32"] | None = HfArg(
-        default=None, help="stored; default dense float16, sparse 32"
+    max_terms: int = arg(0, least=0, help="sparse: keep the N highest weights of a text; 0 = all")
+    min_weight: float = arg(
+        0.0, least=0, help="sparse: drop weights up to this (Anserini's factor of 100: 0.005)"
     )
-    max_terms: int = HfArg(
-        default=0, help="sparse: keep so many of the highest weights of a text; 0 = all"
+    pooling: Literal["cls", "mean"] | None = arg(
+        None,
+        group="model (default: as the checkpoint states)",
+        help="needed where the checkpoint states no pooling",
     )
-    min_weight: float = HfArg(
-        default=0.0, help="sparse: drop weights up to this (Anserini's factor of 100: 0.005)"
+    normalize: bool = arg(False, help="make unit vectors, where the checkpoint states nothing")
+    head: Literal["dense", "sparse"] | None = arg(
+        None, help="sparse: a masked language model that states no head"
     )
-    # model: None = as the checkpoint states
-    pooling: Literal["cls", "mean"] | None = HfArg(
-        default=None, help="needed where the checkpoint states none"
+    exclude_special_tokens: bool = arg(
+        False, help="sparse, where the checkpoint states nothing: no maximum over [CLS] and [SEP]"
     )
-    normalize: bool = HfArg(default=False, help="unit vectors from a checkpoint that states none")
-    head: Literal["dense", "sparse"] | None = HfArg(
-        default=None, help="sparse: of a masked LM that states none"
+    title: Literal["none", "space", "sep"] | None = arg(None, help="how titles are joined to texts")
+    query_prompt: str = arg(None, help="text put before every query")
+    passage_prompt: str = arg(None, help="text put before every passage")
+    max_length: int = arg(None, least=3, help="tokens of a text of this --kind, or of each chunk")
+    max_chunks: int = arg(
+        None,
+        least=1,
+        help="maximum number of chunks per passage, each with its own vector (MaxP 4)",
     )
-    exclude_special_tokens: bool = HfArg(
-        default=False, help="sparse: of a masked LM that states none (LexMAE)"
+    max_characters: int = arg(
+        None, least=0, help="cut passages to N characters first (ANCE 10000); 0 = do not"
     )
-    title: Literal["none", "space", "sep"] | None = HfArg(
-        default=None, help="how titles are joined to texts"
+    override: bool = arg(
+        False, help="take the flags of this group even where the checkpoint states otherwise"
     )
-    query_prompt: str = HfArg(default=None, help="put before every query")
-    passage_prompt: str = HfArg(default=None, help="put before every passage")
-    max_length: int = HfArg(default=None, help="tokens of a text of this --kind, or of each chunk")
-    max_chunks: int = HfArg(
-        default=None, help="chunks of a passage, each with a vector of its own (ANCE's MaxP: 4)"
+    trust_remote_code: bool = arg(False, help="run Python code that the checkpoint brings along")
+    tokens_per_batch: int = arg(
+        0,
+        group="runtime",
+        least=0,
+        help="texts x longest of a batch; 0 = 2048 on a CPU (it fits the cache), 65536 on a GPU",
     )
-    max_characters: int = HfArg(
-        default=None, help="cut passages before they become tokens (ANCE 10000); 0 = not"
-    )
-    override: bool = HfArg(
-        default=False, help="take the flags above even where the checkpoint states otherwise"
-    )
-    trust_remote_code: bool = HfArg(
-        default=False, help="run Python code that the checkpoint brings along"
-    )
-    # runtime
-    tokens_per_batch: int = HfArg(
-        default=0, help="rows x longest; 0 = 2048 on a CPU (fits its cache), 65536 on a GPU"
-    )
-    window: int = HfArg(default=8192, help="texts ordered by length at a time")
-    shard_rows: int = HfArg(
-        default=16384, help="texts per shard, the unit of work and of resumption"
-    )
-    num_workers: int = HfArg(
-        default=2, help="loader processes per process that turn text into ids; 0 = none"
-    )
-    dry_run: bool = HfArg(
-        default=False, help="show the first inputs, truncation, batches and disk, and stop"
-    )
+    window: int = arg(8192, least=1, help="number of texts that are ordered by length at a time")
+    shard_rows: int = arg(16384, least=1, help="texts per shard, the unit of work and resumption")
+    num_workers: int = arg(2, least=0, help="loader processes that turn text into ids; 0 = none")
+    dry_run: bool = arg(False, help="show the first inputs, truncation, batches and disk, and stop")
 
 
 class Windows(Dataset):
@@ -187,10 +168,6 @@ def main():
     args = parse_args(Args)
     accelerator = make_accelerator()
     rank, W, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    if min(args.window, args.shard_rows) < 1 or args.tokens_per_batch < 0 or args.num_workers < 0:
-        raise UserError(
-            "--window and --shard_rows count from 1, --tokens_per_batch and --num_workers from 0 — mend them"
-        )
     if (
         args.num_workers
     ):  # they are the parallelism; threads of the tokenizer's own would only contend
@@ -207,7 +184,7 @@ def main():
     overrides[f"max_{args.kind}_length"] = args.max_length
     with accelerator.main_process_first():
         folder = checkpoint_folder(args.model)
-        texts = open_texts(args.input, args.titles)
+        texts = open_texts(args.input)
     model = load_encoder(
         folder,
         args.pooling,
@@ -296,7 +273,6 @@ def main():
                 f"{folder}: made with {key} {before.get(key)}, now {value} — remove the folder or choose another"
             )
     if complete:
-        accelerator.print(f"{folder} is complete")
         return
     echo(accelerator, "encoding", facts)
 

@@ -125,4 +125,6 @@ def _check_range(field: dataclasses.Field, value) -> None:
         return
     words = {"least": "at least", "most": "at most", "above": "above", "below": "below"}
     wanted = " and ".join(f"{words[name]} {bound:g}" for name, bound in limits.items())
-    raise UserError(f"--{field.name} {value}: give a finite number{f' {wanted}' if wanted else ''}")
+    raise UserError(
+        f"--{field.name} {value} — give a finite number{f' {wanted}' if wanted else ''}"
+    )

@@ -83,8 +83,8 @@ def _build(texts: Texts, how: Weighting, folder: Path) -> None:
     known, terms = {}, {}  # known: word -> number of its term, -1 for a stopword
     flat, lengths = array("i"), array("i")
     stream = tqdm(texts.stream(), "BM25", len(texts), leave=False, delay=5)
-    for _, title, text in stream:
-        words = WORD.findall(f"{title} {text}".lower())
+    for _, titles, text in stream:
+        words = WORD.findall(" ".join([*titles, text]).lower())
         for word in words:
             if word not in known:
                 stem = term(word)

@@ -1,8 +1,11 @@
 """Group-robust training (DRO): weights for groups of queries, and the inner products of the groups' gradients.
 
 K groups, of which G are in the batch of all processes; B queries per device, W processes. Losses are per query and
-depend on the query's own passages alone. Everything a weight depends on is global, so it is the same on every process.
+depend on the query's own passages alone. Everything a weight depends on is global, so that it is the same on every
+process.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -12,14 +15,26 @@ from torch import Tensor, nn
 from lib.dist import all_gather, world
 from lib.files import UserError
 
+LAYERS = 3  # whose gradients are compared, counted from the last: COCO-DR's
+
+
+@dataclass
+class Robustness:
+    """The settings of GroupWeights, with COCO-DR's names and defaults."""
+
+    kind: str = "idro"  # or "greedy"
+    alpha: float = 0.25
+    ema: float = 0.1
+    rho: float = 0.05
+    eps: float = 0.01
+
 
 class GroupWeights:
     """How much each group of queries counts, h (K,), moved after every step towards those that gain most, or lag most.
 
-    idro, COCO-DR (arXiv 2210.15212; DRO/dro_loss.py): loss = sum_i c_i L_i / sum_i c_i over the groups present, L_i
-    the mean loss of group i. Then, with r_ij = (L_i L_j)^alpha <g_i, g_j> and e_i = rho / K sum_j r_ij,
-        official   c_i = h_i             h_i <- h_i^ema exp(e_i)   normalised, at least eps   <,> the cosine
-        paper      c_i = h_i L_i^alpha   h_i <- h_i exp(e_i)       normalised                 <,> the inner product
+    idro, COCO-DR (arXiv 2210.15212; DRO/dro_loss.py): loss = sum_i h_i L_i / sum_i h_i over the groups present, L_i
+    the mean loss of group i. Then, with r_ij = (L_i L_j)^alpha cos(g_i, g_j) and e_i = rho / K sum_j r_ij,
+        h_i <- h_i^ema exp(e_i), normalised, at least eps
     greedy, the same repository: the expected loss of the worst share alpha of the queries. With running means S of the
     loss and c of the number of queries, and f = c / sum c: loss = sum over queries h_i l / (W B); then h = 1 / alpha
     for the groups of highest S that make up alpha, the group at the border in proportion, all others eps.
@@ -32,27 +47,16 @@ class GroupWeights:
          and a sum).
       4. The weight is not averaged over steps once more (their greedy's weight_ema, 0 in the recipe)."""
 
-    def __init__(
-        self, clusters, kind: str, form: str, alpha: float, ema: float, rho: float, eps: float
-    ):
-        groups = int(max(clusters)) + 1
-        assert kind in ("idro", "greedy") and form in ("official", "paper")
-        if not 0 < alpha <= 1 or not 0 <= ema <= 1 or rho < 0 or not 0 <= eps * groups <= 1:
+    def __init__(self, groups: int, settings: Robustness):
+        if settings.eps * groups > 1:
             raise UserError(
-                f"--dro_alpha {alpha} --dro_ema {ema} --dro_rho {rho} --dro_eps {eps}: alpha in (0, 1], ema in [0, "
-                f"1], rho from 0, eps at most 1 / {groups} groups — mend them"
+                f"--dro_eps {settings.eps}: {groups} groups cannot all have this weight — give at most 1 / {groups}"
             )
-        self.kind, self.form, self.alpha, self.ema, self.rho, self.eps = (
-            kind,
-            form,
-            alpha,
-            ema,
-            rho,
-            eps,
-        )
+        self.settings = settings
         one = torch.ones(groups, dtype=torch.float64)
-        self.h = one / groups if kind == "idro" else one.clone()
-        self.losses, self.counts = torch.zeros_like(one), one.clone()  # greedy: S and c
+        self.h = one / groups if settings.kind == "idro" else one.clone()
+        self.losses = torch.zeros_like(one)  # greedy: S
+        self.counts = one.clone()  # greedy: c
 
     def state(self) -> dict[str, list[float]]:
         return {name: getattr(self, name).tolist() for name in ("h", "losses", "counts")}
@@ -63,61 +67,51 @@ class GroupWeights:
 
     def loss(self, losses: Tensor, groups: Tensor) -> Tensor:
         """losses (B,), groups (B,) int64 -> scalar: its mean over processes is the loss above. Keeps what `update`
-        needs: the statistics of the batch, and `factors` (K,), by which each query's loss was multiplied."""
-        groups, K = groups.cpu(), len(self.h)
-        everyone, values = (
-            all_gather(groups.to(losses.device)).cpu(),
-            all_gather(losses).double().cpu(),
-        )
-        self.present = torch.bincount(everyone, minlength=K)  # n (K,)
-        self.means = torch.zeros_like(self.h).index_add_(0, everyone, values) / self.present.clamp(
-            min=1
-        )  # L (K,)
-        if self.kind == "greedy":
-            self.factors = self.h / len(losses)
+        needs: how many queries of each group the batch has, and their mean losses."""
+        everyone = all_gather(groups.to(losses.device)).cpu()
+        values = all_gather(losses).double().cpu()
+        self.present = torch.bincount(everyone, minlength=len(self.h))  # (K,)
+        sums = torch.zeros_like(self.h).index_add_(0, everyone, values)
+        self.means = sums / self.present.clamp(min=1)  # L (K,)
+        if self.settings.kind == "greedy":
+            factors = self.h / len(losses)
         else:
-            share = (
-                self.h
-                * (self.means**self.alpha if self.form == "paper" else 1)
-                * (self.present > 0)
-            )
+            share = self.h * (self.present > 0)
             share = share / share.sum().clamp(min=1e-30)
-            self.factors = world()[1] * share / self.present.clamp(min=1)
-        return (losses * self.factors[groups].to(losses)).sum()
+            factors = world()[1] * share / self.present.clamp(min=1)
+        return (losses * factors[groups.cpu()].to(losses)).sum()
 
-    def update(
-        self, gradients: "GroupGradients | None", groups: Tensor, scale: float = 1.0
-    ) -> None:
-        """After the backward pass. groups: (R,) of each text in the order of encoding; scale: by which the backward
-        pass multiplied the loss (fp16's scaler, accumulation)."""
-        here = self.present > 0
-        if self.kind == "greedy":
-            self.losses[here] += self.ema * (self.means - self.losses)[here]
-            self.counts += self.ema * (self.present - self.counts)
-            self.h = cvar_weights(
-                self.losses, self.counts / self.counts.sum(), self.alpha, self.eps
-            )
+    def update(self, gradients: "GroupGradients | None", groups: Tensor) -> None:
+        """After the backward pass. groups: (R,) of each text in the order of encoding."""
+        here, settings = self.present > 0, self.settings
+        if settings.kind == "greedy":
+            self.losses[here] += settings.ema * (self.means - self.losses)[here]
+            self.counts += settings.ema * (self.present - self.counts)
+            shares = self.counts / self.counts.sum()
+            self.h = cvar_weights(self.losses, shares, settings.alpha, settings.eps)
             return
-        products = gradients.products(
-            groups, here
-        )  # (G, G) of gradients of sum_q factor · scale · l_q
-        if not torch.isfinite(products).all():  # fp16: a step that the scaler passes over
+        products = gradients.products(groups, here)  # (G, G)
+        if not torch.isfinite(products).all():  # fp16: a step that the scaler skips
             return
-        if self.form == "official":
-            norms = products.diagonal().clamp(min=0).sqrt() + 1e-12
-        else:  # back to gradients of L_i
-            norms = (self.factors * self.present)[here].clamp(min=1e-30) * scale
-        gain = (
-            (self.means[here, None] * self.means[here]) ** self.alpha
-            * products
-            / (norms[:, None] * norms)
-        )
-        exponent = self.rho / len(self.h) * gain.sum(1)
-        power = self.ema if self.form == "official" else 1
-        new = torch.softmax(power * self.h[here].log() + exponent, 0) * (
-            self.h[here].sum() / self.h.sum()
-        )
-        self.h[here] = new.clamp(min=max(self.eps, 1e-12))  # from 0 no weight would come back
+        norms = products.diagonal().clamp(min=0).sqrt() + 1e-12
+        means = self.means[here]
+        gain = (means[:, None] * means) ** settings.alpha * products / (norms[:, None] * norms)
+        exponent = settings.rho / len(self.h) * gain.sum(1)
+        new = torch.softmax(settings.ema * self.h[here].log() + exponent, 0)
+        new = new * (self.h[here].sum() / self.h.sum())
+        # from 0 no weight would come back
+        self.h[here] = new.clamp(min=max(settings.eps, 1e-12))
+
+
+def groups_of_rows(groups: Tensor, *orders: Tensor) -> Tensor:
+    """The group of every encoded row: groups (B,) of the queries; orders: for each side (B·m,) the place of its texts
+    among the encoded rows, as lib/groups.py gives it."""
+    parts = []
+    for order in orders:
+        rows = torch.empty(int(order.max()) + 1, dtype=groups.dtype, device=groups.device)
+        rows[order] = groups.repeat_interleave(len(order) // len(groups))
+        parts.append(rows)
+    return torch.cat(parts)
 
 
 def cvar_weights(losses: Tensor, shares: Tensor, alpha: float, eps: float) -> Tensor:
@@ -143,18 +137,14 @@ class GroupGradients:
     (G, out, in) numbers in memory, is summed over processes and adds its Gram matrix. (The official code: G backward
     passes, and all gradients of all layers in one matrix, 4 GB for BERT base and 50 groups.)
 
-    UserError: more layers than there are, or one with parameters outside of Linear and LayerNorm."""
+    UserError: a layer with parameters outside of Linear and LayerNorm."""
 
-    def __init__(self, backbone: nn.Module, num_layers: int):
-        """The last layers of a Hugging Face encoder are watched."""
+    def __init__(self, backbone: nn.Module, num_layers: int = LAYERS):
+        """The last layers of a Hugging Face encoder are watched, or all if it has fewer."""
         depth = backbone.config.num_hidden_layers
         layers = next(
             m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == depth
         )
-        if not 1 <= num_layers <= depth:
-            raise UserError(
-                f"--dro_layers {num_layers}: the model has {depth} layers — give 1 to {depth}"
-            )
         self.calls = {}  # module -> [input, gradient at the output] of each call, in the order of the forward pass
         for layer in layers[-num_layers:]:
             for module in layer.modules():

@@ -119,11 +119,11 @@ class BiEncoder(nn.Module):
             and not self.format.max_characters
         )
 
-    def encode(self, batch: dict[str, Tensor] | list[dict[str, Tensor]]) -> Tensor:
-        """{"input_ids": (B, L), "attention_mask": (B, L)} -> (B, D) fp32. A list of such chunks, each padded to its
-        own longest text, is encoded chunk by chunk and concatenated in that order."""
-        if isinstance(batch, list):
-            return torch.cat([self.encode(chunk) for chunk in batch])
+    def encode(self, batch: dict) -> Tensor:
+        """{"input_ids": (B, L), "attention_mask": (B, L)} -> (B, D) fp32. Or {"chunks": a list of these, each padded to
+        its own longest text, "order": (n,) places among their rows} -> (n, D), encoded chunk by chunk."""
+        if "chunks" in batch:
+            return torch.cat([self.encode(chunk) for chunk in batch["chunks"]])[batch["order"]]
         return self.vectors(batch["input_ids"], batch["attention_mask"])
 
     def vectors(self, input_ids: Tensor, mask: Tensor) -> Tensor:

@@ -21,68 +21,56 @@ from lib.text import step_seed
 
 
 def contrastive_backward(
-    accelerator: Accelerator,
-    model: nn.Module,
-    queries: list,
-    passages: list,
-    loss_fn: Callable,
-    seed: int,
-    chunked: bool,
+    accelerator: Accelerator, model: nn.Module, batch: dict, loss_fn: Callable, seed: int
 ) -> tuple[Tensor, dict]:
-    """Encode both sides, compute `loss_fn(q_reps, p_reps) -> (scalar, stats)`, backpropagate into the parameters.
-    Returns (loss, stats), detached; the loss is neither scaled nor divided by the accumulation.
+    """Encode both sides of a batch chunk by chunk, compute `loss_fn(q_reps, p_reps) -> (scalar, stats)`, backpropagate
+    into the parameters. Returns (loss, stats), detached; the loss is neither scaled nor divided by the accumulation.
 
-    model: the prepared (DDP-wrapped) one; model(queries, passages) encodes two lists of chunks to (B, D) and (B·P, D),
-    in order, and either may be None   chunked=False: the plain path, one forward and one backward
-    loss_fn may gather over processes, and must depend on the model through the representations alone.
+    model: the prepared (DDP-wrapped) one; model(query, passage) encodes either side, or one with the other None
+    batch: "query" and "passage" as lib/groups.py makes them; loss_fn gets (B, D) and (B·P·M, D) in query-major order,
+    may gather over processes, and must depend on the model through the representations alone.
 
     Call it under `accelerator.accumulate(model)`."""
-    if not chunked:
-        torch.manual_seed(step_seed(seed))
-        loss, stats = loss_fn(*model(queries, passages))
-        accelerator.backward(loss)
-        return loss.detach(), stats
+    query, passage = batch["query"], batch["passage"]
+    queries = len(query["chunks"])
 
-    chunks = [*queries, *passages]
+    def encoder(chunk: dict, of_query: bool) -> Callable:
+        return lambda: ((model(chunk, None)[0] if of_query else model(None, chunk)[1]), 0.0)
 
-    def encode(index: int) -> tuple[Tensor, float]:
-        chunk = [chunks[index]]
-        return (model(chunk, None)[0] if index < len(queries) else model(None, chunk)[1]), 0.0
+    encoders = [encoder(chunk, True) for chunk in query["chunks"]]
+    encoders += [encoder(chunk, False) for chunk in passage["chunks"]]
 
-    return cached_backward(
-        accelerator,
-        model,
-        encode,
-        len(chunks),
-        lambda reps: loss_fn(torch.cat(reps[: len(queries)]), torch.cat(reps[len(queries) :])),
-        seed,
-    )
+    def loss_of(reps: list[Tensor]) -> tuple[Tensor, dict]:
+        q_reps = torch.cat(reps[:queries])[query["order"]]
+        p_reps = torch.cat(reps[queries:])[passage["order"]]
+        return loss_fn(q_reps, p_reps)
+
+    return cached_backward(accelerator, model, encoders, loss_of, seed)
 
 
 def cached_backward(
     accelerator: Accelerator,
     model: nn.Module,
-    encode: Callable,
-    num_chunks: int,
+    encoders: list[Callable],
     loss_fn: Callable,
     seed: int,
 ) -> tuple[Tensor, object]:
-    """encode(index) -> (reps of a chunk (n, D), a loss that belongs to the chunk alone, or 0), called twice;
-    loss_fn(list of the reps) -> (scalar, stats). Backpropagates the sum of all losses; returns loss_fn's, detached."""
+    """encoders: for each chunk a function () -> (its reps (n, D), a loss that belongs to the chunk alone, or 0), called
+    twice; loss_fn(list of the reps) -> (scalar, stats). Backpropagates the sum of all losses; returns those of loss_fn,
+    detached."""
 
     def replay(index: int) -> tuple[Tensor, Tensor | float]:
         torch.manual_seed(step_seed(seed, index))
-        return encode(index)
+        return encoders[index]()
 
     with torch.no_grad():
-        reps = [replay(index)[0] for index in range(num_chunks)]
+        reps = [replay(index)[0] for index in range(len(encoders))]
     reps = [chunk.requires_grad_() for chunk in reps]  # (n, D) each
     loss, stats = loss_fn(reps)
     for index, grad in enumerate(torch.autograd.grad(loss, reps)):
-        last = index == num_chunks - 1
+        last = index == len(encoders) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             again, own = replay(index)
-            accelerator.backward(
-                (again * grad).sum() + own
-            )  # the gradient of the product at the reps is `grad`
+            # the gradient of this product at the reps is `grad`
+            accelerator.backward((again * grad).sum() + own)
     return loss.detach(), stats

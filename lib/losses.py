@@ -11,27 +11,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.dist import all_gather, all_gather_with_grad
+from lib.dist import all_gather, all_gather_with_grad, world
+from lib.files import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # which columns count
 
 
+def score_batch(
+    batch: dict, q_reps: Tensor, p_reps: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Local queries against the passages of all processes -> scores (B, N), positives (B,), mask (B, N).
+
+    batch: of lib/groups.py   q_reps (B, D), p_reps (B·P·M, D) query-major; a passage's score is that of its best chunk
+    Raises an AssertionError if a label does not point at its positive."""
+    B = len(q_reps)
+    mine = torch.stack([batch["passage_rows"], batch["passage_keys"]], 1)
+    rows, keys = all_gather(mine).unbind(1)  # (N,) each
+    P = len(mine) // B
+    positives = (world()[0] * B + torch.arange(B, device=q_reps.device)) * P
+    assert torch.equal(rows[positives], batch["positive_rows"]), "a label misses its positive"
+    scores = q_reps @ all_gather_with_grad(p_reps).T / temperature  # (B, N·M)
+    scores = scores.unflatten(1, (len(rows), -1)).amax(2)  # (B, N)
+    return scores, positives, candidate_mask(positives, rows < 0, keys, batch["positive_keys"])
+
+
 def candidate_mask(
-    positives: Tensor, filler: Tensor, passage_keys: Tensor, positive_keys: Tensor | None
+    positives: Tensor, filler: Tensor, passage_keys: Tensor, positive_keys: Tensor
 ) -> Tensor:
     """(B, N) bool: True where a passage counts as a candidate for a query.
 
     positives: (B,) column of each query's own positive    filler: (N,) bool, True = stands in for a missing negative
-    passage_keys: (N,) int64, equal for equal texts    positive_keys: (B, M) int64, the keys of all judged positives of
-    each query, padded by repeating one; None = mask the fillers only, as the papers do
+    passage_keys: (N,) int64, equal for equal texts    positive_keys: (B, M) int64, the keys of all positives of
+    each query, padded by repeating one
     A column that holds another judged positive of the query, or its own positive a second time (a batch may hold a
     passage several times), is no negative and is masked. The query's own positive always counts.
     Example: passages a b a c; a query answered by column 0 and judged {a, c} -> True True False False."""
     mask = ~filler.expand(len(positives), -1)
-    if positive_keys is not None:
-        for keys in positive_keys.unbind(1):  # M comparisons of (B, N), never a (B, N, M) tensor
-            mask = mask & (passage_keys != keys[:, None])
+    for keys in positive_keys.unbind(1):  # M comparisons of (B, N), never a (B, N, M) tensor
+        mask = mask & (passage_keys != keys[:, None])
     return mask.scatter(1, positives[:, None], True)
 
 
@@ -142,20 +160,24 @@ def count_terms(q_reps: Tensor, positives: Tensor, p_reps: Tensor) -> dict[str, 
     return {name: count.float().mean() for name, count in counts.items()}
 
 
-def collapse(q_terms: float, p_terms: float, vocabulary: int, settled: bool) -> str | None:
-    """What is wrong with sparse vectors of so many terms on average, and what to do; None if nothing is. `settled`:
-    learning rate and regulariser have reached their full size; before that dense vectors are no collapse."""
+def stop_on_collapse(step: int, values: dict[str, float], vocabulary: int, settled: bool) -> None:
+    """UserError if the sparse vectors of a log line are nearly empty, or still dense once `settled`: when learning rate
+    and regulariser have reached their full size; before that dense vectors are still expected."""
+    if "q_terms" not in values:
+        return
+    q_terms, p_terms = values["q_terms"], values["p_terms"]
+    found = (
+        f"step {step}: {q_terms:.1f} terms per query, {p_terms:.1f} per passage, of {vocabulary}"
+    )
     if min(q_terms, p_terms) < 1:
-        return (
-            f"{q_terms:.1f} terms per query, {p_terms:.1f} per passage: the vectors are nearly empty — lower "
-            "--flops_queries and --flops_passages, or raise --flops_warmup_steps"
+        raise UserError(
+            f"{found}: the vectors are nearly empty — lower --flops_queries and --flops_passages, or raise "
+            "--flops_warmup_steps"
         )
     if settled and max(q_terms, p_terms) > vocabulary / 2:
-        return (
-            f"{q_terms:.0f} terms per query, {p_terms:.0f} per passage, of {vocabulary}: the vectors stay dense — "
-            "raise --flops_queries and --flops_passages, or the learning rate"
+        raise UserError(
+            f"{found}: the vectors stay dense — raise --flops_queries and --flops_passages, or the learning rate"
         )
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,6 +188,17 @@ def in_batch_accuracy(scores: Tensor, positives: Tensor, mask: Tensor) -> Tensor
     """Fraction of queries whose positive outscores every other candidate that counts (a tie is a miss) -> scalar."""
     others = scores.masked_fill(~mask.scatter(1, positives[:, None], False), float("-inf"))
     return (scores.gather(1, positives[:, None])[:, 0] > others.amax(1)).float().mean()
+
+
+def batch_statistics(
+    batch: dict, scores: Tensor, positives: Tensor, mask: Tensor
+) -> dict[str, Tensor]:
+    """accuracy, and masked: how many real passages of the batch count for no query, per query."""
+    real = all_gather(batch["passage_rows"]) >= 0
+    return {
+        "accuracy": in_batch_accuracy(scores.detach(), positives, mask),
+        "masked": (real & ~mask).sum() / len(scores),
+    }
 
 
 def spread(reps: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,11 @@ def lr_at(step: int, peak: float, warmup_steps: int, max_steps: int) -> float:
     return peak * (max_steps - step) / max(max_steps - warmup_steps, 1)
 
 
+def steps_of(warmup: float, max_steps: int) -> int:
+    """Warm-up steps: `warmup` itself, or below 1 that share of the steps, as in transformers."""
+    return round(warmup * max_steps) if warmup < 1 else round(warmup)
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Groups for an optimizer, BERT's recipe: matrices and embeddings decay; biases and norms (one dimension) do not.
     Frozen parameters are left out, a tied parameter stands once, an empty group is not returned."""

@@ -1,7 +1,6 @@
-"""Text to ids: the only place where titles are joined, prompts put in front, texts cut, and tokens hidden from a
-language model.
+"""Text to ids: the only place where titles are joined, prompts put in front, and texts cut.
 
-Shapes: B texts, L tokens of the longest, V vocabulary. Masks: attention_mask 1 = keep; mlm masks True = hidden.
+Shapes: B texts, L tokens of the longest. attention_mask 1 = keep.
 """
 
 import hashlib
@@ -12,8 +11,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-
-from lib.texts import FIELD
 
 
 def step_seed(seed: int, *parts: int) -> int:
@@ -28,21 +25,19 @@ def step_seed(seed: int, *parts: int) -> int:
 class TextFormat:
     """How a checkpoint wants its texts; stored with it, read by every later stage.
 
-    With max_chunks > 1 a passage is cut into up to so many chunks, which are encoded apart; its score is the highest
+    With max_chunks > 1 a passage is cut into at most max_chunks chunks, which are encoded apart; its score is the highest
     of its chunks (ANCE's MaxP, arXiv 2007.00808). Deliberate deviation: each chunk has special tokens of its own. The
     official code folds one sequence of 2048 tokens, of which only the first chunk begins with [CLS]."""
 
-    title: Literal["none", "space", "sep"] = (
-        "space"  # left out | title + " " + text | title + [SEP] + text
-    )
+    # left out | title + " " + text | title + [SEP] + text
+    title: Literal["none", "space", "sep"] = "space"
     query_prompt: str = ""
     passage_prompt: str = ""
     max_query_length: int = 64  # tokens, special tokens included
     max_passage_length: int = 256  # of each chunk
     max_chunks: int = 1  # of a passage
-    max_characters: int = (
-        0  # of a passage with its title, prompt apart; the rest is cut off (ANCE 10000); 0 = all
-    )
+    # of a passage with its title, without prompt; the rest is cut off (ANCE 10000); 0 = all
+    max_characters: int = 0
 
     def max_length(self, kind: str) -> int:
         return self.max_query_length if kind == "query" else self.max_passage_length
@@ -55,29 +50,23 @@ class TextFormat:
         return self.query_prompt if kind == "query" else self.passage_prompt
 
 
-def join_title(title: str, text: str, how: str, tokenizer) -> str:
-    """Title and text as one string; a title of several fields (url and title of a document) gives several parts. What
-    is empty leaves no separator behind (RetroMAE's pre-processing leaves a leading [SEP])."""
-    parts = [part for part in title.split(FIELD) if part.strip()]
-    if how == "none" or not parts:
-        return text or " ".join(parts)
-    return (tokenizer.sep_token if how == "sep" else " ").join(
-        [*parts, text] if text.strip() else parts
-    )
+def join_title(titles: Sequence[str], text: str, how: str, tokenizer) -> str:
+    """Titles (none, one, or address and title of a document) and text as one string. What is empty leaves no separator
+    behind (RetroMAE's pre-processing leaves a leading [SEP])."""
+    if how == "none" or not titles:
+        return text or " ".join(titles)
+    parts = [*titles, text] if text.strip() else titles
+    return (tokenizer.sep_token if how == "sep" else " ").join(parts)
 
 
-def format_texts(
-    rows: Sequence[tuple[str, str]], kind: str, form: TextFormat, tokenizer
-) -> list[str]:
-    """(title, text) pairs -> the strings that are tokenised: prompt, then title and text joined, cut to
+def format_texts(rows: Sequence[tuple], kind: str, form: TextFormat, tokenizer) -> list[str]:
+    """(titles, text) pairs -> the strings that are tokenised: prompt, then titles and text joined, cut to
     max_characters. Queries have no title and are not cut."""
     if kind == "query":
         return [form.query_prompt + text for _, text in rows]
     end = form.max_characters or None
-    return [
-        form.passage_prompt + join_title(title, text, form.title, tokenizer)[:end]
-        for title, text in rows
-    ]
+    joined = (join_title(titles, text, form.title, tokenizer)[:end] for titles, text in rows)
+    return [form.passage_prompt + string for string in joined]
 
 
 def to_ids(strings: Sequence[str], tokenizer, max_length: int) -> list[list[int]]:

@@ -1,8 +1,10 @@
-# Sourced first by the recipes and by bench/*.sh: goes to the root of the repository, where their commands run, and keeps
-# the paths that the caller gave (flags handed on to a script excepted: give absolute paths there).
-#   path FILE    FILE from the caller's folder
-#   model NAME   the same for a model, which may also be a name of the hub, or bm25; MODEL and TEACHER are changed so here
-#   usage A,B    show these lines of the script and stop
+# The recipes and bench/*.sh source this file first. It changes to the root of the repository, where their commands run,
+# and it keeps relative paths relative to the folder where the user called the recipe. It cannot do that for flags that
+# a recipe hands on to a script: give absolute paths there.
+#   path FILE    prints FILE as an absolute path
+#   model NAME   does the same for a model, which may also be a name on the hub or the word bm25
+#   usage A,B    prints the lines A to B of the recipe and stops
+# The environment variables MODEL and TEACHER are made absolute too.
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 path() { case $1 in /*) printf '%s\n' "$1" ;; *) printf '%s\n' "$caller/$1" ;; esac; }

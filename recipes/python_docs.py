@@ -34,10 +34,10 @@ from typing import NamedTuple
 
 import numpy as np
 import xxhash
-from transformers.hf_argparser import HfArg
 
+from lib.arguments import arg, parse_args
 from lib.files import UserError, write_json, write_qrels
-from lib.launch import end_with_parent, parse_args, run
+from lib.launch import end_with_parent, run
 from lib.texts import write_texts
 
 # tests, other people's code carried along, and what is not meant to be read
@@ -76,18 +76,14 @@ BANDS, ROWS = 16, 4  # MinHash: of two passages at the bound, 99 % meet in at le
 GROUP = 60  # a package with more queries than this is split by its next level of modules
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Args:
-    output_dir: str = HfArg(default="runs/quickstart/collection", help="folder of the collection")
-    roots: list[str] = HfArg(
-        default_factory=list, help="folders of packages (default: this Python's own)"
+    output_dir: str = arg("runs/quickstart/collection", help="folder for the collection")
+    roots: list[str] = arg([], help="folders of packages; default: those of this Python")
+    max_passages: int = arg(
+        40_000, least=1, help="keep at most N passages, by a hash of their names"
     )
-    max_passages: int = HfArg(
-        default=40_000, help="keep at most this many, drawn by a hash of their names"
-    )
-    eval_queries: int = HfArg(
-        default=1000, help="queries of test; dev has half as many (about: modules stay whole)"
-    )
+    eval_queries: int = arg(1000, least=1, help="about N test queries; dev has half as many")
 
 
 class Entry(NamedTuple):

@@ -65,7 +65,7 @@ from lib.loader import load
 from lib.losses import in_batch_accuracy, info_nce
 from lib.optim import descend, lr_at, parameter_groups
 from lib.text import join_title, pad, step_seed, token_batches
-from lib.texts import known_rows, open_texts
+from lib.texts import require_rows, open_texts
 
 
 @dataclass
@@ -461,8 +461,11 @@ def read_pairs(args: Args, queries, corpus) -> tuple[np.ndarray, np.ndarray, dic
     """(row of the query (n,), row of the passage (n,), notes for the echo); UserError for an id without a text."""
     if args.run:
         run = {qid: entry.pids[: args.depth] for qid, entry in read_run(args.run).items()}
-        query_rows, notes = known_rows(queries, list(run), args.run, "query"), {"queries": len(run)}
-        lists = [known_rows(corpus, pids, args.run, "passage", qid) for qid, pids in run.items()]
+        query_rows, notes = (
+            require_rows(queries, list(run), args.run, "query"),
+            {"queries": len(run)},
+        )
+        lists = [require_rows(corpus, pids, args.run, "passage", qid) for qid, pids in run.items()]
     else:
         groups = Groups(
             queries,

@@ -1,41 +1,48 @@
 #!/usr/bin/env bash
-# A SPLADE baseline on MS MARCO passages (SPLADE-max with distillation: arXiv 2109.10086, 2205.04733): BM25 negatives, a cross-encoder,
-# one training by in-batch softmax + margin-MSE with FLOPS, evaluation on dev, DL19 and DL20.
+# A SPLADE baseline on MS MARCO passages (SPLADE-max with distillation: arXiv 2109.10086, 2205.04733): BM25 negatives, a
+# cross-encoder, one training with in-batch softmax, margin-MSE and FLOPS, evaluation on dev, DL19 and DL20.
 #
 #     bash recipes/splade.sh [DATA] [OUT]
 #
-# DATA     what recipes/get_msmarco.sh --titles fetches, default data/msmarco
-# OUT      default runs/splade; call it again to go on where it stopped
-# LAUNCH   e.g. "accelerate launch --multi_gpu --num_processes 4 --mixed_precision fp16"; 4 x 32 = 128, the published batch
-# MODEL    a masked language model, default distilbert-base-uncased
-# TEACHER  what the cross-encoder starts from, default bert-base-uncased
+# DATA     folder that recipes/get_msmarco.sh --titles filled; default data/msmarco
+# OUT      default runs/splade; to continue a stopped run, give the same command again
+# LAUNCH   how scripts are started, for example "accelerate launch --multi_gpu --num_processes 4 --mixed_precision fp16";
+#          4 x 32 = 128 queries is the published batch
+# MODEL    a masked language model; default distilbert-base-uncased
+# TEACHER  model that the cross-encoder starts from; default bert-base-uncased
 #
-# The checkpoint is a SparseEncoder folder: sentence_transformers.SparseEncoder(OUT/model).
-# Weights, steps and lengths are those of naver/splade: FLOPS 0.01 of queries and 0.008 of passages (its models with distillation),
-# growing over 50,000 of 150,000 steps, learning rate 2e-5 after 6,000 steps. Deviations:
-#   1. Both losses at once, with one BM25 negative per query; there, distillation has no in-batch softmax and negatives of its own.
+# The checkpoint is a SparseEncoder folder: sentence_transformers.SparseEncoder(OUT/model) loads it.
+# Weights, steps and lengths are those of naver/splade: FLOPS weights of 0.01 for queries and 0.008 for passages (its
+# models with distillation), which grow over 50,000 of 150,000 steps; learning rate 2e-5 after 6,000 steps of warm-up.
+# Deviations:
+#   1. Both losses are used at once, with one BM25 negative per query. In naver/splade, distillation has no in-batch
+#      softmax and has negatives of its own.
 #   2. Titles stand before the passages.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
 data=$(path "${1:-data/msmarco}") out=$(path "${2:-runs/splade}")
-corpus=$data/corpus.tsv train=(--queries "$data/queries.train.tsv" --qrels "$data/qrels.train.tsv")
+corpus=$data/corpus.tsv queries=$data/queries.train.tsv qrels=$data/qrels.train.tsv
 mkdir -p "$out"
 . recipes/scale.sh
-model=${MODEL:-distilbert-base-uncased} teacher=${TEACHER:-bert-base-uncased} warm=(--warmup_steps 6000 --flops_warmup_steps 50000)
+model=${MODEL:-distilbert-base-uncased} teacher=${TEACHER:-bert-base-uncased}
+warm=(--warmup_steps 6000 --flops_warmup_steps 50000)
 if [ "${SCALE:-}" = tiny ]; then
-    python pretrain_mae.py --objective mlm "${from[@]}" --corpus "$corpus" --output_dir "$out/pretrained" --resume "${short[@]}"
+    python pretrain_mae.py --objective mlm "${from[@]}" --corpus "$corpus" --output_dir "$out/pretrained" \
+        --resume "${short[@]}"
     model=$out/pretrained teacher=$out/pretrained warm=()
 fi
 
-python mine_negatives.py --bm25 "${train[@]}" --corpus "$corpus" --depth 100 --output_dir "$out/negatives"
-rerank=(-m recipes.rerank --corpus "$corpus" "${train[@]}" --negatives "$out/negatives/negatives.tsv")
-"${launch[@]}" "${rerank[@]}" --task train --model "$teacher" --title space --max_query_length 32 --max_length 256 --depth 100 \
-    --passages_per_query 16 --per_device_batch_size 2 --num_epochs 2 --output_dir "$out/teacher" --resume "${short[@]}"
-"${launch[@]}" "${rerank[@]}" --task score --model "$out/teacher" --depth 100 --output_dir "$out/scores"
-"${launch[@]}" finetune_biencoder.py --head sparse --model "$model" --title space --corpus "$corpus" "${train[@]}" \
-    --negatives "$out/negatives/negatives.tsv" --negatives_depth 100 --teacher_scores "$out/scores/scores.tsv" \
-    --passages_per_query 2 --per_device_batch_size 32 --contrastive_weight 1 --margin_mse_weight 1 --flops_queries 0.01 \
-    --flops_passages 0.008 --max_query_length 256 --max_passage_length 256 --learning_rate 2e-5 --max_steps 150000 "${warm[@]}" \
-    --output_dir "$out/model" --resume "${short[@]}"
+python mine_negatives.py --bm25 --corpus "$corpus" --queries "$queries" --qrels "$qrels" --depth 100 \
+    --output_dir "$out/negatives"
+pairs=(--corpus "$corpus" --queries "$queries" --train "$out/negatives/train.jsonl")
+"${launch[@]}" -m recipes.train_cross_encoder --model "$teacher" "${pairs[@]}" --title space --max_query_length 32 \
+    --max_length 256 --passages_per_query 16 --per_device_batch_size 2 --num_epochs 2 --output_dir "$out/teacher" \
+    --resume "${short[@]}"
+"${launch[@]}" -m recipes.score_pairs --model "$out/teacher" "${pairs[@]}" --output_dir "$out/scores"
+"${launch[@]}" finetune_biencoder.py --head sparse --model "$model" --title space --corpus "$corpus" \
+    --queries "$queries" --train "$out/scores/train.jsonl" --negatives_depth 100 --passages_per_query 2 \
+    --per_device_batch_size 32 --contrastive_weight 1 --margin_mse_weight 1 --flops_queries 0.01 \
+    --flops_passages 0.008 --max_query_length 256 --max_passage_length 256 --learning_rate 2e-5 --max_steps 150000 \
+    "${warm[@]}" --output_dir "$out/model" --resume "${short[@]}"
 
 bash recipes/msmarco_eval.sh "$out/model" "$data" "$out"

@@ -13,19 +13,19 @@ from pathlib import Path
 
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertTokenizerFast
-from transformers.hf_argparser import HfArg
 
+from lib.arguments import arg, parse_args
 from lib.files import atomic
-from lib.launch import parse_args, run
+from lib.launch import run
 from lib.texts import read_texts
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Args:
-    corpus: str = HfArg(help="texts to learn from")
-    output_dir: str = HfArg(help="where the tokenizer goes")
-    vocab_size: int = HfArg(default=12_000, help="entries (BERT 30,522)")
-    max_length: int = HfArg(default=512, help="longest text of the model")
+    corpus: str = arg(help="texts to learn from")
+    output_dir: str = arg(help="folder for the tokenizer")
+    vocab_size: int = arg(12_000, least=10, help="entries of the vocabulary (BERT 30,522)")
+    max_length: int = arg(512, least=4, help="longest text of the model, in tokens")
 
 
 def train(texts: Callable[[], Iterable[str]], vocab_size: int) -> dict[str, int]:

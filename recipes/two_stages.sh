@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Train a dense retriever in two stages on a collection in BEIR layout, as RetroMAE does: BM25 negatives, stage 1; negatives
-# mined with stage 1, stage 2 from the starting model again. Then every qrels/test*.tsv for BM25, stage 1 and stage 2.
+# Train a dense retriever in two stages on a collection in BEIR layout, as RetroMAE does. Stage 1 learns from BM25
+# negatives. Stage 2 starts from the same model again and learns from negatives that stage 1 mined. Then BM25, stage 1
+# and stage 2 are evaluated on every qrels/test*.tsv.
 #
 #     bash recipes/two_stages.sh DATA MODEL OUT [flags for both calls of finetune_biencoder.py ...]
 #
-# DATA       corpus.jsonl[.gz], queries.jsonl[.gz], qrels/train.tsv, qrels/test*.tsv, and qrels/dev.tsv to keep the best/ of each stage
-# OUT        call it again to go on where it stopped
-# LAUNCH     how the scripts are started, default "accelerate launch" with what `accelerate config` says
+# DATA       corpus.jsonl[.gz], queries.jsonl[.gz], qrels/train.tsv, qrels/test*.tsv. With qrels/dev.tsv, each stage
+#            keeps its best checkpoint in best/
+# OUT        to continue a stopped run, give the same command again
+# LAUNCH     how scripts are started, by default "accelerate launch" as `accelerate config` configured it
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
-[ $# -ge 3 ] || usage 5,9
+[ $# -ge 3 ] || usage 6,11
 data=$(path "$1") model=$(model "$2") out=$(path "$3")
 flags=("${@:4}")
 read -ra launch <<<"${LAUNCH:-accelerate launch}"
@@ -23,24 +25,24 @@ texts=(--corpus "$corpus" --queries "$queries")
     --output_dir "$out/evaluation-bm25"
 dev=() chosen=""
 if [ -f "$data/qrels/dev.tsv" ]; then
-    "${launch[@]}" evaluate.py --bm25 "${texts[@]}" --qrels "$data/qrels/dev.tsv" --bm25_index "$out/bm25-index" --depth 100 \
-        --output_dir "$out/candidates-dev"
+    "${launch[@]}" evaluate.py --bm25 "${texts[@]}" --qrels "$data/qrels/dev.tsv" --bm25_index "$out/bm25-index" \
+        --depth 100 --output_dir "$out/candidates-dev"
     dev=(--dev_queries "$queries" --dev_qrels "$data/qrels/dev.tsv" --dev_candidates "$out/candidates-dev/run.trec")
     chosen=/best
 fi
 
 for stage in 1 2; do
-    negatives=$out/negatives-$([ $stage = 1 ] && echo bm25 || echo mined)/negatives.tsv
-    "${launch[@]}" finetune_biencoder.py --model "$model" "${texts[@]}" --qrels "$data/qrels/train.tsv" \
-        --negatives "$negatives" "${dev[@]}" --output_dir "$out/stage$stage" --resume "${flags[@]}"
+    negatives=$out/negatives-$([ $stage = 1 ] && echo bm25 || echo mined)
+    "${launch[@]}" finetune_biencoder.py --model "$model" "${texts[@]}" --train "$negatives/train.jsonl" "${dev[@]}" \
+        --output_dir "$out/stage$stage" --resume "${flags[@]}"
     checkpoint=$out/stage$stage$chosen
     "${launch[@]}" encode.py --model "$checkpoint" --input "$queries" --kind query --output_dir "$out/queries$stage"
     "${launch[@]}" encode.py --model "$checkpoint" --input "$corpus" --kind passage --output_dir "$out/corpus$stage"
     vectors=(--queries_embeddings "$out/queries$stage" --corpus_embeddings "$out/corpus$stage")
-    "${launch[@]}" evaluate.py "${vectors[@]}" --qrels "$data"/qrels/test*.tsv --compare "$out/evaluation-bm25/run.trec" \
-        --output_dir "$out/evaluation-stage$stage"
+    "${launch[@]}" evaluate.py "${vectors[@]}" --qrels "$data"/qrels/test*.tsv \
+        --compare "$out/evaluation-bm25/run.trec" --output_dir "$out/evaluation-stage$stage"
     if [ $stage = 1 ]; then
-        "${launch[@]}" mine_negatives.py "${vectors[@]}" --corpus "$corpus" --qrels "$data/qrels/train.tsv" --depth 200 \
-            --output_dir "$out/negatives-mined"
+        "${launch[@]}" mine_negatives.py "${vectors[@]}" --corpus "$corpus" --qrels "$data/qrels/train.tsv" \
+            --depth 200 --output_dir "$out/negatives-mined"
     fi
 done

@@ -70,6 +70,9 @@ def tiny_collection(tmp_path_factory):
     (folder / "negatives.tsv").write_text(
         "".join(f"{qid}\t{','.join(pids)}\n" for qid, pids in negatives)
     )
+    positives = {qid: [pid for q, pid in qrels if q == qid] for qid, _ in queries}
+    rows = [{"qid": qid, "pos": positives[qid], "neg": pids} for qid, pids in negatives]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "candidates.trec").write_text("\n".join(candidates) + "\n")
     return SimpleNamespace(
         folder=folder,
@@ -77,6 +80,7 @@ def tiny_collection(tmp_path_factory):
         queries=folder / "queries.tsv",
         qrels=folder / "qrels.tsv",
         negatives=folder / "negatives.tsv",
+        train=folder / "train.jsonl",
         candidates=folder / "candidates.trec",
     )
 

@@ -1,4 +1,4 @@
-"""pytest tests/test_ance.py — finetune_biencoder.py on triples, refreshed negatives, documents and weighted groups."""
+"""pytest tests/test_ance.py — finetune_biencoder.py on refreshed training files, documents and weighted groups."""
 
 import itertools
 import json
@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib.files import read_negatives, read_qrels, write_negatives
-from lib.generations import publish
+from lib.files import read_training_file, write_json, write_training_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,7 +19,7 @@ def train(script, tiny_collection, tiny_model_dir, tmp_path):
     """train(*flags, name=value, ...) -> the folder of a finished run of some seconds; name=None leaves a flag out."""
 
     def run(*flags, fails=False, **changes):
-        files = {name: getattr(tiny_collection, name) for name in ("corpus", "queries", "qrels")}
+        files = {name: getattr(tiny_collection, name) for name in ("corpus", "queries", "train")}
         texts = {
             "model": tiny_model_dir,
             "pooling": "cls",
@@ -65,93 +64,47 @@ def same(one, other, atol=0.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# warm-up
-
-
-@pytest.mark.parametrize("kind", ["texts", "ids"])
-def test_warm_up_on_triples_resumes_where_it_was(
-    kind, train, tiny_collection, tmp_path, monkeypatch
-):
-    """The stream is read again up to the step; texts and ids of the same passages train the same model."""
-    corpus = {r["_id"]: r for r in map(json.loads, tiny_collection.corpus.read_text().splitlines())}
-    queries = dict(line.split("\t") for line in tiny_collection.queries.read_text().splitlines())
-    negatives = dict(read_negatives(tiny_collection.negatives))
-    rows = [
-        (q, p, n)
-        for q, judged in read_qrels(tiny_collection.qrels).items()
-        for p in judged
-        for n in negatives[q]
-    ]
-    if kind == "texts":
-        rows = [(queries[q], corpus[p]["text"], corpus[n]["text"]) for q, p, n in rows]
-    (tmp_path / "triples.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
-    how = {
-        "triples": tmp_path / "triples.tsv",
-        "qrels": None,
-        "negatives": None,
-        "optimizer": "lamb",
-    }
-    how |= {"weight_decay": 0.0, "title": "none", "learning_rate": 1e-2, "projection": 8}
-    if kind == "texts":
-        how |= {"corpus": None, "queries": None}
-    whole = train(**how, output_dir=tmp_path / "whole")
-    import lib.launch
-
-    saved = []
-
-    def stop(*args):
-        lib_save(*args)
-        saved.append(args[1])
-        if len(saved) == 2:
-            raise KeyboardInterrupt
-
-    lib_save = lib.launch.save_state
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(lib.launch, "save_state", stop)
-        train(**how)
-    assert saved == [4, 8]
-    same(whole, train("--resume", **how))
-    assert all(0 < line["loss"] < 5 for line in log_of(whole))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # refreshed negatives
+
+
+def rows_of(collection):
+    return [row for _, row in read_training_file(collection.train)]
 
 
 def generations(folder, collection, *steps):
     """One generation per step: the n-th has two negatives of every query, and skips every third one."""
-    listed = list(read_negatives(collection.negatives))
+    before = len(list(folder.glob("generation-*")))
     for number, step in enumerate(steps):
-        part = [
-            (q, pids[number : number + 2])
-            for at, (q, pids) in enumerate(listed)
+        path = folder / f"generation-{before + number + 1:04d}"
+        rows = [
+            row._replace(neg=row.neg[number : number + 2])
+            for at, row in enumerate(rows_of(collection))
             if at % 3 != number
         ]
-        write_negatives(folder / f"n{number}.tsv", part)
-        publish(folder / "generations", folder / f"n{number}.tsv", {"step": step})
+        write_training_file(path / "train.jsonl", rows)
+        write_json(path / "manifest.json", {"step": step})
 
 
 def test_the_newest_generation_of_its_own_past_is_used_and_a_resume_replays_it(
-    train, tiny_collection, tmp_path, monkeypatch
+    train, tiny_collection, tmp_path
 ):
-    generations(tmp_path, tiny_collection, 0, 3, 9)
-    how = {"negatives_dir": tmp_path / "generations", "refresh_every": 2, "keep_checkpoints": 2}
+    folder = tmp_path / "generations"
+    generations(folder, tiny_collection, 0, 3, 9)
+    how = {"train": folder, "log_every": 2}
     whole = train(**how, output_dir=tmp_path / "whole")
     steps = [(line["step"], line["generation"], line["lag"]) for line in log_of(whole)]
-    assert steps == [
-        (s, *((1, s) if s <= 4 else (2, s - 3) if s <= 10 else (3, s - 9))) for s in range(1, 13)
-    ]
+    expected = [(2, 1, 2), (4, 1, 4), (6, 2, 3), (8, 2, 5), (10, 2, 7), (12, 3, 3)]
+    assert steps == expected
     assert (whole / "generations.tsv").read_text() == "0\t1\n2\t1\n4\t2\n6\t2\n8\t2\n10\t3\n"
     names = sorted(path.name for path in (whole / "checkpoints").iterdir())
     assert names == ["checkpoint-00000004", "checkpoint-00000008"]
     assert (whole / "checkpoints" / names[0] / "modules.json").is_file()
 
-    shutil.copytree(
-        whole, tmp_path / "out"
-    )  # as a run that was killed after step 11, with its last state of step 8
+    # as a run that was killed after step 11, with its last state of step 8
+    shutil.copytree(whole, tmp_path / "out")
     for name in ("done", "model.safetensors"):
         (tmp_path / "out" / name).unlink()
-    generations(tmp_path, tiny_collection, 9, 9)  # which did not exist when the first run looked
+    generations(folder, tiny_collection, 9, 9)  # which did not exist when the first run looked
     again = train("--resume", **how)
     same(whole, again)
     assert [line["generation"] for line in log_of(again)] == [g for _, g, _ in steps]
@@ -159,19 +112,16 @@ def test_the_newest_generation_of_its_own_past_is_used_and_a_resume_replays_it(
     assert log_of(new)[-1]["generation"] == 5
 
 
-def test_queries_that_were_not_mined_are_left_out(train, tiny_collection, tmp_path, capfd):
-    generations(tmp_path, tiny_collection, 0)
-    asked = train(negatives_dir=tmp_path / "generations", max_steps=3)
-    assert json.loads((asked / "args.json").read_text())["arguments"]["negatives"] is None
-    errors = train(fails=True, negatives_dir=tmp_path / "nothing", output_dir=tmp_path / "x")
-    assert (
-        "no generation of negatives for step 0 — publish one" in errors
-        and not (tmp_path / "x").exists()
-    )
-    errors = train(
-        fails=True, negatives_dir=tmp_path / "generations", max_steps=0, output_dir=tmp_path / "x"
-    )
-    assert "have no epochs — give --max_steps" in errors
+def test_a_folder_without_a_generation_and_epochs_of_generations_are_refused(
+    train, tiny_collection, tmp_path
+):
+    (tmp_path / "nothing").mkdir()
+    errors = train(fails=True, train=tmp_path / "nothing", output_dir=tmp_path / "x")
+    assert "no generation of training data for step 0 — publish one" in errors
+    assert not (tmp_path / "x").exists()
+    generations(tmp_path / "generations", tiny_collection, 0)
+    how = {"train": tmp_path / "generations", "max_steps": None, "output_dir": tmp_path / "x"}
+    assert "has no fixed number of examples — give --max_steps" in train(fails=True, **how)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,10 +131,10 @@ def test_queries_that_were_not_mined_are_left_out(train, tiny_collection, tmp_pa
 @pytest.fixture
 def clusters(tiny_collection, tmp_path):
     """Three groups, one of a single query."""
-    qids = list(read_qrels(tiny_collection.qrels))
-    rows = [(qid, 0 if at == 0 else 1 + at % 2) for at, qid in enumerate(qids)]
-    (tmp_path / "clusters.tsv").write_text("".join(f"{qid}\t{cluster}\n" for qid, cluster in rows))
-    return {"clusters": tmp_path / "clusters.tsv", "negatives": tiny_collection.negatives}
+    rows = rows_of(tiny_collection)
+    clustered = [r._replace(cluster=0 if at == 0 else 1 + at % 2) for at, r in enumerate(rows)]
+    write_training_file(tmp_path / "clusters.jsonl", clustered)
+    return {"train": tmp_path / "clusters.jsonl"}
 
 
 def without_dropout(model, folder):
@@ -200,11 +150,7 @@ def without_dropout(model, folder):
 def test_two_processes_weight_groups_like_one(
     kind, train, clusters, tiny_model_dir, tmp_path, two_processes
 ):
-    how = clusters | {
-        "model": without_dropout(tiny_model_dir, tmp_path / "model"),
-        "dro": kind,
-        "dro_layers": 1,
-    }
+    how = clusters | {"model": without_dropout(tiny_model_dir, tmp_path / "model"), "dro": kind}
     how |= {"max_steps": 6, "dro_ema": 0.5, "dro_rho": 0.5, "learning_rate": 1e-4}
     one = train(**how, per_device_batch_size=8, output_dir=tmp_path / "one")
     weights = [line["group_weights"] for line in log_of(one)]
@@ -231,13 +177,7 @@ def test_two_processes_weight_groups_like_one(
 
 
 def test_weights_survive_a_resume(train, clusters, tmp_path):
-    how = clusters | {
-        "dro": "idro",
-        "dro_form": "paper",
-        "dro_eps": 0.0,
-        "dro_rho": 1.0,
-        "dro_layers": 2,
-    }
+    how = clusters | {"dro": "idro", "dro_eps": 0.0, "dro_rho": 1.0}
     how |= {"gradient_accumulation_steps": 2, "loss": "own_group"}
     whole = train(**how, output_dir=tmp_path / "whole")
     shutil.copytree(whole, tmp_path / "out")
@@ -251,18 +191,9 @@ def test_weights_survive_a_resume(train, clusters, tmp_path):
 
 def test_dro_is_refused_where_no_loss_belongs_to_a_query(train, clusters, tmp_path):
     for changes in ({"loss": "info_nce"}, {"chunk_size": 4}, {"head": "sparse", "pooling": None}):
-        assert "--dro: no loss belongs to one query" in train(
-            fails=True, **clusters | {"dro": "idro"} | changes
-        )
-    assert "give it with --clusters, or neither" in train(
-        fails=True, dro="idro", negatives=clusters["negatives"]
-    )
-    assert "--dro_layers 9: the model has 2 layers" in train(
-        fails=True, dro="idro", dro_layers=9, **clusters
-    )
-    lines = clusters["clusters"].read_text().splitlines()
-    clusters["clusters"].write_text("\n".join(lines[:-2]) + "\n")
-    assert "no cluster for query" in train(fails=True, dro="greedy", **clusters)
+        errors = train(fails=True, **clusters | {"dro": "idro"} | changes)
+        assert "--dro needs a loss of each query alone" in errors
+    assert "it has no clusters — add them" in train(fails=True, dro="idro")
     assert not (tmp_path / "out").exists()
 
 
@@ -272,12 +203,7 @@ def test_dro_is_refused_where_no_loss_belongs_to_a_query(train, clusters, tmp_pa
 
 def test_documents_train_by_their_best_chunk(train, script, tiny_collection, tmp_path):
     """What a run measures while it trains is what encode.py and evaluate.py find afterwards."""
-    how = {
-        "max_chunks": 3,
-        "max_passage_length": 16,
-        "negatives": tiny_collection.negatives,
-        "title": "sep",
-    }
+    how = {"max_chunks": 3, "max_passage_length": 16, "title": "sep"}
     files = {
         "queries": tiny_collection.queries,
         "qrels": tiny_collection.qrels,

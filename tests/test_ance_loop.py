@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from lib.files import read_negatives, read_qrels
+from lib.files import read_qrels, read_training_file
 from lib.generations import read_generations
 from lib.texts import open_texts
 
@@ -41,7 +41,7 @@ def call(script, *flags):
 
 @pytest.fixture
 def collection(tmp_path):
-    """The documentation of numpy, 600 passages, laid out for recipes/ance.sh; and triples with BM25 negatives."""
+    """The documentation of numpy, 600 passages, laid out for recipes/ance.sh; and BM25 negatives."""
     docs, data = tmp_path / "docs", tmp_path / "data"
     roots = ["--roots", Path(numpy.__file__).parent, "--eval_queries", 60, "--max_passages", 600]
     call("-m recipes.python_docs", *roots, "--output_dir", docs)
@@ -53,11 +53,6 @@ def collection(tmp_path):
     files = ["--queries", data / "queries.train.jsonl", "--corpus", data / "corpus.jsonl"]
     files += ["--qrels", data / "qrels.train.tsv", "--output_dir", tmp_path / "bm25", "--depth", 5]
     call("mine_negatives.py", "--bm25", *files)
-    qrels = read_qrels(data / "qrels.train.tsv")
-    mined = read_negatives(tmp_path / "bm25" / "negatives.tsv")
-    rows = [f"{qid}\t{next(iter(qrels[qid]))}\t{pid}\n" for qid, pids in mined for pid in pids]
-    random.Random(0).shuffle(rows)
-    (tmp_path / "triples.tsv").write_text("".join(rows))
     return data
 
 
@@ -132,8 +127,10 @@ def test_killed_over_and_over_it_ends_with_three_refreshes_and_nothing_half_read
         tiny_model_dir,
         "--pooling",
         "cls",
-        "--triples",
-        tmp_path / "triples.tsv",
+        "--train",
+        tmp_path / "bm25" / "train.jsonl",
+        "--passages_per_query",
+        2,
         *files,
         *texts,
     ]
@@ -150,18 +147,8 @@ def test_killed_over_and_over_it_ends_with_three_refreshes_and_nothing_half_read
 
     half = out / "generations" / "generation-9999"  # of a miner that died, had it no temporary name
     half.mkdir(parents=True)
-    (half / "negatives.tsv").write_text("nobody\tnothing\n")
-    how = [
-        *texts,
-        "--max_steps",
-        STEPS,
-        "--refresh_every",
-        10,
-        "--learning_rate",
-        0.001,
-        "--passages_per_query",
-        3,
-    ]
+    (half / "train.jsonl").write_text("nobody\tnothing\n")
+    how = [*texts, "--max_steps", STEPS, "--learning_rate", 0.001, "--passages_per_query", 3]
     miner = Side("mine", [collection, tmp_path / "warm", out], tmp_path)
     trainer = Side("train", [collection, tmp_path / "warm", out, *how, "--log_every", 10], tmp_path)
 
@@ -210,22 +197,19 @@ def test_killed_over_and_over_it_ends_with_three_refreshes_and_nothing_half_read
     assert found[0].step == 0 and all(
         a.step < b.step for a, b in zip(found, found[1:], strict=False)
     )
-    qrels, corpus = (
-        read_qrels(collection / "qrels.train.tsv"),
-        open_texts(collection / "corpus.jsonl"),
-    )
-    mined = [dict(read_negatives(g.negatives)) for g in found]
-    for negatives in mined:
-        assert negatives and all(
-            set(pids).isdisjoint(qrels[qid]) for qid, pids in negatives.items()
-        )
+    qrels = read_qrels(collection / "qrels.train.tsv")
+    corpus = open_texts(collection / "corpus.jsonl")
+    mined = [{row.qid: row for _, row in read_training_file(g.train)} for g in found]
+    for rows in mined:
+        assert rows and all(set(row.neg).isdisjoint(qrels[qid]) for qid, row in rows.items())
         assert all(
-            0 < len(pids) <= 8 and (corpus.rows(pids) >= 0).all() for pids in negatives.values()
+            len(row.neg) <= 8 and set(row.pos) == set(qrels[row.qid]) for row in rows.values()
         )
+        assert all((corpus.rows([*row.pos, *row.neg]) >= 0).all() for row in rows.values())
     assert not mined[0].keys() & mined[1].keys() and mined[0].keys() == mined[2].keys(), (
         "slices take turns"
     )
-    manifest = json.loads((found[1].negatives.parent / "manifest.json").read_text())
+    manifest = json.loads((found[1].train.parent / "manifest.json").read_text())
     assert manifest["step"] == found[1].step and manifest["dev"].keys() == {
         "RR@10",
         "nDCG@10",

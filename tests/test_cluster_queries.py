@@ -1,4 +1,6 @@
-"""pytest tests/test_cluster_queries.py — blobs are found, nearest centroids, the same bytes, refusals."""
+"""Clusters of queries: blobs are found, nearest centroids, the same bytes, refusals.
+
+pytest tests/test_cluster_queries.py"""
 
 import json
 import sys
@@ -10,7 +12,7 @@ from accelerate.state import AcceleratorState
 from scipy.sparse import csr_matrix
 
 from lib.embeddings import Embeddings, finish_embeddings, write_shard
-from lib.files import UserError, read_clusters
+from lib.files import TrainingRow, UserError, read_training_file, write_training_file
 from lib.texts import open_texts
 from recipes import cluster_queries
 from recipes.cluster_queries import kmeans
@@ -41,6 +43,14 @@ def store(folder, vectors, shard_rows=17, **meta):
     return folder
 
 
+def training_file(path, count, **more):
+    """Rows of q0, q1, ..., the last one first; q0 has `more`."""
+    rows = [TrainingRow(f"q{row}", [f"p{row}", "a,b"], [f"n{row}"]) for row in range(count)]
+    rows[0] = rows[0]._replace(**more)
+    write_training_file(path, rows[::-1])
+    return path
+
+
 def call(monkeypatch, **flags):
     AcceleratorState._reset_state(reset_partial_state=True)
     words = [str(w) for name, value in flags.items() for w in (f"--{name}", value)]
@@ -62,7 +72,7 @@ def test_blobs_are_found_and_numbered_by_size():
 
 
 def test_every_query_goes_to_the_nearest_of_the_best_centroids(monkeypatch):
-    """The centroids are faiss'; distances and the choice among them are computed here pair by pair."""
+    """The centroids are faiss'; distances and the choice among them are computed here in pairs."""
     seen = []
     monkeypatch.setattr(
         faiss, "Kmeans", lambda *a, _new=faiss.Kmeans, **k: seen.append(_new(*a, **k)) or seen[-1]
@@ -117,7 +127,10 @@ def test_end_to_end(tmp_path, monkeypatch, capfd, dtype):
     folder = store(
         tmp_path / "q", vectors.astype(dtype), input_fingerprint=open_texts(texts).fingerprint
     )
+    scores = {"pos_scores": [2.5, 1], "neg_scores": [0.5], "cluster": 9}
+    train = training_file(tmp_path / "t.jsonl", len(of), **scores)
     flags = {
+        "train": train,
         "queries_embeddings": folder,
         "queries": texts,
         "clusters": len(SIZES),
@@ -127,8 +140,12 @@ def test_end_to_end(tmp_path, monkeypatch, capfd, dtype):
     call(monkeypatch, **flags, output_dir=tmp_path / "a")
     out, err = capfd.readouterr()
     assert "4 clusters of 40 to 3 queries" in out and "trained on" in out and not err
-    found = list(read_clusters(tmp_path / "a" / "clusters.tsv"))
-    assert found == [(f"q{row}", blob) for row, blob in enumerate(of)]
+    before = [row for _, row in read_training_file(train)]
+    after = [row for _, row in read_training_file(tmp_path / "a" / "train.jsonl")]
+    assert after == [
+        row._replace(cluster=of[number])
+        for row, number in zip(before, range(79, -1, -1), strict=True)
+    ]
     lines = (tmp_path / "a" / "summary.txt").read_text().splitlines()
     assert len(lines) == 4 * 3 and lines[0].startswith(
         "cluster 0: 40 queries, 50.00%, mean distance "
@@ -149,7 +166,7 @@ def test_end_to_end(tmp_path, monkeypatch, capfd, dtype):
 
     # the same bytes; complete; other arguments; begun anew where meta.json is missing
     call(monkeypatch, **flags, output_dir=tmp_path / "b")
-    names = ["clusters.tsv", "summary.txt", "meta.json"]
+    names = ["train.jsonl", "summary.txt", "meta.json"]
     assert all(
         (tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names
     )
@@ -158,7 +175,7 @@ def test_end_to_end(tmp_path, monkeypatch, capfd, dtype):
     with pytest.raises(UserError, match="made with --seed 42, now 43"):
         call(monkeypatch, **flags, seed=43, output_dir=tmp_path / "a")
     (tmp_path / "b" / "meta.json").unlink()
-    (tmp_path / "b" / "clusters.tsv").unlink()
+    (tmp_path / "b" / "train.jsonl").unlink()
     call(monkeypatch, **flags, output_dir=tmp_path / "b")
     assert all(
         (tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names
@@ -169,7 +186,7 @@ def test_end_to_end(tmp_path, monkeypatch, capfd, dtype):
         input_fingerprint=open_texts(texts).fingerprint,
         model_hash="other",
     )
-    with pytest.raises(UserError, match="of other embeddings than .* holds now — remove"):
+    with pytest.raises(UserError, match="it was made with embeddings .* or remove the folder"):
         call(monkeypatch, **flags, output_dir=tmp_path / "a")
 
 
@@ -177,6 +194,7 @@ def test_without_texts_the_summary_has_ids(tmp_path, monkeypatch):
     vectors, of = blobs()
     call(
         monkeypatch,
+        train=training_file(tmp_path / "t.jsonl", len(of)),
         queries_embeddings=store(tmp_path / "q", vectors),
         clusters=4,
         output_dir=tmp_path / "out",
@@ -188,6 +206,10 @@ def test_without_texts_the_summary_has_ids(tmp_path, monkeypatch):
 def test_refusals(tmp_path, monkeypatch, tiny_collection):
     vectors, _ = blobs()
     broken, same = vectors.copy(), np.ones_like(vectors)
+    train = training_file(tmp_path / "t.jsonl", len(vectors))
+    more = training_file(tmp_path / "more.jsonl", len(vectors) + 1)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
     broken[5, 2] = np.nan
     for name, what, meta in (
         ("dense", vectors, {}),
@@ -204,16 +226,20 @@ def test_refusals(tmp_path, monkeypatch, tiny_collection):
             {"clusters": 9, "sample": 8},
             "--clusters 9: more than the 8 queries .* give fewer",
         ),
-        ("dense", {"clusters": 1}, "--clusters 1: at least 2"),
-        ("dense", {"niter": 0}, "--niter 0: at least 1"),
+        ("dense", {"clusters": 1}, "--clusters 1 — give .* at least 2"),
+        ("dense", {"niter": 0}, "--niter 0 — give .* at least 1"),
         ("dense", {"queries": tiny_collection.queries}, "not the embeddings of .*queries.tsv"),
         ("passages", {}, "embeddings of kind passage — give those of queries"),
         ("sparse", {}, "sparse vectors, k-means needs dense ones"),
         ("broken", {}, "the vector of q5 is not finite"),
         ("same", {}, "--clusters 3: 2 of them are empty, too few vectors differ"),
         ("none", {}, "no such folder"),
+        ("dense", {"train": more}, "more.jsonl:1: query q80 has no vector in .*dense — encode"),
+        ("dense", {"train": tmp_path / "none.jsonl"}, "none.jsonl: no such file"),
+        ("dense", {"train": empty}, "empty.jsonl: no query in it"),
     ):
         flags = {
+            "train": train,
             "queries_embeddings": tmp_path / name,
             "clusters": 3,
             "output_dir": tmp_path / "out",
@@ -222,7 +248,7 @@ def test_refusals(tmp_path, monkeypatch, tiny_collection):
             call(monkeypatch, **flags)
         assert (
             not (tmp_path / "out" / "meta.json").exists()
-            and not (tmp_path / "out" / "clusters.tsv").exists()
+            and not (tmp_path / "out" / "train.jsonl").exists()
         )
         (tmp_path / "out" / "args.json").unlink(missing_ok=True)
 
@@ -236,16 +262,13 @@ def test_embeddings_that_encode_wrote(
     )
     assert done[0] == 0, done[2]
     flags = {
+        "train": training_file(tmp_path / "t.jsonl", 20),
         "queries_embeddings": tmp_path / "q",
         "queries": tiny_collection.queries,
         "clusters": 4,
     }
     call(monkeypatch, **flags, output_dir=tmp_path / "out")
-    found = dict(read_clusters(tmp_path / "out" / "clusters.tsv"))
-    assert sorted(found) == sorted(f"q{n}" for n in range(20)) and set(found.values()) == {
-        0,
-        1,
-        2,
-        3,
-    }
+    found = [row for _, row in read_training_file(tmp_path / "out" / "train.jsonl")]
+    assert [row.qid for row in found] == [f"q{n}" for n in range(19, -1, -1)]
+    assert {row.cluster for row in found} == {0, 1, 2, 3}
     assert "what about" in (tmp_path / "out" / "summary.txt").read_text()

@@ -28,11 +28,8 @@ class Encoder(nn.Module):
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
 
-    def forward(self, queries, passages):
-        return [
-            None if side is None else torch.cat([self.layers(x) for x in side])
-            for side in (queries, passages)
-        ]
+    def forward(self, query, passage):
+        return [None if texts is None else self.layers(texts) for texts in (query, passage)]
 
 
 def world_batch(micro_step, queries):
@@ -73,15 +70,16 @@ def train_step(accelerator, loss_name, chunked):
             ).mean(), {}
 
         with accelerator.accumulate(model):
-            loss, _ = contrastive_backward(
-                accelerator,
-                model,
-                q[mine].split(2),
-                p[groups].split(5),
-                loss_fn,
-                seed=0,
-                chunked=chunked,
-            )
+            if chunked:
+                sides = {
+                    "query": {"chunks": q[mine].split(2), "order": torch.arange(batch)},
+                    "passage": {"chunks": p[groups].split(5), "order": torch.arange(batch * P)},
+                }
+                loss, _ = contrastive_backward(accelerator, model, sides, loss_fn, seed=0)
+            else:
+                loss, _ = loss_fn(*model(q[mine], p[groups]))
+                accelerator.backward(loss)
+                loss = loss.detach()
     assert accelerator.sync_gradients
     return all_gather(loss[None]).mean(), torch.cat([p.grad.flatten() for p in model.parameters()])
 

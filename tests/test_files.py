@@ -26,17 +26,21 @@ def put(path, text, compress=False):
     return path
 
 
-CORPUS = [("7", "Ants", "Ants sleep."), ("9", "", "Bees fly."), ("x-1", "Ünï", "Öl \u2028 line")]
+CORPUS = [
+    ("7", ("Ants",), "Ants sleep."),
+    ("9", (), "Bees fly."),
+    ("x-1", ("Ünï",), "Öl \u2028 line"),
+]
 CORPUS_FORMS = {
     "beir.jsonl": "".join(
-        json.dumps({"_id": i, "title": t, "text": x}) + "\n" for i, t, x in CORPUS
+        json.dumps({"_id": i, "title": "".join(t), "text": x}) + "\n" for i, t, x in CORPUS
     ),
     "tevatron.jsonl.gz": "".join(
-        json.dumps({"docid": i, "title": t, "text": x}) + "\n" for i, t, x in CORPUS
+        json.dumps({"docid": i, "title": "".join(t), "text": x}) + "\n" for i, t, x in CORPUS
     ),
-    "three.tsv": "".join(f"{i}\t{t}\t{x}\n" for i, t, x in CORPUS),
-    "three.tsv.gz": "".join(f"{i}\t{t}\t{x}\r\n" for i, t, x in CORPUS),
-    "bom.tsv": "\ufeff" + "".join(f"{i}\t{t}\t{x}\n" for i, t, x in CORPUS),
+    "three.tsv": "".join(f"{i}\t{''.join(t)}\t{x}\n" for i, t, x in CORPUS),
+    "three.tsv.gz": "".join(f"{i}\t{''.join(t)}\t{x}\r\n" for i, t, x in CORPUS),
+    "bom.tsv": "\ufeff" + "".join(f"{i}\t{''.join(t)}\t{x}\n" for i, t, x in CORPUS),
 }
 
 
@@ -47,7 +51,7 @@ def test_every_corpus_format_gives_the_same_texts(tmp_path, name):
     assert list(texts.stream()) == CORPUS and list(texts.stream(1, 2)) == CORPUS[1:2]
     assert texts[2] == CORPUS[2][1:] and texts.ids([2, 0]) == ["x-1", "7"]
     assert texts.rows(["9", "nowhere", "7"]).tolist() == [1, -1, 0]
-    assert pickle.loads(pickle.dumps(texts))[1] == ("", "Bees fly.")  # as a spawned worker gets it
+    assert pickle.loads(pickle.dumps(texts))[1] == ((), "Bees fly.")  # as a spawned worker gets it
 
 
 def test_documents_keep_their_url_beside_the_title(tmp_path):
@@ -56,32 +60,35 @@ def test_documents_keep_their_url_beside_the_title(tmp_path):
         "D1\thttp://u/1\tAnts\tAnts sleep.\r\nD2\thttp://u/2\t\tBees fly.\r\n",
         compress=True,
     )
-    expected = [("D1", "http://u/1\x1fAnts", "Ants sleep."), ("D2", "http://u/2\x1f", "Bees fly.")]
+    expected = [("D1", ("http://u/1", "Ants"), "Ants sleep."), ("D2", ("http://u/2",), "Bees fly.")]
     assert list(open_texts(tmp_path / "d.tsv.gz").stream()) == expected
-    write_texts(tmp_path / "again.jsonl", expected)
-    assert list(read_texts(tmp_path / "again.jsonl")) == expected
-    with pytest.raises(UserError, match="D3 has neither title nor text"):
-        list(read_texts(put(tmp_path / "empty.tsv", "D3\t\t\t \n")))
+
+
+def test_passages_of_ms_marco_v2_have_their_own_id(tmp_path):
+    record = {"pid": "msmarco_passage_00_0", "passage": "Ants sleep.", "docid": "msmarco_doc_00_0"}
+    put(tmp_path / "v2.jsonl", json.dumps(record) + "\n")
+    assert list(read_texts(tmp_path / "v2.jsonl")) == [("msmarco_passage_00_0", (), "Ants sleep.")]
+
+
+def test_empty_texts_are_kept_and_counted(tmp_path, capsys):
+    rows = '{"_id": "1", "text": "a"}\n{"_id": "2", "title": "", "text": " "}\n{"_id": "3", "text": null}\n'
+    texts = open_texts(put(tmp_path / "c.jsonl", rows))
+    assert len(texts) == 3 and texts[1] == ((), " ") and texts[2] == ((), "")
+    assert "2 texts are empty; they are kept" in capsys.readouterr().out
 
 
 def test_parquet_and_save_to_disk_equal_jsonl(tmp_path):
-    table = datasets.Dataset.from_list([{"_id": i, "title": t, "text": x} for i, t, x in CORPUS])
+    table = datasets.Dataset.from_list(
+        [{"_id": i, "title": "".join(t), "text": x} for i, t, x in CORPUS]
+    )
     table.to_parquet(str(tmp_path / "c.parquet"))
     table.save_to_disk(str(tmp_path / "disk"))
     assert list(read_texts(tmp_path / "c.parquet")) == CORPUS == list(read_texts(tmp_path / "disk"))
 
 
-def test_titles_are_joined_in_any_order(tmp_path):
-    corpus = put(tmp_path / "c.tsv", "1\tone\n2\ttwo\n3\tthree\n")
-    titles = put(tmp_path / "t.tsv", "2\tB\n1\tA\n3\t\n")
-    assert [t for _, t, _ in read_texts(corpus, titles)] == ["A", "B", ""]
-    with pytest.raises(UserError, match="c.tsv:3: 3 has no title"):
-        list(read_texts(corpus, put(tmp_path / "t2.tsv", "2\tB\n1\tA\n")))
-
-
 def test_texts_over_many_batches_and_a_changed_file(tmp_path, monkeypatch):
     monkeypatch.setattr("lib.texts.ROWS_PER_BATCH", 7)
-    rows = [(f"d{i}", "", f"text {i % 13}") for i in range(50)]
+    rows = [(f"d{i}", (), f"text {i % 13}") for i in range(50)]
     write_texts(tmp_path / "c.jsonl.gz", rows)
     texts = open_texts(tmp_path / "c.jsonl.gz")
     for start, stop in ((0, 50), (3, 4), (6, 8), (7, 14), (13, 50), (49, 99), (20, 20)):
@@ -91,7 +98,7 @@ def test_texts_over_many_batches_and_a_changed_file(tmp_path, monkeypatch):
         set(texts.text_keys.tolist())
     ) == 13
     fingerprint = texts.fingerprint
-    write_texts(tmp_path / "c.jsonl.gz", rows[:-1] + [("d49", "", "other")])
+    write_texts(tmp_path / "c.jsonl.gz", rows[:-1] + [("d49", (), "other")])
     os.utime(tmp_path / "c.jsonl.gz", ns=(1, 1))
     assert open_texts(tmp_path / "c.jsonl.gz").fingerprint != fingerprint
 
@@ -116,13 +123,15 @@ def test_qrels_are_told_apart_by_shape(tmp_path, width):
 
 
 BAD_QRELS = {
-    "a run as qrels": ("q1 Q0 7 1 3.2 tag\n", ":1: 6 columns, a run"),
+    "a run as qrels": ("q1 Q0 7 1 3.2 tag\n", ":1: 6 columns are a run"),
     "three columns without header": ("q1\t7\t1\n", ":1: 3 columns without BEIR's header"),
     "a negatives file": ("q1\t7,8,9\n", ":1: several passages"),
-    "a grade that is no number": ("q1 0 7 yes\n", ":1: relevance 'yes'"),
+    "a grade that is no number": ("q1 0 7 yes\n", ":1: the grade 'yes' is not"),
+    "a grade of 0.9": ("q1 0 7 0.9\n", ":1: the grade '0.9' is not an integer"),
+    "a grade without end": ("q1 0 7 1.0e999\n", ":1: the grade '1.0e999' is not"),
     "columns that change": ("q1 0 7 1\nq1 7\n", ":2: 2 columns after lines of 4"),
     "two grades": ("q1 0 7 1\nq1 0 7 2\n", ":2: q1 7 is judged twice"),
-    "nothing": ("", ": no judgments"),
+    "nothing": ("", ": the file has no judgments"),
 }
 
 
@@ -136,16 +145,12 @@ BAD_CORPORA = {
     "broken JSON": ('{"_id": "1", "text": "a"}\n{"_id": "2", "text": \n', ":2: not JSON"),
     "no id": ('{"text": "a"}\n', ":1: no field for an id"),
     "no text": ('{"_id": "1", "body_text": "a"}\n', ":1: no field for a text"),
-    "empty text": (
-        '{"_id": "1", "text": "a"}\n{"_id": "2", "title": "", "text": " "}\n',
-        ":2: 2 has neither title nor text",
-    ),
     "text is a list": ('{"_id": "1", "text": ["a"]}\n', ":1: title and text must be strings"),
     "one column": ("1 a\n", ":1: 1 columns"),
     "columns that change": ("1\ta\n2\tb\tc\n", ":2: 3 columns after lines of 2"),
     "an id with a blank": ("1 2\ta\n", ":1: the id '1 2'"),
     "an id twice": ("1\ta\n2\tb\n1\tc\n", ": entries 1 and 3 have the same id 1"),
-    "empty": ("\n", ": no text in it"),
+    "empty": ("\n", ": the file has no texts"),
 }
 
 
@@ -168,24 +173,6 @@ def test_damaged_files(tmp_path):
     for missing in ("missing.jsonl", str(tmp_path / "missing")):
         with pytest.raises(UserError, match="no such file"):
             open_texts(missing)
-
-
-def test_negatives_runs_candidates_triples(tmp_path):
-    tsv = put(tmp_path / "n.tsv", "q1\t9,4,9,12\nq2\t\n")
-    assert list(files.read_negatives(tsv)) == [("q1", ["9", "4", "12"]), ("q2", [])]
-    run = put(tmp_path / "r.trec", "q1 Q0 4 2 1.5 t\nq1 Q0 9 1 2.5 t\nq2 Q0 3 1 0.5 t\n")
-    assert list(files.read_negatives(run)) == [("q1", ["9", "4"]), ("q2", ["3"])]
-    assert list(files.read_triples(put(tmp_path / "t", "a b\tc d\te f\n"))) == [
-        ("a b", "c d", "e f")
-    ]
-    assert list(files.read_id_triples(put(tmp_path / "i", "1\t2\t3\r\n"))) == [("1", "2", "3")]
-    assert list(files.read_scores(put(tmp_path / "s", "q1\t7\t[0.5]\nq1 8 -1e-2\n"))) == [
-        ("q1", "7", 0.5),
-        ("q1", "8", -0.01),
-    ]
-    assert list(files.read_clusters(put(tmp_path / "k", "q1\t3\n"))) == [("q1", 3)]
-    with pytest.raises(UserError, match="s2:1: score 'nan'"):
-        list(files.read_scores(put(tmp_path / "s2", "q1 8 nan\n")))
 
 
 TRAINING = """{"qid": "q,1", "pos": ["7"], "neg": ["9", "4"], "pos_scores": [9.5], "neg_scores": [8.5, 2]}
@@ -220,9 +207,9 @@ def test_shapes_of_runs(tmp_path, text, expected):
         ("q1\t7\tx\ty\nq1\t7\n", "run:2: 2 columns after lines of 4"),
         ("q1 7 1\nq1 7\n", "run:2: 2 columns"),
         ("q1\t7,,8\n", "run:1: a passage id in the list is empty"),
-        ("q1 Q0 7 1 nan t\n", "run:1: score 'nan'"),
+        ("q1 Q0 7 1 nan t\n", "run:1: the score 'nan'"),
         ("", "the run is empty"),
-        (TRAINING + '{"qid": "q2", "pos": ["3"]}\n', "run:3: query q2 has two lines"),
+        (TRAINING + '{"qid": "q2", "pos": ["3"]}\n', "run:3: query q2 has a line already"),
         (TRAINING + '{"qid": "q3", "pos": []}\n', "run:3: "),
         (TRAINING + '{"qid": "q3", "pos": ["1"], "pos_scores": [1, 2]}\n', "run:3: "),
         (TRAINING + '{"qid": "q3", "pos": ["1"], "pos_scores": [NaN]}\n', "run:3: "),
@@ -234,13 +221,6 @@ def test_runs_that_are_refused(tmp_path, text, message):
         files.read_run(put(tmp_path / "run", text))
 
 
-def test_training_files_come_back(tmp_path):
-    rows = [row for _, row in files.read_training_file(put(tmp_path / "t", TRAINING))]
-    assert rows[0].neg_scores == [8.5, 2] and rows[1].neg == [] and rows[1].cluster == 4
-    files.write_training_file(tmp_path / "u.gz", rows)
-    assert [row for _, row in files.read_training_file(tmp_path / "u.gz")] == rows
-
-
 def test_what_is_written_comes_back(tmp_path):
     scores = np.float32([3.1415927, 1e-30, -2.5])
     files.write_run(tmp_path / "run", [("q1", ["a", "b", "c"], scores)])
@@ -249,8 +229,12 @@ def test_what_is_written_comes_back(tmp_path):
     qrels = {"q": {"a": 1, "b": 0}}
     files.write_qrels(tmp_path / "qrels", qrels)
     assert files.read_qrels(tmp_path / "qrels") == qrels
-    files.write_negatives(tmp_path / "n.gz", [("q", ["a", "b"])])
-    assert list(files.read_negatives(tmp_path / "n.gz")) == [("q", ["a", "b"])]
+    rows = [
+        files.TrainingRow("q1", ["a,1", "b"], ["c"], [1.5, 2.0], [0.25], 3),
+        files.TrainingRow("q2", ["d"]),
+    ]
+    files.write_training_file(tmp_path / "t.jsonl.gz", rows)
+    assert list(files.read_training_file(tmp_path / "t.jsonl.gz")) == [(1, rows[0]), (2, rows[1])]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -1,12 +1,14 @@
 """pytest tests/test_groups.py — groups of a query, a positive and negatives: what is drawn, refused, filled."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
-from lib.dev import open_dev, rerank
-from lib.files import UserError, read_negatives, read_qrels, write_scores
-from lib.groups import GroupCollator, Groups, preview
+from lib.dev import DevSet
+from lib.files import UserError, read_qrels, read_training_file
+from lib.groups import GroupCollator, Groups, TrainingFile, preview
 from lib.loader import StepSampler
 from lib.optim import parameter_groups
 from lib.text import TextFormat
@@ -15,23 +17,21 @@ from lib.texts import open_texts
 
 @pytest.fixture
 def texts(tmp_path):
-    """Three queries, ten passages; p9 has the text of p0."""
+    """Three queries, ten passages; p9 has the text of p0; the id of the last has a comma."""
     (tmp_path / "queries.tsv").write_text("q0\tfirst\nq1\tsecond\nq2\tthird\n")
     bodies = [f"passage number {number}" for number in range(9)] + ["passage number 0"]
-    (tmp_path / "corpus.tsv").write_text(
-        "".join(f"p{number}\t{body}\n" for number, body in enumerate(bodies))
-    )
+    rows = [f"p{number}\t{body}\n" for number, body in enumerate(bodies)]
+    (tmp_path / "corpus.tsv").write_text("".join([*rows, "p,10\tanother\n"]))
     return open_texts(tmp_path / "queries.tsv"), open_texts(tmp_path / "corpus.tsv")
 
 
-def write(path, text):
-    path.write_text(text)
+def write(path, *rows):
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return path
 
 
-@pytest.fixture
-def qrels(tmp_path):
-    return write(tmp_path / "qrels.tsv", "q0 0 p0 1\nq0 0 p1 2\nq0 0 p2 0\nq1 0 p1 1\nq2 0 p3 1\n")
+def row(qid, pos, neg=(), **more):
+    return {"qid": qid, "pos": pos.split(), "neg": list(neg.split() if neg else ()), **more}
 
 
 @pytest.fixture
@@ -39,38 +39,31 @@ def tiny(tiny_collection, tiny_model_dir):
     from transformers import AutoTokenizer
 
     queries, corpus = open_texts(tiny_collection.queries), open_texts(tiny_collection.corpus)
-    groups = Groups(
-        queries,
-        corpus,
-        tiny_collection.qrels,
-        tiny_collection.negatives,
-        passages_per_query=4,
-        seed=3,
-    )
+    file = TrainingFile(tiny_collection.train, queries, corpus)
+    groups = Groups(file, num_negatives=3, depth=200, seed=3)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    return groups, GroupCollator(
-        groups, tokenizer, TextFormat(max_query_length=16, max_passage_length=32), 5
-    )
+    form = TextFormat(max_query_length=16, max_passage_length=32)
+    return groups, GroupCollator(groups, tokenizer, form, 5)
 
 
 def draws(groups, steps, start=0, seed=3):
-    sampler = iter(StepSampler(len(groups), 6, 0, 1, seed, start))
+    groups.seed, sampler = seed, iter(StepSampler(len(groups), 6, 0, 1, seed, start))
     return [
         [(q, rows.tolist()) for q, rows, _ in map(groups.__getitem__, next(sampler))]
         for _ in range(steps)
     ]
 
 
-def test_every_judged_positive_is_an_example_and_never_a_negative(tiny, tiny_collection):
+def test_every_positive_is_an_example_and_never_a_negative(tiny, tiny_collection):
     groups, _ = tiny
     qrels = {qid: set(pids) for qid, pids in read_qrels(tiny_collection.qrels).items()}
-    listed = dict(read_negatives(tiny_collection.negatives))
+    listed = {one.qid: one.neg for _, one in read_training_file(tiny_collection.train)}
     assert len(groups) == sum(map(len, qrels.values())) == 30
     seen = set()
     for batch in draws(groups, 40):
         for query, rows in batch:
-            qid = groups.queries.id(groups.query_rows[query])
-            positive, *negatives = groups.corpus.ids(rows)
+            qid = groups.file.queries.id(groups.file.query_rows[query])
+            positive, *negatives = groups.file.corpus.ids(rows)
             assert positive in qrels[qid] and not qrels[qid] & set(negatives)
             assert set(negatives) <= set(listed[qid]) and len(set(negatives)) == 3
             seen.add((qid, positive))
@@ -89,63 +82,50 @@ def test_draws_differ_between_epochs_and_are_the_same_after_a_resume(tiny):
     assert len({tuple(groups[0, step, 0][1]) for step in range(20)}) > 5  # same row, other steps
 
 
-def test_short_lists_are_filled_cut_and_counted(texts, qrels, tmp_path):
-    path = write(tmp_path / "negatives.tsv", "q0\tp4,p5\nq1\tp4,p5,p6,p7\nother\tp4\nq1\tp8\n")
-    groups = Groups(*texts, qrels, path, passages_per_query=4, depth=3)
-    query, rows, _ = groups[0, 0, 0]
-    assert (query, rows.tolist()) == (0, [0, 4, 5, -1])
+def test_short_lists_are_filled_cut_and_counted(texts, tmp_path):
+    rows = [row("q0", "p0 p1", "p4 p5"), row("q1", "p1", "p4 p5 p6 p7 p,10"), row("q2", "p3")]
+    groups = Groups(TrainingFile(write(tmp_path / "t", *rows), *texts), 3, depth=3, seed=0)
+    query, found, _ = groups[0, 0, 0]
+    assert (query, found.tolist()) == (0, [0, 4, 5, -1])
     assert groups[3, 0, 0][1].tolist() == [3, -1, -1, -1]
-    assert {row for step in range(30) for row in groups[2, step, 0][1][1:]} == {
-        4,
-        5,
-        6,
-    }  # not p7 and p8: depth 3
-    assert "2 queries have fewer than 3" in groups.notes["short lists"]
-    assert (
-        "5 empty" in groups.notes["short lists"]
-    )  # q0 has two examples that lack one, q2 one that lacks three
-    assert (
-        "1 of 3" in groups.notes["queries not mined"]
-        and "1 lines" in groups.notes["negatives ignored"]
-    )
+    assert {r for step in range(30) for r in groups[2, step, 0][1][1:]} == {4, 5, 6}  # depth 3
+    # q0 has two examples that lack one, q2 has one that lacks three
+    assert groups.notes["short lists"].startswith("2 queries have fewer than 3 negatives: 5 col")
+
+
+def test_ids_with_commas_and_judgments_alone(texts, tmp_path):
+    file = TrainingFile(write(tmp_path / "t", row("q0", "p,10", "p4")), *texts)
+    assert file.positive_rows.tolist() == [10]
+    (tmp_path / "qrels").write_text("q0 0 p0 1\nq0 0 p1 2\nq0 0 p2 0\nq1 0 p,10 1\n")
+    file = TrainingFile(tmp_path / "qrels", *texts)
+    assert file.positive_rows.tolist() == [0, 1, 10] and not len(file.negative_rows)
+    with pytest.raises(UserError, match="it has no negatives for --passages_per_query 2"):
+        Groups(file, 1, 200, 0)
 
 
 @pytest.mark.parametrize(
-    "content, place, what",
+    "content, what",
     [
-        ("q2\tp4\nq0\tp5,p1\n", ":2:", "p1 is a judged positive of query q0"),  # by id
-        (
-            "q2\tp4\nq0\tp5,p9\n",
-            ":2:",
-            "p9 is a judged positive of query q0 or an exact copy",
-        ),  # p9 copies p0
-        ("q2\tp4\nq0\tp5,p77\n", ":2:", "p77 is not in"),
-        ("other\tp4\n", "negatives.tsv:", "none of its 1 queries"),
-        ("q0\tp4\tp5\n", ":1:", "not `qid<TAB>pid,pid,...`"),
+        ([row("q2", "p3"), row("q0", "p0 p1", "p5 p1")], "p1 is a negative of query q0"),
+        ([row("q2", "p3"), row("q0", "p0", "p5 p9")], "p9 is a negative of query q0"),  # a copy
+        ([row("q2", "p3"), row("q0", "p0", "p77")], ":2: passage p77 is not in"),
+        ([row("q9", "p3")], ":1: query q9 is not in"),
+        ([row("q0", "p1"), row("q0", "p2")], ":2: query q0 has a line already"),
+        ([{"qid": "q0", "pos": []}], ":1: .*not empty"),
+        ([{"qid": "q0", "pos": "p1"}], ':1: "pos" must be a list of ids'),
+        ([row("q0", "p1", "p2", neg_scores=[])], ':1: "neg_scores" must have one finite number'),
+        ([row("q0", "p1", cluster=-1)], ':1: "cluster" must be an integer'),
+        ([row("q0", "p1", cluster=1), row("q1", "p1")], "only 1 of 2 lines have a cluster"),
+        ([row("q0", "p1", pos_scores=[1]), row("q1", "p1")], "only 1 of 2 lines have scores"),
+        ([{"query": "a", "pos": ["b"], "neg": ["c"]}], "this is flagembedding data — convert it"),
+        ([{"query_id": "1", "query": "a", "positive_passages": []}], "this is tevatron data"),
+        ([{"anchor": "a", "positive": "b", "negative": "c"}], "is sentence-transformers data"),
     ],
 )
-def test_bad_negatives_stop_with_place_and_remedy(texts, qrels, tmp_path, content, place, what):
-    path = write(tmp_path / "negatives.tsv", content)
-    with pytest.raises(UserError) as error:
-        Groups(*texts, qrels, path, passages_per_query=2)
-    assert place in str(error.value) and what in str(error.value) and " — " in str(error.value)
-
-
-def test_overlap_is_dropped_when_told_so(texts, qrels, tmp_path):
-    path = write(tmp_path / "negatives.tsv", "q0\tp1,p9,p5\nq2\tp4\nq1\tp4\n")
-    groups = Groups(*texts, qrels, path, passages_per_query=2, allow_overlap=True)
-    assert {groups[0, step, 0][1][1] for step in range(20)} == {5} and "2 among" in groups.notes[
-        "positives dropped"
-    ]
-
-
-def test_unused_and_missing_negatives_stop(texts, qrels, tmp_path):
-    path = write(tmp_path / "negatives.tsv", "q0\tp4\n")
-    with pytest.raises(UserError, match="unused"):
-        Groups(*texts, qrels, path, passages_per_query=1)
-    assert len(Groups(*texts, qrels, path, passages_per_query=1, allow_unused=True)) == 4
-    with pytest.raises(UserError, match="without negatives"):
-        Groups(*texts, qrels, passages_per_query=2)
+def test_bad_lines_stop_with_place_and_remedy(texts, tmp_path, content, what):
+    with pytest.raises(UserError, match=what) as error:
+        TrainingFile(write(tmp_path / "bad.jsonl", *content), *texts)
+    assert " — " in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -153,35 +133,34 @@ def test_unused_and_missing_negatives_stop(texts, qrels, tmp_path):
     [
         ("q0 0 p0 1\nq9 0 p1 1\n", ":2: query q9"),
         ("q0 0 p0 1\nq1 0 p99 1\n", ":2: passage p99"),
-        ("q0 0 p0 0\n", "no passage"),
+        ("q0 0 p0 0\n", "no query has a positive"),
+        ("q0\tp4,p5\n", "lists of negatives without positives — join them"),
+        ("q0\tp4\tp5,p6\n", "this is ance data — convert it"),
+        ("what is it\tit is this\tit is that\n", "this is text-triples data — convert it"),
+        ("nothing\n", "1 columns"),
     ],
 )
-def test_bad_qrels_stop_with_place_and_remedy(texts, tmp_path, content, what):
+def test_other_files_stop_with_place_and_remedy(texts, tmp_path, content, what):
+    (tmp_path / "bad.tsv").write_text(content)
     with pytest.raises(UserError, match=what):
-        Groups(*texts, write(tmp_path / "bad.tsv", content), passages_per_query=1)
+        TrainingFile(tmp_path / "bad.tsv", *texts)
 
 
-def test_teacher_scores_follow_their_pairs(texts, qrels, tmp_path):
-    negatives = write(tmp_path / "negatives.tsv", "q0\tp4,p5,p6\nq1\tp4,p7\n")
-    pairs = [(f"q{q}", f"p{p}", float(10 * q + p)) for q in range(3) for p in range(10)]
-    path = tmp_path / "scores.tsv"
-    write_scores(
-        path, [*reversed(pairs), ("q0", "p0", 99.0), ("q9", "p1", 0.0), ("q0", "unknown", 1.0)]
-    )
-    groups = Groups(*texts, qrels, negatives, passages_per_query=3, scores_path=path)
+def test_scores_and_clusters_follow_their_lines(texts, tmp_path):
+    lists = {0: ([0, 1], [4, 5, 6]), 1: ([1], [4, 7]), 2: ([3], [])}
+    rows = []
+    for q, (pos, neg) in lists.items():
+        score = [[10.0 * q + p for p in some] for some in (pos, neg)]
+        ids = [" ".join(f"p{p}" for p in some) for some in (pos, neg)]
+        rows.append(row(f"q{q}", *ids, pos_scores=score[0], neg_scores=score[1], cluster=q % 2))
+    file = TrainingFile(write(tmp_path / "t", *rows), *texts)
+    assert file.clusters.tolist() == [0, 1, 0]
+    groups = Groups(file, 2, depth=200, seed=0)
     for step in range(10):
         for example in range(len(groups)):
-            query, rows, scores = groups[example, step, example]
-            expected = [10 * query + row if row >= 0 else 0 for row in rows]
+            query, found, scores = groups[example, step, example]
+            expected = [10 * query + r if r >= 0 else 0 for r in found]
             assert scores.tolist() == expected and scores.dtype == np.float32
-    write_scores(path, [pair for pair in pairs if pair[:2] != ("q1", "p7")])
-    with pytest.raises(
-        UserError, match=r"scores.tsv: no score for query q1 and passage p7 \(1 of 5 pairs"
-    ):
-        Groups(*texts, qrels, negatives, passages_per_query=3, scores_path=path)
-    Groups(
-        *texts, qrels, negatives, passages_per_query=3, depth=1, scores_path=path
-    )  # p7 is never drawn
 
 
 def test_batch_agrees_with_the_groups(tiny):
@@ -189,50 +168,55 @@ def test_batch_agrees_with_the_groups(tiny):
     items = [groups[place] for place in next(iter(StepSampler(len(groups), 6, 0, 1, 0)))]
     items[2][1][-1] = -1
     batch = collate(items)
-    assert [len(c["input_ids"]) for c in batch["passage"]] == [5, 5, 5, 5, 4]
+    chunks = batch["passage"]["chunks"]
+    assert [len(c["input_ids"]) for c in chunks] == [5, 5, 5, 5, 4]
     ids = [
         ids[mask == 1]
-        for c in batch["passage"]
+        for c in chunks
         for ids, mask in zip(c["input_ids"], c["attention_mask"], strict=True)
     ]
-    for row, place in zip(batch["passage_rows"], batch["passage_order"], strict=True):
-        title, text = groups.corpus[row] if row >= 0 else ("", "")
-        expected = collate.tokenizer(f"{title} {text}".strip(), truncation=True, max_length=32)[
-            "input_ids"
-        ]
+    for number, place in zip(batch["passage_rows"], batch["passage"]["order"], strict=True):
+        titles, text = groups.file.corpus[number] if number >= 0 else ((), "")
+        string = " ".join([*titles, text]).strip()
+        expected = collate.tokenizer(string, truncation=True, max_length=32)["input_ids"]
         assert ids[place].tolist() == expected
     assert torch.equal(batch["positive_rows"], batch["passage_rows"][::4])
     assert batch["teacher_scores"].shape == (6, 4) and not batch["teacher_scores"].any()
     assert batch["passage_keys"][11] == 0 and batch["passage_rows"][11] == -1
     for (query, *_), keys in zip(items, batch["positive_keys"], strict=True):
-        assert set(keys.tolist()) == set(groups.positive_keys(query).tolist())
-    widths = [c["attention_mask"].sum(1) for c in batch["passage"]]
-    assert all(
-        w.max() == c["input_ids"].shape[1] for w, c in zip(widths, batch["passage"], strict=True)
-    )
+        assert set(keys.tolist()) == set(groups.file.positive_keys(query).tolist())
+    for chunk in chunks:
+        assert chunk["attention_mask"].sum(1).max() == chunk["input_ids"].shape[1]
 
 
-def test_rerank_orders_by_score(tiny, tiny_collection):
+class Length(torch.nn.Module):
+    """The vector of a text is its length."""
+
+    dim = 1
+
+    def __init__(self):
+        super().__init__()
+        self.nothing = torch.nn.Parameter(torch.zeros(1))
+
+    def encode(self, batch):
+        return batch["attention_mask"].sum(1, keepdim=True).float()
+
+
+def test_the_development_set_is_ranked_by_score(tiny, tiny_collection, monkeypatch):
     groups, collate = tiny
+    corpus = groups.file.corpus
     files = tiny_collection.queries, tiny_collection.qrels, tiny_collection.candidates
-    _, qrels, candidates = open_dev(groups.corpus, *files, True)
-
-    def encoder(query, passage):  # the vector of a passage is its length, that of a query 1
-        lengths = [
-            None if side is None else side["attention_mask"].sum(1, keepdim=True)
-            for side in (query, passage)
-        ]
-        return None if query is None else torch.ones(len(lengths[0]), 1), lengths[1]
-
-    ranked = rerank(encoder, "cpu", collate, groups.queries, candidates, 4)
-    assert ranked == rerank(encoder, "cpu", collate, groups.queries, candidates, 4, at_once=1)
+    dev = DevSet(*files, corpus)
+    qids = sorted(dev.candidates)
+    ranked = dev.rerank(Length(), collate, qids, 4)
+    monkeypatch.setattr("lib.dev.NUMBERS", 1)  # one query at a time
+    assert ranked == dev.rerank(Length(), collate, qids, 4)
     for qid, pids in ranked.items():
-        longest = [
-            len(collate.tokenizer(" ".join(groups.corpus[row]).strip())["input_ids"])
-            for row in groups.corpus.rows(candidates[qid])
-        ]
+        own = dev.candidates[qid]
+        strings = [" ".join([*t, x]) for t, x in (corpus[r] for r in corpus.rows(own))]
+        longest = [len(collate.tokenizer(string)["input_ids"]) for string in strings]
         order = np.argsort([-min(length, 32) for length in longest], kind="stable")[:4]
-        assert pids == [candidates[qid][i] for i in order]
+        assert pids == [own[i] for i in order]
 
 
 def test_preview_shows_the_first_group_and_the_truncation(tiny):

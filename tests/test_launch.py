@@ -25,11 +25,14 @@ from lib.text import step_seed
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 from dataclasses import dataclass
-from lib.launch import claim_output, make_accelerator, parse_args, run
-@dataclass
+from lib.arguments import arg, parse_args
+from lib.launch import claim_output, make_accelerator, run
+@dataclass(kw_only=True)
 class Args:
-    output_dir: str
-    depth: int = 3
+    output_dir: str = arg(group="data", help="folder for the output")
+    depth: int = arg(3, least=1, help="ranks to look at")
+    rate: float = arg(None, above=0, below=1, help="a share of 100%")
+    keep: bool = arg(True, help="throw away")
 def main():
     args = parse_args(Args)
     accelerator = make_accelerator()
@@ -42,7 +45,10 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--output_dir", "out", "--dept", "4"], "unknown argument --dept"),
+        (["--output_dir", "out", "--dept", "4"], "unknown argument --dept — did you mean --depth?"),
+        (["--output_dir", "out", "--depth", "0"], "--depth 0 — give a finite number at least 1"),
+        (["--output_dir", "out", "--rate", "nan"], "finite number above 0 and below 1"),
+        (["--output_dir", "out", "--rate", "inf"], "finite number above 0 and below 1"),
         (["--output_dir", "out", "--depth", "many"], "invalid int value: 'many'"),
         ([], "the following arguments are required: --output_dir"),
     ],
@@ -58,6 +64,17 @@ def test_a_wrong_flag_is_one_line_and_exit_1(tmp_path, flags, message):
     )
     assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_help_has_groups_and_each_flag_once(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "script.py", "--help"]
+    environment = {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    shown = done.stdout
+    assert done.returncode == 0 and "data:" in shown and "None" not in shown
+    assert "folder for the output (required)" in shown and "(default: 3)" in shown
+    assert shown.count("--no_keep") == 1 and "--keep" not in shown
 
 
 def test_the_process_group_outlives_what_main_holds(tmp_path, two_processes, monkeypatch):

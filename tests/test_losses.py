@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from lib.files import UserError
 from lib.losses import (
     candidate_mask,
-    collapse,
     count_terms,
     flops,
     group_columns,
@@ -17,6 +17,7 @@ from lib.losses import (
     margin_mse,
     own_group,
     spread,
+    stop_on_collapse,
     triplet_nll,
 )
 
@@ -89,12 +90,11 @@ def test_candidate_mask_is_the_naive_loop():
     positives = torch.arange(B) * P
     filler[positives] = False
     positive_keys = torch.stack([passage_keys[positives], torch.randint(0, 6, (B,))], dim=1)
-    for keys in (positive_keys, None):
-        mask = candidate_mask(positives, filler, passage_keys, keys)
-        for i in range(B):
-            for j in range(B * P):
-                judged = keys is not None and passage_keys[j] in keys[i]
-                assert mask[i, j] == (j == positives[i] or not (filler[j] or judged))
+    mask = candidate_mask(positives, filler, passage_keys, positive_keys)
+    for i in range(B):
+        for j in range(B * P):
+            judged = passage_keys[j] in positive_keys[i]
+            assert mask[i, j] == (j == positives[i] or not (filler[j] or judged))
 
 
 def test_masked_columns_get_no_gradient(case):
@@ -206,8 +206,15 @@ def test_terms_are_counted_and_collapse_is_named():
         name: value.item() for name, value in count_terms(q, p, torch.cat([p, p[:1]])).items()
     }
     assert counts == {"q_terms": 1.5, "p_terms": pytest.approx(7 / 3), "shared_terms": 1.0}
-    assert collapse(20, 100, 1000, True) is None and collapse(600, 900, 1000, False) is None
-    assert "nearly empty" in collapse(0.2, 100, 1000, False) and "lower --flops" in collapse(
-        20, 0, 1000, True
-    )
-    assert "stay dense — raise --flops" in collapse(20, 501, 1000, True)
+
+    def check(q_terms, p_terms, settled):
+        values = {"q_terms": q_terms, "p_terms": p_terms}
+        stop_on_collapse(7, values, vocabulary=1000, settled=settled)
+
+    check(20, 100, True)
+    check(600, 900, False)
+    for few in ((0.2, 100, False), (20, 0, True)):
+        with pytest.raises(UserError, match="step 7: .* nearly empty — lower --flops"):
+            check(*few)
+    with pytest.raises(UserError, match="stay dense — raise --flops"):
+        check(20, 501, True)

@@ -11,13 +11,13 @@ from transformers import AutoModel, AutoTokenizer
 
 from lib import files, search
 from lib.checkpoint import load_encoder, save_encoder
-from lib.dev import rerank
+from lib.dev import DevSet
 from lib.embeddings import Embeddings, finish_embeddings, write_shard
 from lib.files import UserError, read_json
-from lib.groups import GroupCollator, Groups, length_chunks, preview
+from lib.groups import GroupCollator, Groups, TrainingFile, encoder_input, preview
 from lib.search import DenseIndex, unpack
 from lib.text import TextFormat, chunk_ids, format_texts, join_title, to_ids
-from lib.texts import FIELD, open_texts
+from lib.texts import open_texts
 
 LENGTH, M = 10, 9  # tokens of a chunk, of which 8 are of the text
 WORDS = (
@@ -131,34 +131,27 @@ def tokenizer(tiny_model_dir):
 def test_url_title_and_body(documents, tokenizer):
     texts = open_texts(documents.corpus)
     assert [texts[row] for row in range(12)] == [
-        (url + FIELD + title, body) for _, url, title, body in documents.rows
+        (tuple(part for part in (url, title) if part), body)
+        for _, url, title, body in documents.rows
     ]
-    assert join_title("u" + FIELD + "t", "b", "space", None) == "u t b"
-    assert join_title("u" + FIELD + "t", "b", "sep", tokenizer) == "u[SEP]t[SEP]b"
-    assert (
-        join_title(FIELD + "t", "b", "sep", tokenizer)
-        == join_title("t", "b", "sep", tokenizer)
-        == "t[SEP]b"
-    )
-    assert (
-        join_title("u" + FIELD, " ", "sep", tokenizer) == "u"
-        and join_title(FIELD, "b", "sep", tokenizer) == "b"
-    )
-    assert join_title("u" + FIELD + "t", "b", "none", tokenizer) == "b"
-    assert join_title("u" + FIELD + "t", "", "none", tokenizer) == "u t"
+    assert join_title(["u", "t"], "b", "space", None) == "u t b"
+    assert join_title(["u", "t"], "b", "sep", tokenizer) == "u[SEP]t[SEP]b"
+    assert join_title(["t"], "b", "sep", tokenizer) == "t[SEP]b"
+    assert join_title(["u"], " ", "sep", tokenizer) == "u"
+    assert join_title([], "b", "sep", tokenizer) == "b"
+    assert join_title(["u", "t"], "b", "none", tokenizer) == "b"
+    assert join_title(["u", "t"], "", "none", tokenizer) == "u t"
     form = TextFormat("sep", passage_prompt="oven: ", max_characters=12)
-    strings = format_texts([("ash" + FIELD + "bow", "ice snow")], "passage", form, tokenizer)
+    strings = format_texts([(("ash", "bow"), "ice snow")], "passage", form, tokenizer)
     assert strings == ["oven: ash[SEP]bow["]  # 12 characters behind the prompt
     url, title, body = (
         tokenizer(part, add_special_tokens=False)["input_ids"]
         for part in ("ash", "ice snow", "pod")
     )
     cls, sep = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
-    strings = format_texts(
-        [("ash" + FIELD + "ice snow", "pod")], "passage", TextFormat("sep"), tokenizer
-    )
+    strings = format_texts([(("ash", "ice snow"), "pod")], "passage", TextFormat("sep"), tokenizer)
     assert to_ids(strings, tokenizer, 99) == [cls + url + sep + title + sep + body + sep]
-    assert format_texts([("", "x" * 20)], "query", form, tokenizer) == ["x" * 20]
+    assert format_texts([((), "x" * 20)], "query", form, tokenizer) == ["x" * 20]
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 9])
@@ -188,10 +181,11 @@ def test_chunks_are_the_tokens_in_order(tokenizer, chunks):
 
 def test_order_repeats_the_first_chunk_where_one_lacks(documents, tokenizer):
     texts = open_texts(documents.corpus)
-    rows = [texts[row] for row in (10, 0, 4, 3)] + [("", "")]  # the last: a filler
+    rows = [texts[row] for row in (10, 0, 4, 3)] + [((), "")]  # the last: a filler
     for most in (1, 3, 9):
         form = TextFormat("sep", max_passage_length=LENGTH, max_chunks=most)
-        batches, order = length_chunks("passage", rows, form, tokenizer, chunk_rows=4)
+        side = encoder_input("passage", rows, form, tokenizer, chunk_rows=4)
+        batches, order = side["chunks"], side["order"]
         read = [
             ids[mask == 1].tolist()
             for batch in batches
@@ -206,15 +200,15 @@ def test_order_repeats_the_first_chunk_where_one_lacks(documents, tokenizer):
         wanted = [ids for some in expected for ids in some + some[:1] * (most - len(some))]
         assert [read[place] for place in order] == wanted and order.dtype == torch.int64
         assert sorted(set(order.tolist())) == list(range(len(read)))
-        assert length_chunks("query", rows, form, tokenizer, 4)[1].shape == (5,)
+        assert encoder_input("query", rows, form, tokenizer, 4)["order"].shape == (5,)
 
 
 def test_gradient_of_a_maximum_reaches_the_best_chunk_alone(documents, checkpoint):
     model, texts = load_encoder(checkpoint), open_texts(documents.corpus)
-    batches, order = length_chunks(
-        "passage", [texts[row] for row in range(12)], model.format, model.tokenizer, 5
-    )
-    reps = model.encode(batches).detach().requires_grad_()
+    rows = [texts[row] for row in range(12)]
+    side = encoder_input("passage", rows, model.format, model.tokenizer, 5)
+    order = side["order"]
+    reps = torch.cat([model.encode(chunk) for chunk in side["chunks"]]).detach().requires_grad_()
     query = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
     (query @ reps[order].T).unflatten(1, (-1, M)).amax(2).sum().backward()
     scores = (reps.detach() @ query[0]).tolist()
@@ -224,19 +218,18 @@ def test_gradient_of_a_maximum_reaches_the_best_chunk_alone(documents, checkpoin
     torch.testing.assert_close(reps.grad, expected)
 
 
-def test_groups_preview_and_rerank(documents, naive, checkpoint):
+def test_groups_preview_and_rerank(documents, naive, checkpoint, tmp_path):
     model, queries, corpus = (
         load_encoder(checkpoint),
         open_texts(documents.queries),
         open_texts(documents.corpus),
     )
-    collate = GroupCollator(
-        Groups(queries, corpus, documents.qrels), model.tokenizer, model.format, 4
-    )
+    groups = Groups(TrainingFile(documents.qrels, queries, corpus), 0, 200, 0)
+    collate = GroupCollator(groups, model.tokenizer, model.format, 4)
     batch = collate([collate.groups[example, 0, example] for example in range(3)])
-    assert batch["passage_order"].shape == (3 * M,) and batch["query_order"].shape == (3,)
+    assert batch["passage"]["order"].shape == (3 * M,) and batch["query"]["order"].shape == (3,)
     with torch.no_grad():
-        p_reps = model(None, batch["passage"])[1][batch["passage_order"]].unflatten(0, (3, M))
+        p_reps = model(None, batch["passage"])[1].unflatten(0, (3, M))
     for row, reps in zip(batch["passage_rows"], p_reps, strict=True):
         own = naive[row]
         np.testing.assert_allclose(reps[: len(own)], own, atol=2e-5)
@@ -250,12 +243,13 @@ def test_groups_preview_and_rerank(documents, naive, checkpoint):
     assert preview(collate)["passage tokens"].endswith(f"{longer:.1%} of texts cut at 3 x 10")
     model.format.max_chunks = M
     candidates = {f"q{number}": [f"D{row}" for row in (5, 3, 7, 0, 10)] for number in range(5)}
+    lists = "".join(f"{qid}\t{','.join(pids)}\n" for qid, pids in candidates.items())
+    (tmp_path / "lists.tsv").write_text(lists)
+    dev = DevSet(documents.queries, documents.qrels, tmp_path / "lists.tsv", corpus)
+    ranked = dev.rerank(model, collate, sorted(candidates), 4)
     with torch.no_grad():
-        ranked = rerank(model, "cpu", collate, queries, candidates, 4)
-        q_reps = length_chunks(
-            "query", [queries[row] for row in range(5)], model.format, model.tokenizer, 9
-        )
-        q_reps = model.encode(q_reps[0])[q_reps[1]].numpy()
+        side = collate.encoder_input("query", [queries[row] for row in range(5)])
+        q_reps = model.encode(side).numpy()
     for number, (qid, pids) in enumerate(ranked.items()):
         scores = {pid: max(naive[int(pid[1:])] @ q_reps[number]) for pid in candidates[qid]}
         assert pids == sorted(scores, key=scores.get, reverse=True)[:4]

@@ -25,7 +25,6 @@ def ground(tmp_path_factory, tiny_collection, tiny_model_dir):
 
     put("malformed.jsonl", [*good[:2], good[2][:-5], *good[3:]])
     put("no_text.jsonl", [good[0], '{"_id": "x", "title": "a title", "body_text": "?"}'])
-    put("empty_text.jsonl", [*good[:6], '{"_id": "x", "title": "", "text": " "}'])
     put("twice.jsonl", [*good, good[3]])
     put("empty.jsonl", [""])
     put("one_column.tsv", ["q0 what about ants"])
@@ -38,12 +37,12 @@ def ground(tmp_path_factory, tiny_collection, tiny_model_dir):
     put("headless.qrels", ["q1\tp1\t1"])
     put("irrelevant.qrels", ["q1 0 p1 0"])
     positives = files.read_qrels(tiny_collection.qrels)
-    files.write_negatives(
-        here / "positives.tsv", [(qid, list(judged)) for qid, judged in positives.items()]
-    )
-    files.write_negatives(here / "unknown.tsv", [("q1", ["p1", "p999"])])
-    files.write_scores(here / "few.tsv", [("q0", "p0", 1.5)])
-    files.write_negatives(here / "others.tsv", [("q77", ["p1", "p2"])])
+    rows = [files.TrainingRow(qid, list(judged), list(judged)) for qid, judged in positives.items()]
+    files.write_training_file(here / "positives.jsonl", rows)
+    files.write_training_file(here / "unknown.jsonl", [files.TrainingRow("q1", ["p1"], ["p999"])])
+    files.write_training_file(here / "others.jsonl", [files.TrainingRow("q77", ["p1"], ["p2"])])
+    put("flag.jsonl", ['{"query": "q", "pos": ["a"], "neg": ["b"]}'])
+    put("lists.tsv", ["q1\tp1,p2"])
     shutil.copytree(tiny_model_dir, here / "no_weights")
     (here / "no_weights" / "model.safetensors").unlink()
     shutil.copytree(tiny_model_dir, here / "sparse")
@@ -85,8 +84,8 @@ def ground(tmp_path_factory, tiny_collection, tiny_model_dir):
     return here
 
 
-FINETUNE = "finetune_biencoder --model MODEL --pooling cls --corpus CORPUS --queries QUERIES --qrels QRELS "
-FINETUNE += "--passages_per_query 2 --max_steps 2 --num_workers 0 --negatives "
+FINETUNE = "finetune_biencoder --model MODEL --pooling cls --corpus CORPUS --queries QUERIES "
+FINETUNE += "--passages_per_query 2 --max_steps 2 --num_workers 0 --train "
 ENCODE = "encode --model MODEL --pooling cls --kind passage --num_workers 0 --input "
 PRETRAIN = "pretrain_mae --max_steps 2 --num_workers 0 --max_length 32 --corpus "
 BM25 = "evaluate --bm25 --corpus CORPUS --queries QUERIES --qrels "
@@ -96,12 +95,11 @@ MISTAKES = [
     # what is typed, what the line says
     (ENCODE + "malformed.jsonl", "malformed.jsonl:3: not JSON"),
     (ENCODE + "no_text.jsonl", "no_text.jsonl:2: no field for a text"),
-    (ENCODE + "empty_text.jsonl", "empty_text.jsonl:7: x has neither title nor text"),
     (ENCODE + "twice.jsonl", "twice.jsonl: entries 4 and 41 have the same id"),
-    (ENCODE + "empty.jsonl", "empty.jsonl: no text in it"),
+    (ENCODE + "empty.jsonl", "empty.jsonl: the file has no texts"),
     (ENCODE + "cut.jsonl.gz", "truncated or damaged gzip"),
     (ENCODE + "nowhere.jsonl", "nowhere.jsonl: no such file"),
-    (ENCODE + "CORPUS --output_dir thesis", "thesis: holds something else"),
+    (ENCODE + "CORPUS --output_dir thesis", "thesis: it holds something else"),
     (ENCODE.replace("--pooling cls", "") + "CORPUS", "--pooling"),
     (ENCODE.replace("MODEL", "no_weights") + "CORPUS", "no_weights"),
     (ENCODE.replace("MODEL --pooling cls", "sparse") + "CORPUS", "sparse"),
@@ -113,31 +111,26 @@ MISTAKES = [
         "argument --objective: invalid choice: 'lexmoe'",
     ),
     (PRETRAIN + "latin.tsv --model MODEL", "latin.tsv:1: not UTF-8"),
-    (FINETUNE + "positives.tsv", "positives.tsv:1: passage"),
-    (FINETUNE + "unknown.tsv", "unknown.tsv:1: passage p999 is not in"),
-    (FINETUNE + "others.tsv", "others.tsv: none of its 1 queries is judged"),
-    (FINETUNE + "NEGATIVES --head sparse", "a sparse head is pooled by max — leave out --pooling"),
-    (FINETUNE + "NEGATIVES --head lexical", "argument --head: invalid choice: 'lexical'"),
-    (FINETUNE + "NEGATIVES --kl_weight 1 --teacher_scores few.tsv", "few.tsv: no score for query"),
-    (
-        FINETUNE + "NEGATIVES --kl_weight 1 --teacher_scores others.tsv",
-        "others.tsv:1: 2 columns where a file of teacher",
-    ),
+    (FINETUNE + "positives.jsonl", "positives.jsonl: passage"),
+    (FINETUNE + "unknown.jsonl", "unknown.jsonl:1: passage p999 is not in"),
+    (FINETUNE + "others.jsonl", "others.jsonl:1: query q77 is not in"),
+    (FINETUNE + "flag.jsonl", "flag.jsonl:1: this is flagembedding data — convert it"),
+    (FINETUNE + "lists.tsv", "lists.tsv:1: these are lists of negatives without positives"),
+    (FINETUNE + "TRAIN --head sparse", "a sparse head is pooled by max — leave out --pooling"),
+    (FINETUNE + "TRAIN --head lexical", "argument --head: invalid choice: 'lexical'"),
+    (FINETUNE + "TRAIN --kl_weight 1", "it has no teacher scores — add them"),
     (ENCODE + "CORPUS --head sparse", "a sparse head is pooled by max"),
-    (FINETUNE + "NEGATIVES --passages_per_query 1", "unused with --passages_per_query 1"),
-    (FINETUNE.replace("QUERIES", "one_column.tsv") + "NEGATIVES", "one_column.tsv:1: 1 columns"),
-    (FINETUNE.replace("QRELS", "unknown_passage.qrels") + "NEGATIVES", "passage p999 is not in"),
+    (FINETUNE + "QRELS", "it has no negatives for --passages_per_query 2"),
+    (FINETUNE.replace("QUERIES", "one_column.tsv") + "TRAIN", "one_column.tsv:1: 1 columns"),
+    (FINETUNE + "unknown_passage.qrels", "passage p999 is not in"),
+    (FINETUNE + "irrelevant.qrels", "irrelevant.qrels: no query has a positive"),
     (
-        FINETUNE.replace("QRELS", "irrelevant.qrels") + "NEGATIVES",
-        "irrelevant.qrels: no passage is judged relevant",
+        FINETUNE + "TRAIN --learning_rate 1e30 --warmup_steps 0 --max_steps 9",
+        "step 2: the loss or gradient is not finite",
     ),
-    (
-        FINETUNE + "NEGATIVES --learning_rate 1e30 --warmup_steps 0 --max_steps 9",
-        "step 2: loss or gradient not finite",
-    ),
-    (MINE + "run_as.qrels", "run_as.qrels:1: 6 columns, a run"),
+    (MINE + "run_as.qrels", "run_as.qrels:1: 6 columns are a run"),
     (MINE + "headless.qrels", "headless.qrels:1: 3 columns without BEIR's header"),
-    (MINE + "QRELS --run QRELS", "nothing to search, or several sources"),
+    (MINE + "QRELS --depth 0", "--depth 0 — give a finite number at least 1"),
     (BM25 + "unknown_query.qrels", "query q999 is not in"),
     (
         "evaluate --queries_embeddings vectors_q --corpus_embeddings vectors_p --allow_unknown --qrels QRELS",
@@ -155,7 +148,7 @@ MISTAKES = [
         "evaluate --queries_embeddings vectors_p --corpus_embeddings vectors_q --allow_unknown --qrels QRELS",
         "of kind passage",
     ),
-    ("evaluate --run QRELS --qrels QRELS", "rank 'score' is not an integer"),
+    ("evaluate --run QRELS --qrels QRELS", "the rank 'score' is not a finite number"),
 ]
 
 
@@ -166,7 +159,7 @@ def test_mistake(script, ground, tiny_collection, tiny_model_dir, monkeypatch, t
         "MODEL": tiny_model_dir,
         **{
             name.upper(): getattr(tiny_collection, name)
-            for name in ("corpus", "queries", "qrels", "negatives")
+            for name in ("corpus", "queries", "qrels", "train")
         },
     }
     name, *flags = [str(places.get(word, word)) for word in typed.split()]

@@ -1,0 +1,336 @@
+"""Turn training data as others publish it into a corpus, queries, qrels and a training file.
+
+    flagembedding   {"query": "q", "pos": ["a"], "neg": ["b"], "pos_scores": [9], "neg_scores": [2]}
+    tevatron        {"query_id": "1", "query": "q", "positive_passages": [{"docid": "7",
+                    "text": "a"}], "negative_passages": [...]}; or {"query_id": "1", "query_text":
+                    "q", "positive_document_ids": ["7"], "negative_document_ids": ["9"]}
+    hard-negatives  {"qid": 1, "pos": [7], "neg": {"bm25": [9, 4], ...}}; an id may also be written
+                    {"pid": 7, "ce-score": 9.1}
+    sentence-transformers   columns in this order: query, positive, any number of negatives, perhaps
+                    `label`, `labels`, `score` or `scores`; texts, or ids if all names end in _id
+    text-triples    query TAB positive passage TAB negative passage
+    id-triples      qid TAB pid TAB pid
+    ance            qid TAB pid TAB pid,pid,...
+
+The first line decides which of these it is, or --format does. Files may be gzipped; the first four
+formats may also be Parquet. A query or passage without an id is named by a 64-bit hash of its text:
+equal texts have equal ids in every import. All rows of a query are joined. A negative that is also
+a positive of its query, by id or by text, is dropped. A query keeps its scores if all its passages
+have one. Negatives of several systems are merged by rank. Labels that are margins (differences of
+two scores) are refused: the training file has a score for each passage. `prompt` is not kept.
+Memory is bounded: the pairs go to a temporary SQLite file in --output_dir and are sorted on disk,
+for which SQLite uses $SQLITE_TMPDIR, else /var/tmp.
+
+Writes  --output_dir: train.jsonl, qrels.tsv, of an input with texts corpus.jsonl and queries.jsonl,
+        audit.json last
+
+    python -m recipes.import_training_data --input triples.train.small.tsv --output_dir data
+"""
+
+import json
+import math
+import os
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import groupby, zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow.parquet as pq
+
+from lib import files
+from lib.arguments import arg, parse_args
+from lib.files import TrainingRow, UserError
+from lib.launch import claim_output, echo, make_accelerator, run
+from lib.texts import Row, Texts, open_texts, text_key, write_texts
+
+LABELS = ("label", "labels", "score", "scores")  # the names that sentence-transformers looks for
+TABLES = """
+PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -128000; -- in kB
+CREATE TABLE queries (number INTEGER PRIMARY KEY, key INTEGER UNIQUE, id TEXT, text TEXT);
+CREATE TABLE passages (key INTEGER PRIMARY KEY, content INTEGER);
+CREATE TABLE pairs (query INTEGER, negative INTEGER, content INTEGER, id TEXT, score REAL);
+BEGIN;
+"""
+
+
+@dataclass(kw_only=True)
+class Args:
+    input: list[str] = arg(group="data", help="files of training data, all of one format")
+    format: str | None = arg(None, help="name of the format, where the first line does not tell")
+    corpus: str | None = arg(None, help="the corpus of an input of ids: an id must be in it")
+    output_dir: str = arg(group="output", help="folder for the training file and its texts")
+
+
+class BadRow(ValueError):
+    """What is wrong with a row; collect() adds its place."""
+
+
+class Passage(NamedTuple):
+    id: str | int | None = None  # None: the id is made from the text
+    text: str | None = None  # None: the input has ids only
+    titles: tuple[str, ...] = ()
+    score: float | None = None
+
+
+class Example(NamedTuple):
+    qid: str | int | None
+    query: str | None
+    pos: list[Passage]
+    neg: list[Passage]
+
+
+# one function for each format: a row of the input -> Example, whose values Pairs.add checks
+def each(values) -> list:
+    if not isinstance(values, list):
+        raise BadRow(f"{values!r:.40} is not a list — fix the line")
+    return values
+
+
+def scored(passages: list, scores: list | None) -> Iterator[tuple]:
+    """(passage, score or None) of each."""
+    if scores is not None and len(each(scores)) != len(each(passages)):
+        raise BadRow(f"{len(scores)} scores for {len(passages)} passages — write one for each")
+    return zip(each(passages), scores or [None] * len(passages), strict=True)
+
+
+def flagembedding(row: dict) -> Example:
+    pos = scored(row["pos"], row.get("pos_scores"))
+    neg = scored(row.get("neg") or [], row.get("neg_scores"))
+    pos, neg = ([Passage(text=text, score=score) for text, score in side] for side in (pos, neg))
+    return Example(None, row["query"], pos, neg)
+
+
+def passage_of(entry) -> Passage:
+    if not isinstance(entry, dict):
+        return Passage(entry)
+    if "pid" in entry:
+        return Passage(entry["pid"], score=entry["ce-score"])
+    title = entry.get("title") or ""
+    return Passage(entry["docid"], entry["text"], (title,) if title.strip() else ())
+
+
+def tevatron(row: dict) -> Example:
+    inline = "positive_passages" in row
+    kind = "passages" if inline else "document_ids"
+    pos = [passage_of(entry) for entry in each(row[f"positive_{kind}"])]
+    neg = [passage_of(entry) for entry in each(row.get(f"negative_{kind}") or [])]
+    return Example(row["query_id"], row["query" if inline else "query_text"], pos, neg)
+
+
+def hard_negatives(row: dict) -> Example:
+    ranks = zip_longest(*(each(pids) for pids in row["neg"].values()))
+    neg = [passage_of(entry) for rank in ranks for entry in rank if entry is not None]
+    return Example(row["qid"], None, [passage_of(entry) for entry in each(row["pos"])], neg)
+
+
+def sentence_transformers(row: dict) -> Example:
+    label = next((row[name] for name in LABELS if name in row), None)
+    columns = {name: value for name, value in row.items() if name not in LABELS}
+    query, *passages = columns.values()
+    if label is not None and len(passages) == 1:
+        raise BadRow("a pair with a label may be no positive — write positives without labels")
+    if label is not None and not (isinstance(label, list) and len(label) == len(passages)):
+        raise BadRow("the label is a margin, not a score for each passage — remove the label")
+    if all(name.endswith("_id") for name in columns):
+        pos, *neg = [Passage(pid, score=score) for pid, score in scored(passages, label)]
+        return Example(query, None, [pos], neg)
+    pos, *neg = [Passage(text=text, score=score) for text, score in scored(passages, label)]
+    return Example(None, query, [pos], neg)
+
+
+def text_triples(query: str, positive: str, negative: str) -> Example:
+    return Example(None, query, [Passage(text=positive)], [Passage(text=negative)])
+
+
+def id_triples(qid: str, positive: str, negative: str) -> Example:
+    return Example(qid, None, [Passage(positive)], [Passage(negative)])
+
+
+def ance(qid: str, positive: str, negatives: str) -> Example:
+    neg = [Passage(pid.strip()) for pid in negatives.split(",")]
+    return Example(qid, None, [Passage(positive)], neg)
+
+
+FORMATS: dict[str, Callable[..., Example]] = {
+    "flagembedding": flagembedding,
+    "tevatron": tevatron,
+    "hard-negatives": hard_negatives,
+    "sentence-transformers": sentence_transformers,
+    "text-triples": text_triples,
+    "id-triples": id_triples,
+    "ance": ance,
+}
+
+
+def read_rows(path: Path, tabs: bool) -> Iterator[tuple[int, dict | list[str]]]:
+    """(line or row from 1, dictionary or columns) of JSONL, TSV or Parquet, streaming.
+
+    tabs: whether columns are separated by tabs only"""
+    number = 0
+    try:
+        if path.suffix == ".parquet":
+            for batch in pq.ParquetFile(path).iter_batches(1024):
+                yield from enumerate(batch.to_pylist(), number + 1)
+                number += len(batch)
+        else:
+            for number, line in files.lines(path):
+                columns = line.split("\t" if tabs or "\t" in line else None)
+                yield number, json.loads(line) if line.lstrip()[0] == "{" else columns
+    except (OSError, RecursionError, ValueError) as error:
+        raise UserError(f"{path}:{number}: cannot be read ({error}) — repair the file") from error
+
+
+def id_of(value) -> str:
+    if type(value) not in (str, int) or str(value).split() != [str(value)]:
+        raise BadRow(f"the id {value!r:.40} is not a string without white space — rename it")
+    return str(value)
+
+
+def name_of(letter: str, key: int) -> str:
+    """The id of a query or passage that has none, from the key of its text."""
+    return f"{letter}{key + (1 << 63):016x}"
+
+
+class Pairs:
+    """The pairs of a query and a passage, in an SQLite file; counts is the audit."""
+
+    def __init__(self, path: Path):
+        self.counts = Counter()
+        self.database = sqlite3.connect(path, isolation_level=None)
+        self.database.executescript(TABLES)
+        self.execute = self.database.execute
+
+    def collect(self, inputs: list[str], name: str) -> Iterator[Row]:
+        """Add all rows of the input; yields the (id, titles, text) of corpus.jsonl.
+
+        UserError: a damaged row, an id that comes with two texts."""
+        for path in inputs:
+            for line, row in read_rows(Path(path), tabs=name == "text-triples"):
+                self.counts["rows of the input"] += 1
+                try:
+                    example = FORMATS[name](*row) if isinstance(row, list) else FORMATS[name](row)
+                    yield from self.add(example)
+                except (ValueError, LookupError, TypeError, AttributeError) as error:
+                    reason = f"not a row of {name} as --help shows it — fix it or name the --format"
+                    reason = error if isinstance(error, BadRow) else reason
+                    raise UserError(f"{path}:{line}: {reason}") from None
+
+    def add(self, example: Example) -> Iterator[Row]:
+        query = self.query(example.qid, example.query)
+        for negative, passages in enumerate((example.pos, example.neg)):
+            for pid, text, titles, score in passages:
+                pid = id_of(pid) if text is None or pid is not None else None
+                content = None if text is None else text_key(titles, text)
+                if text is not None and self.is_new(pid, content):
+                    self.counts["empty passages, kept"] += not (text.strip() or titles)
+                    yield pid or name_of("p", content), titles, text
+                if score is not None and not math.isfinite(score):
+                    raise BadRow(f"the score {score} is not finite — fix the line")
+                row = (query, negative, content, pid, score)
+                self.execute("INSERT INTO pairs VALUES (?, ?, ?, ?, ?)", row)
+
+    def query(self, qid: str | int | None, text: str | None) -> int:
+        """Number of a query, which is added if it is new."""
+        key = text_key((), text if qid is None else id_of(qid))
+        known = self.execute("SELECT number, text FROM queries WHERE key = ?", [key]).fetchone()
+        if known is None:
+            self.counts["empty queries, kept"] += text is not None and not text.strip()
+            row = (key, name_of("q", key) if qid is None else str(qid), text)
+            return self.execute("INSERT INTO queries VALUES (NULL, ?, ?, ?)", row).lastrowid
+        if qid is not None and known[1] != text:
+            raise BadRow(f"query {qid} has another text than before — rename one of the two")
+        return known[0]
+
+    def is_new(self, pid: str | None, content: int) -> bool:
+        """Whether a passage with a text is new; it is known then."""
+        key = content if pid is None else text_key((), pid)
+        known = self.execute("SELECT content FROM passages WHERE key = ?", [key]).fetchone()
+        if known is None:
+            self.execute("INSERT INTO passages VALUES (?, ?)", (key, content))
+        elif known[0] != content:
+            raise BadRow(f"passage {pid} has another text than before — rename one of the two")
+        return known is None
+
+    def training_rows(self, corpus: Texts | None) -> Iterator[TrainingRow]:
+        """Queries, and the passages of each, in the order of the input."""
+        pairs = self.execute("SELECT * FROM pairs ORDER BY query, rowid")
+        for number, group in groupby(pairs, key=lambda pair: pair[0]):
+            qid = self.execute("SELECT id FROM queries WHERE number = ?", [number]).fetchone()[0]
+            scores, contents = ({}, {}), {}  # scores of positives and of negatives
+            for _, negative, content, pid, score in group:
+                pid = pid or name_of("p", content)
+                self.counts["repeated pairs, dropped"] += pid in scores[negative]
+                scores[negative].setdefault(pid, score)
+                contents[pid] = content
+            if corpus:
+                rows = corpus.rows(contents)
+                unknown = [pid for pid, row in zip(contents, rows, strict=True) if row < 0]
+                if unknown:
+                    reason = f"has no passage {unknown[0]}, which query {qid} names"
+                    raise UserError(f"{corpus.source}: {reason} — give the corpus of the input")
+                contents = dict(zip(contents, corpus.text_keys[rows].tolist(), strict=True))
+            pos, neg = scores
+            taken = {contents[pid] for pid in pos} - {None}
+            kept = {p: neg[p] for p in neg if p not in pos and contents[p] not in taken}
+            scores = [*pos.values(), *kept.values()]
+            self.counts["queries without a positive, dropped"] += not pos
+            self.counts["queries without a negative"] += not kept
+            self.counts["negatives dropped, positives of their query"] += len(neg) - len(kept)
+            self.counts["queries with incomplete scores"] += 0 < scores.count(None) < len(scores)
+            if pos:
+                self.counts.update(queries=1, positives=len(pos), negatives=len(kept))
+                row = TrainingRow(qid, [*pos], [*kept])
+                if None not in scores:
+                    row = row._replace(pos_scores=[*pos.values()], neg_scores=[*kept.values()])
+                yield row
+
+
+def main():
+    args = parse_args(Args)
+    accelerator, out = make_accelerator(), Path(args.output_dir)
+    # the first row of each file, so that a missing file stops now and not after hours
+    firsts = [next(read_rows(Path(path), tabs=False), (0, [])) for path in args.input]
+    first = firsts[0][1]
+    line = json.dumps(first, default=str) if isinstance(first, dict) else "\t".join(first)
+    name = args.format or files.foreign_format(line)
+    place = f"{args.input[0]}:1"
+    if name == "negative-lists":
+        command = f"mine_negatives.py --run {args.input[0]} --qrels QRELS --corpus CORPUS"
+        raise UserError(f"{place}: lists of negatives without positives — run `python {command}`")
+    if name not in FORMATS:
+        raise UserError(f"{place}: unknown format — --format takes {', '.join(FORMATS)}")
+    corpus = open_texts(args.corpus) if args.corpus else None
+    inputs = {"corpus": corpus and corpus.fingerprint}
+    inputs |= {path: [os.path.getsize(path), os.path.getmtime(path)] for path in args.input}
+    if claim_output(args, accelerator, "audit.json", inputs=inputs):
+        return
+    temporary = out / ".tmp-pairs.sqlite"
+    try:
+        pairs = Pairs(temporary)
+        with closing(pairs.database):
+            write_texts(out / "corpus.jsonl", pairs.collect(args.input, name))
+            queries = pairs.execute("SELECT id, text FROM queries WHERE text IS NOT NULL")
+            write_texts(out / "queries.jsonl", ((qid, (), text) for qid, text in queries))
+            files.write_training_file(out / "train.jsonl", pairs.training_rows(corpus))
+    except sqlite3.Error as error:
+        raise UserError(f"{temporary}: {error} — check the space there and in /var/tmp") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    for path in (out / "corpus.jsonl", out / "queries.jsonl"):
+        if not path.stat().st_size:  # an input of ids
+            path.unlink()
+    if not pairs.counts["queries"]:
+        raise UserError(f"{place}: no query with a positive — is this the right file?")
+    rows = files.read_training_file(out / "train.jsonl")
+    files.write_lines(out / "qrels.tsv", (f"{r.qid} 0 {pid} 1" for _, r in rows for pid in r.pos))
+    audit = {"format": name, **pairs.counts}
+    echo(accelerator, f"audit of {out / 'train.jsonl'}", audit)
+    files.write_json(out / "audit.json", audit)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -41,7 +41,7 @@ from lib.files import (
     write_lines,
     write_run,
 )
-from lib.index import Index, Source, open_index
+from lib.index import Index, Source, file_fingerprint, open_index
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
 from lib.metrics import (
     bootstrap_interval,
@@ -225,7 +225,9 @@ def main():
     runs = [read_run(path) for path in args.run]
     other = read_run(args.compare) if args.compare else None
     out = Path(args.output_dir)
-    if claim_output(args, accelerator, "metrics.json"):
+    inputs = {"qrels": file_fingerprint(*args.qrels), "run": file_fingerprint(*args.run)}
+    inputs |= index.inputs if index else {}
+    if claim_output(args, accelerator, "metrics.json", inputs=inputs):
         if accelerator.is_main_process:
             print(f"{out} is complete:")
             show(read_json(out / "metrics.json"))

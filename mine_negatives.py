@@ -48,7 +48,7 @@ from lib.files import (
     write_json,
     write_training_file,
 )
-from lib.index import Source, open_index
+from lib.index import Source, file_fingerprint, open_index
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
 from lib.text import step_seed
 from lib.texts import Texts, open_texts, require_rows
@@ -179,7 +179,9 @@ def main():
     vectors = None if args.run or args.bm25 else index.corpus
     if vectors is not None and vectors.meta["input_fingerprint"] != corpus.fingerprint:
         raise UserError(f"{vectors.folder}: not the embeddings of {args.corpus} — encode it")
-    if claim_output(args, accelerator, "audit.json"):
+    inputs = {"corpus": corpus.fingerprint, "qrels": file_fingerprint(args.qrels)}
+    inputs |= {"run": file_fingerprint(args.run)} if args.run else index.inputs
+    if claim_output(args, accelerator, "audit.json", inputs=inputs):
         accelerator.print(f"{args.output_dir} is complete")
         return
     facts = {

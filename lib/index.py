@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from lib.bm25 import BM25, Weighting
 from lib.embeddings import Embeddings
@@ -42,6 +43,16 @@ class Source:
             )
         if self.bm25 and not (self.queries and self.corpus):
             raise UserError("--bm25 searches texts — give --queries and --corpus")
+
+
+def file_fingerprint(*paths) -> str:
+    """A hash of the content of files, for lib/launch.claim_output."""
+    digest = xxhash.xxh3_64()
+    for path in paths:
+        with open(path, "rb") as stream:
+            while part := stream.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def check_pair(queries: Embeddings, corpus: Embeddings) -> None:
@@ -93,6 +104,15 @@ class Index:
         if corpus.sparse:
             return Sparse.open(corpus, source.folder, source.bits, self.accelerator)
         return DenseIndex(corpus, self.accelerator, source.index, source.seed)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of the queries and the corpus, see lib/launch.claim_output."""
+        if self.source.bm25:
+            return {"queries": self.queries.fingerprint, "corpus": self.corpus.fingerprint}
+        folders = {"queries_embeddings": self.queries, "corpus_embeddings": self.corpus}
+        keys = "model_hash", "input_fingerprint"
+        return {name: str([part.meta.get(k) for k in keys]) for name, part in folders.items()}
 
     def _asked(self, queries: np.ndarray):
         if self.source.bm25:

@@ -79,6 +79,11 @@ def test_a_run_on_two_splits_and_its_policy(runs, evaluate):
         "a tie: trec_eval takes the greater id first"
     )
     assert "out is complete" in evaluate(*flags)[1]
+    for name in ("run", "dev.tsv"):
+        before = (runs / name).read_text()
+        (runs / name).write_text(before.replace("q1", "q7"))
+        assert "it was made with" in evaluate(*flags)[2], name
+        (runs / name).write_text(before)
 
 
 def test_ranks_of_ms_marco_identical_ids_and_levels(runs, evaluate):

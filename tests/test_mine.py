@@ -81,6 +81,8 @@ def test_positives_and_their_copies_are_removed_and_counted(planted, mine):
     assert audit["negatives per query"] == "min 5, median 6, max 8" and "positives removed" in shown
     assert "is complete" in mine(*flags, "--depth", 8, "--output_dir", "out")[1]
     assert "made with --depth 8, now 9" in mine(*flags, "--depth", 9, "--output_dir", "out")[2]
+    files.write_qrels(folder / "qrels", {"r": {"d11": 1}})
+    assert "it was made with qrels" in mine(*flags, "--depth", 8, "--output_dir", "out")[2]
 
 
 def test_the_scores_of_a_training_file_tell_false_negatives(planted, mine):

@@ -80,14 +80,14 @@ PROBES = (  # what the tokenizer is asked when a checkpoint is saved, and again 
 
 
 TRIAL = (  # what is encoded before and after a save
-    ("", "ants"),
-    ("Ants", "A queen may live for decades."),
-    ("", "How long does a volcano sleep before it erupts again?"),
-    ("Glaciers", "Ice that flows downhill. " * 20),
-    ("", "1 + 1 = 2"),
-    ("Ünïcödé", "déjà vu, 机器学习"),
-    ("A title alone", ""),
-    ("", "the " * 400),
+    ((), "ants"),
+    (("Ants",), "A queen may live for decades."),
+    ((), "How long does a volcano sleep before it erupts again?"),
+    (("Glaciers",), "Ice that flows downhill. " * 20),
+    ((), "1 + 1 = 2"),
+    (("Ünïcödé",), "déjà vu, 机器学习"),
+    (("A title alone",), ""),
+    ((), "the " * 400),
 )
 
 
@@ -304,31 +304,37 @@ def align(model: nn.Module) -> None:
 
 
 # save
-def save_encoder(
-    model: BiEncoder, folder, card: dict, state_dict: dict[str, Tensor] | None = None
-) -> None:
-    """Write the checkpoint (see the top) under a temporary name, read it back, and only then give it its name. For the
-    main process alone.
-
-    card         what the model card says: {"base": ..., "data": {...}, "command": [...], "metrics": {...}}
-    state_dict   weights to write in place of the model's own, under the same names
+def save_encoder(model: BiEncoder, folder, card: dict) -> None:
+    """Write the checkpoint under a temporary name, read it back, and only then give it its name. For the main process
+    alone. card: what the model card says, {"base": ..., "data": [...], "command": [...], "metrics": {...}}.
 
     A folder that also holds other things (log, resume state) keeps them; the files of the checkpoint are replaced.
-    UserError when the folder, read again, does not give the same vectors for 8 fixed texts."""
+    UserError: the folder, read again, does not give the same vectors for 8 fixed texts; what was written is kept aside
+    as FOLDER.refused."""
     folder, training = Path(folder), model.training
-    weights = model.state_dict() if state_dict is None else state_dict
+    refused = folder.with_name(f"{folder.name}.refused")
     with _taking_place_of(folder) as temporary:
-        _write_folder(model, temporary, weights, {"name": folder.name, **card})
+        _write_folder(model, temporary, {"name": folder.name, **card})
         model.eval()
         device = next(model.parameters()).device
-        expected, found = _trial(model, weights), _trial(load_encoder(temporary).to(device))
+        expected, found = _trial(model), _trial(load_encoder(temporary).to(device))
         model.train(training)
         if not torch.allclose(expected, found, rtol=1e-4, atol=1e-5):
+            shutil.rmtree(refused, ignore_errors=True)
+            shutil.copytree(temporary, refused)
             gap = (expected - found).abs().max().item()
             raise UserError(
-                f"{folder}: the checkpoint gives other vectors when it is read back (by {gap:.3g}) and was not kept — "
+                f"{folder}: the checkpoint gives other vectors when it is read back (by {gap:.3g}); it is in {refused} — "
                 "look for NaN in training, a full disk, other versions of transformers or tokenizers"
             )
+
+
+def check_checkpoint(model: BiEncoder, output_dir) -> None:
+    """Save a model into output_dir, read it back and remove it again: before the first step, so that a model which
+    cannot be kept is refused in the first second and not after hours. For the main process alone."""
+    trial = Path(output_dir) / ".tmp-trial"
+    save_encoder(model, trial / "model", {})
+    shutil.rmtree(trial)
 
 
 def checkpoint_files(folder) -> list[Path]:
@@ -383,14 +389,9 @@ def _taking_place_of(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary)
 
 
-def _write_folder(model: BiEncoder, folder: Path, weights: dict[str, Tensor], card: dict) -> None:
+def _write_folder(model: BiEncoder, folder: Path, card: dict) -> None:
     form, tokenizer = model.format, model.tokenizer
-    own = {
-        name.removeprefix("backbone."): w
-        for name, w in weights.items()
-        if name.startswith("backbone.")
-    }
-    model.backbone.save_pretrained(folder, state_dict=own)
+    model.backbone.save_pretrained(folder)
     if tokenizer.is_fast:  # else the last cut would be stored as a setting
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
@@ -444,29 +445,17 @@ def _card(model: BiEncoder, card: dict) -> Iterator[str]:
 
 
 @torch.no_grad()
-def _trial(model: BiEncoder, weights: dict[str, Tensor] | None = None) -> Tensor:
-    """(16, D) vectors of 8 fixed texts, as queries and as passages."""
+def _trial(model: BiEncoder) -> Tensor:
+    """(16, D) vectors of 8 fixed texts, as queries and as passages. By `encode`, as Accelerate wraps `forward` in
+    autocast, and vectors are compared in fp32."""
     device = next(model.parameters()).device
-    sides = []
+    found = []
     for kind in ("query", "passage"):
         strings = format_texts(TRIAL, kind, model.format, model.tokenizer)
-        batch = pad(
-            to_ids(strings, model.tokenizer, model.format.max_length(kind)), model.tokenizer
-        )
-        sides.append({name: values.to(device) for name, values in batch.items()})
-    if weights is None:
-        return torch.cat(model(*sides)).cpu()
-    weights = {
-        name: weights[name].to(device) for name, _ in model.named_parameters()
-    }  # tied ones once
-    autocast = model.__dict__.pop(
-        "forward", None
-    )  # hung on the instance by Accelerate; compare in fp32
-    try:
-        return torch.cat(torch.func.functional_call(model, weights, tuple(sides))).cpu()
-    finally:
-        if autocast is not None:
-            model.forward = autocast
+        ids = to_ids(strings, model.tokenizer, model.format.max_length(kind))
+        batch = pad(ids, model.tokenizer)
+        found.append(model.encode({name: values.to(device) for name, values in batch.items()}))
+    return torch.cat(found).cpu()
 
 
 def read_architecture(

@@ -45,7 +45,7 @@ from transformers.hf_argparser import HfArg
 
 from lib import launch, losses
 from lib.checkpoint import load_encoder, save_encoder
-from lib.cpu import economize
+from lib.cpu import speed_up_attention
 from lib.dev import dev_mrr, open_dev
 from lib.dist import all_gather, all_gather_with_grad
 from lib.dro import GroupGradients, GroupWeights
@@ -54,7 +54,7 @@ from lib.generations import Generation, Refresh, checkpoint_path, remove_old_che
 from lib.gradcache import contrastive_backward
 from lib.groups import GroupCollator, Groups, preview
 from lib.loader import load
-from lib.optim import descend, lr_at, make_optimizer, parameter_groups
+from lib.optim import descend, lr_at, make_optimizer, parameter_groups, recompute_activations
 from lib.text import TextFormat, step_seed
 from lib.texts import open_texts
 from lib.triples import TripleCollator, Triples
@@ -321,7 +321,9 @@ def main():
     head = {name: getattr(args, name) for name in head}
     model = load_encoder(args.model, args.pooling, overrides, **head)
     dim, form = model.dim, model.format
-    economize(model.backbone, args.gradient_checkpointing)
+    speed_up_attention(model.backbone)
+    if args.gradient_checkpointing:
+        recompute_activations(model.backbone)
     how = args.dro, args.dro_form, args.dro_alpha, args.dro_ema, args.dro_rho, args.dro_eps
     dro = GroupWeights(groups.clusters, *how) if args.dro else None
     gradients = GroupGradients(model.backbone, args.dro_layers) if args.dro == "idro" else None

@@ -41,7 +41,7 @@ mine() { # STAGE
 
 "${launch[@]}" pretrain_mae.py --objective lexmae "${from[@]}" --corpus "$corpus" --title sep --max_length 144 \
     --encoder_mask_ratio 0.3 --decoder_mask_ratio 0.5 --mask token --decoder_layers 2 --per_device_batch_size 256 \
-    --learning_rate 3e-4 --num_epochs 20 --warmup_ratio 0.05 --weight_decay 0.01 --max_grad_norm 0 --save_every 4000 \
+    --learning_rate 3e-4 --num_epochs 20 --warmup_steps 0.05 --weight_decay 0.01 --max_grad_norm 0 --save_every 4000 \
     --output_dir "$out/pretrained" --resume "${short[@]}"
 python mine_negatives.py --bm25 "${train[@]}" --corpus "$corpus" --depth 1000 --output_dir "$out/negatives-bm25"
 finetune 1 "$out/negatives-bm25" 1000 16 3 0.002

@@ -47,7 +47,7 @@ from transformers.hf_argparser import HfArg
 
 from lib import launch
 from lib.checkpoint import VERSION, align, checkpoint_folder, fingerprint, model_hash
-from lib.cpu import economize
+from lib.cpu import speed_up_attention
 from lib.embeddings import shard_name
 from lib.encoder import positions
 from lib.files import (
@@ -63,7 +63,7 @@ from lib.files import (
 from lib.groups import Groups
 from lib.loader import load
 from lib.losses import in_batch_accuracy, info_nce
-from lib.optim import descend, lr_at, parameter_groups
+from lib.optim import descend, lr_at, parameter_groups, recompute_activations
 from lib.text import join_title, pad, step_seed, token_batches
 from lib.texts import known_rows, open_texts
 
@@ -377,7 +377,9 @@ def train(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dic
     warmup_steps = (
         round(args.warmup_ratio * max_steps) if args.warmup_steps is None else args.warmup_steps
     )
-    economize(model.classifier, args.gradient_checkpointing)
+    speed_up_attention(model.classifier)
+    if args.gradient_checkpointing:
+        recompute_activations(model.classifier)
     collate = Collator(groups, pairs, 16 if device.type == "cpu" else 64)
     first = [groups[index, 0, index] for index in range(min(16, len(groups)))]
     weights = sum(p.numel() for p in model.parameters())
@@ -548,7 +550,7 @@ def score(args: Args, accelerator, pairs: Pairs, model: CrossEncoder, facts: dic
     launch.echo(accelerator, "scoring", facts)
 
     # ---- score
-    economize(model.to(device).classifier)
+    speed_up_attention(model.to(device).classifier)
     missing = [s for s in range(len(spans)) if not (out / f"{shard_name(s)}.npy").is_file()]
     accelerator.wait_for_everyone()  # all have listed what is missing before the first adds to it
     mine = missing[rank::W]

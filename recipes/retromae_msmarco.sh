@@ -32,7 +32,7 @@ finetune() { # NEGATIVES OUTPUT
 }
 
 "${launch[@]}" pretrain_mae.py --objective retromae "${from[@]}" --corpus "$corpus" --title space --max_length 150 \
-    --per_device_batch_size 128 --learning_rate 1e-4 --num_epochs 20 --warmup_ratio 0.1 --save_every 10000 \
+    --per_device_batch_size 128 --learning_rate 1e-4 --num_epochs 20 --warmup_steps 0.1 --save_every 10000 \
     --output_dir "$out/pretrained" --resume "${short[@]}"
 python mine_negatives.py --bm25 "${train[@]}" --corpus "$corpus" --depth 200 --output_dir "$out/negatives-bm25"
 finetune "$out/negatives-bm25/negatives.tsv" "$out/stage1"

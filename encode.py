@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from lib.arguments import arg, parse_args
 from lib.checkpoint import checkpoint_folder, load_encoder, model_hash
-from lib.cpu import economize, pack_linears
+from lib.cpu import pack_linears, speed_up_attention
 from lib.embeddings import finish_embeddings, shard_file, write_shard
 from lib.encoder import SparseBiEncoder
 from lib.files import UserError, read_json, write_json
@@ -289,7 +289,7 @@ def main():
     packed = {"no": torch.float32, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
     if device.type == "cpu" and packed:
         pack_linears(model.backbone.base_model, packed)
-        economize(model.backbone)
+        speed_up_attention(model.backbone)
     limited, terms, clock = 0, 0, time.perf_counter()
     with (
         torch.inference_mode(),

@@ -71,7 +71,7 @@ from lib.checkpoint import (
     model_hash,
     save_encoder,
 )
-from lib.cpu import economize
+from lib.cpu import speed_up_attention
 from lib.dev import DevSet
 from lib.dro import GroupGradients, GroupWeights, Robustness, groups_of_rows
 from lib.files import UserError
@@ -79,7 +79,14 @@ from lib.generations import Generation, Refresh, checkpoint_path, remove_old_che
 from lib.gradcache import contrastive_backward
 from lib.groups import GroupCollator, Groups, TrainingFile, preview
 from lib.loader import StepSampler, load
-from lib.optim import descend, lr_at, make_optimizer, parameter_groups, steps_of
+from lib.optim import (
+    descend,
+    lr_at,
+    make_optimizer,
+    parameter_groups,
+    recompute_activations,
+    steps_of,
+)
 from lib.text import TextFormat, step_seed
 from lib.texts import open_texts
 
@@ -257,7 +264,9 @@ def main():
     )
     form, dim = model.format, model.dim
     temperature = args.temperature or (0.05 if model.normalized else 1.0)
-    economize(model.backbone, args.gradient_checkpointing)
+    speed_up_attention(model.backbone)
+    if args.gradient_checkpointing:
+        recompute_activations(model.backbone)
     robustness = Robustness(args.dro, args.dro_alpha, args.dro_ema, args.dro_rho, args.dro_eps)
     dro = GroupWeights(int(file.clusters.max()) + 1, robustness) if args.dro else None
     gradients = GroupGradients(model.backbone) if args.dro == "idro" else None

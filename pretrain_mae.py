@@ -1,36 +1,43 @@
-"""Pre-train an encoder through a bottleneck: a text passes through one vector, from which a weak decoder rebuilds it.
+"""Pre-train an encoder through a bottleneck: a weak decoder rebuilds a text from one vector.
 
-    mlm          masked language modelling alone, the control: BERT (arXiv 1810.04805), whole-word masks
-    retromae     + a one-layer decoder with position-specific masks over the clean text: RetroMAE (2205.12035)
+    mlm          masked language modelling alone, the control: BERT (arXiv 1810.04805)
+    retromae     + a one-layer decoder of the clean text, each row with its own mask: RetroMAE
+    (2205.12035)
     dupmae       retromae + the bag of words from the max-pooled LM logits: DupMAE (2305.02564)
-    lexmae       + a two-layer decoder of a masked text behind a lexicon bottleneck: LexMAE (2208.14754)
+    lexmae       + a two-layer decoder of a masked text behind a lexicon bottleneck: LexMAE
+    (2208.14754)
     seed         + a causal decoder that sees a few tokens back: SEED-Encoder (2102.09206)
-    condenser    + a head over the late [CLS] and the states of a middle layer: Condenser (2104.08253)
-    cocondenser  condenser + a contrastive loss over two spans of a document: coCondenser (2108.05540), and on the
-                 target corpora COCO-DR (2210.15212)
+    condenser    + a head over the late [CLS] and the states of a middle layer: Condenser
+    (2104.08253) cocondenser  condenser + a contrastive loss over two spans of a document:
+    coCondenser (2108.05540),
+                 and on the target corpora COCO-DR (2210.15212)
 
 Deliberate deviations from the official code:
-  1. Each loss term is a mean over the labels of all processes (SEED does so too; the others: mean of the means per
-     device). Under gradient accumulation every micro-batch weighs the same.
-  2. A corrupted token is replaced by [MASK], an ordinary token or itself, 80/10/10; never by a special token.
-  3. Blocks end with a sentence and fit --max_length (RetroMAE's exceed it by up to a sentence, which is cut off;
-     Condenser makes one in ten shorter). Sentences longer than a block or span are cut, and nothing of them is lost.
-  4. The decoder is saved, and picked up by the next stage of the same objective (RetroMAE starts it anew).
-  5. Special tokens inside a text, such as the [SEP] of --title sep, are neither masked nor predicted; SEED's decoder
-     alone predicts them, [SEP] ending its text.
-  6. Token masks hide exactly their share of each text (BERT and RoBERTa flip a coin per token).
-  7. SEED's cross-attention to its one key has no query and key projections: over one key they change nothing.
-  8. DupMAE's --bow paper keeps the LM head where the paper has a linear layer of its own.
-  9. COCO-DR pre-trains with dropout off in the encoder, on in the head, perhaps by mistake: --no_encoder_dropout.
-Masks and spans are functions of (seed, micro-step, row in the batch of all processes), whatever their number.
+  1. Each loss term is a mean over the labels of all processes (SEED does so too; the others take
+  the
+     mean of the means per device). Under gradient accumulation every micro-batch weighs the same.
+  2. A corrupted token becomes [MASK], an ordinary token or itself, 80/10/10; never a special token.
+  3. Blocks end with a sentence and fit --max_length (RetroMAE's exceed it by up to a sentence,
+  which
+     is cut off). Sentences longer than a block or span are cut, and no text is lost.
+  4. The decoder is saved; the next stage of the same objective continues it (RetroMAE: a new one).
+  5. Special tokens inside a text, such as the [SEP] of --title sep, are neither masked nor
+  predicted.
+     Only SEED's decoder predicts them, because [SEP] ends its text.
+  6. Token masks hide exactly their share of each text (BERT and RoBERTa draw each token
+  independently). 7. SEED's cross-attention to its one key has no query and key projections: they
+  would change nothing. 8. coCondenser's spans are cut by COCO-DR's rule, and a span is never
+  paired with itself. 9. COCO-DR pre-trains without dropout in the encoder but with dropout in the
+  head, perhaps by
+     mistake: --no_encoder_dropout.
+Masks and spans are functions of (seed, micro-step, row in the batch of all processes).
 
-Reads   --model (Hugging Face), or --model_config FILE.json and --tokenizer DIR to start from scratch; corpora
-Writes  --output_dir: the checkpoint with its LM head (AutoModel, AutoModelForMaskedLM), the decoder beside it
-        (decoder.safetensors, decoder.json); log.jsonl, args.json, state/ for --resume; `done` last
+Reads   --model (Hugging Face), or --model_config and --tokenizer to start from scratch; corpora
+Writes  --output_dir: the checkpoint with its LM head (AutoModel, AutoModelForMaskedLM), the decoder
+        (decoder.safetensors, decoder.json), log.jsonl, args.json, state/ for --resume; `done` last
 
-CPU toy   python pretrain_mae.py --objective retromae --model ckpt --corpus corpus.jsonl --max_length 64 \\
-              --max_steps 20 --output_dir out
-1 GPU     accelerate launch --mixed_precision bf16 pretrain_mae.py ... --per_device_batch_size 128 --max_length 150
+CPU toy   python pretrain_mae.py --model ckpt --corpus corpus.jsonl --max_steps 20 --output_dir out
+1 GPU     accelerate launch --mixed_precision bf16 pretrain_mae.py ... --per_device_batch_size 128
 N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 pretrain_mae.py ...
 """
 
@@ -43,311 +50,246 @@ from typing import Literal
 import torch
 from accelerate.utils import send_to_device
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg
 
-from lib.blocks import BlockCollator, open_corpora
-from lib.checkpoint import (
-    load_decoder,
-    load_lm,
-    max_positions,
-    read_architecture,
-    save_checkpoint,
-    stated_title,
-)
-from lib.cpu import economize
+from lib import checkpoint, launch
+from lib.arguments import arg, parse_args
+from lib.blocks import BlockCollator, Cut, open_corpora
+from lib.cpu import speed_up_attention
 from lib.files import UserError
-from lib.launch import (
-    RunLog,
-    begin,
-    describe,
-    finish,
-    load_state,
-    make_accelerator,
-    parse_args,
-    run,
-    save_state,
-)
 from lib.loader import StepSampler, load
-from lib.objectives import (
-    MLM,
-    SEED,
-    CoCondenser,
-    Condenser,
-    DupMAE,
-    LexMAE,
-    RetroMAE,
-    span_backward,
-)
-from lib.optim import descend, lr_at, parameter_groups
+from lib.objectives import DROPOUT, OBJECTIVES, OPTIONS, span_backward
+from lib.optim import descend, lr_at, parameter_groups, recompute_activations, steps_of
 from lib.probe import Probe
 from lib.text import step_seed
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Args:
-    # data
-    corpus: list[str] = HfArg(help="texts to learn from: one or several of FILE or NAME=FILE")
-    output_dir: str = HfArg(help="where the checkpoint goes")
-    model: str = HfArg(
-        default=None, help="checkpoint to start from; its decoder too, if of the same objective"
+    corpus: list[str] = arg(
+        group="data", help="texts to learn from: FILE or NAME=FILE, one or more"
     )
-    model_config: str = HfArg(
-        default=None, help="instead: JSON of a model to start from scratch (model_type and sizes)"
+    output_dir: str = arg(help="folder for the checkpoint")
+    balance: float = arg(
+        1.0,
+        above=0,
+        help="sampling temperature of several corpora: 1 is by size, large is equal shares",
     )
-    tokenizer: str = HfArg(default=None, help="tokenizer of --model_config")
-    balance: float = HfArg(
-        default=1.0, help="temperature between corpora: 1 = by their size, large = equal shares"
+    title: Literal["none", "space", "sep"] | None = arg(
+        None, help="how title and text are joined (default: as in the checkpoint, else a space)"
     )
-    titles: str = HfArg(default=None, help="`pid TAB title` file to join to the only corpus")
-    title: Literal["none", "space", "sep"] | None = HfArg(
-        default=None, help="how to join; else as the checkpoint does, else by a space"
+    max_length: int = arg(
+        512, least=4, help="tokens of a block (RetroMAE on MS MARCO 150, LexMAE 144)"
     )
-    max_length: int = HfArg(
-        default=512, help="tokens of a block (RetroMAE 512, on MS MARCO 150; LexMAE 144)"
+    model: str | None = arg(
+        None, group="model", help="checkpoint to start from; its decoder is continued if it fits"
     )
-    # objective
-    objective: Literal[
-        "mlm", "retromae", "dupmae", "lexmae", "seed", "condenser", "cocondenser"
-    ] = HfArg(
-        default="retromae",
-        help="see above. Options that only some of them have, their defaults in brackets:",
+    model_config: str | None = arg(
+        None, help="JSON of a new model (model_type, sizes), not --model"
     )
-    encoder_mask_ratio: float | None = HfArg(
-        default=None,
-        help="share of tokens hidden from the encoder (0.3; seed, condenser, cocondenser 0.15)",
+    tokenizer: str | None = arg(None, help="tokenizer of the new model")
+    encoder_dropout: bool = arg(True, help="switch dropout in the encoder off, as COCO-DR does")
+    objective: Literal[tuple(OPTIONS)] = arg("retromae", group="objective", help="see above")
+    encoder_mask_ratio: float | None = arg(
+        None, above=0, below=1, help="share hidden from the encoder (0.3; seed, [co]condenser 0.15)"
     )
-    mask: Literal["whole_word", "token"] | None = HfArg(
-        default=None,
-        help="what the encoder's mask hides at a time (whole_word; lexmae, seed token)",
+    mask: Literal["whole_word", "token"] | None = arg(
+        None, help="what is hidden from the encoder at a time (whole_word; lexmae and seed token)"
     )
-    decoder_mask_ratio: float | None = HfArg(
-        default=None, help="retromae, dupmae, lexmae: share hidden there (0.5)"
+    decoder_mask_ratio: float | None = arg(
+        None, above=0, below=1, help="retromae, dupmae, lexmae: share hidden from the decoder (0.5)"
     )
-    decoder_masks: int | None = HfArg(
-        default=None, help="retromae, dupmae: masks per text (256; FlagEmbedding 128)"
+    decoder_layers: int | None = arg(
+        None, least=1, help="lexmae, [co]condenser (2), seed (3, or 1 with a window of 8 or more)"
     )
-    query_stream: Literal["raw", "normed"] | None = HfArg(
-        default=None,
-        help="retromae (raw), dupmae (normed): decoder queries as RetroMAE's code or FlagEmbedding's",
+    attention_window: int | None = arg(
+        None,
+        least=1,
+        help="seed: number of tokens that the decoder sees, the current one included (2)",
     )
-    bow: Literal["official", "paper"] | None = HfArg(
-        default=None, help="dupmae: loss of the code (official) or paper"
+    span_tokens: int | None = arg(None, least=1, help="cocondenser: maximum tokens of a span (30)")
+    chunk_size: int | None = arg(
+        None, least=0, help="cocondenser: documents encoded at a time by GradCache; 0 is all (0)"
     )
-    bow_weight: float | None = HfArg(
-        default=None, help="dupmae: weight of that loss (0.1; paper 1)"
+    per_device_batch_size: int = arg(
+        32, least=1, group="optimisation", help="blocks, or documents, per process and micro-step"
     )
-    decoder_layers: int | None = HfArg(
-        default=None, help="lexmae, [co]condenser (2), seed (3; 1 with a window of 8)"
+    gradient_accumulation_steps: int = arg(1, least=1, help="micro-steps per optimizer step")
+    gradient_checkpointing: bool = arg(
+        False, help="recompute activations in the backward pass: 20% slower, a third less memory"
     )
-    attention_window: int | None = HfArg(
-        default=None, help="seed: tokens the decoder reads, its input counted (2)"
+    learning_rate: float = arg(1e-4, above=0, help="peak learning rate of AdamW")
+    weight_decay: float = arg(0.01, least=0, help="weight decay, except of biases and norms")
+    max_grad_norm: float = arg(
+        1.0, least=0, help="clip the gradient to this norm; 0 is no clipping"
     )
-    skip_from: int | None = HfArg(
-        default=None, help="[co]condenser: layer whose states the head reads (half way)"
+    num_epochs: float = arg(8.0, above=0, help="passes over the corpus (RetroMAE on MS MARCO 20)")
+    max_steps: int = arg(0, least=0, help="optimizer steps; if given, --num_epochs is not used")
+    warmup_steps: float = arg(
+        0.1, least=0, help="steps of linear warm-up; below 1, a share of all steps"
     )
-    late_mlm: bool | None = HfArg(
-        default=None, help="[co]condenser: MLM loss of the last layer too (true)"
+    seed: int = arg(42, group="runtime", help="seed of data order, masks, dropout and new weights")
+    probe_every: int = arg(
+        0, least=0, help="probe the bottleneck every N steps (lib/probe.py); 0 is never"
     )
-    spans: Literal["coco", "cocondenser"] | None = HfArg(
-        default=None, help="cocondenser: whose rule cuts documents that do not come in spans (coco)"
+    probe_queries: str | None = arg(None, help="queries for the probe's recall@100")
+    probe_qrels: str | None = arg(None, help="judgments of --probe_queries")
+    save_every: int = arg(1000, least=1, help="save a state for --resume every N steps")
+    log_every: int = arg(20, least=1, help="write a log line every N steps")
+    resume: bool = arg(False, help="continue from the last saved state")
+    num_workers: int = arg(2, least=0, help="loader processes that turn text into ids")
+    report_to: Literal["none", "tensorboard", "wandb"] = arg(
+        "none", help="also log to this tracker"
     )
-    span_tokens: int | None = HfArg(
-        default=None, help="cocondenser: tokens of a span by COCO-DR's rule (30)"
-    )
-    chunk_size: int | None = HfArg(
-        default=None, help="cocondenser: GradCache, documents at a time; 0 = all (0)"
-    )
-    encoder_dropout: bool = HfArg(
-        default=True, help="dropout in the encoder; COCO-DR's code has it off"
-    )
-    # optimisation
-    per_device_batch_size: int = HfArg(
-        default=32,
-        help="blocks, or documents of two spans, per process and micro-step (RetroMAE 32, on MS MARCO 128)",
-    )
-    gradient_checkpointing: bool = HfArg(
-        default=False, help="encode twice to keep less: a fifth more time"
-    )
-    gradient_accumulation_steps: int = HfArg(default=1, help="micro-steps per optimizer step")
-    optimizer: Literal["adamw"] = HfArg(default="adamw", help="betas 0.9 and 0.999, eps 1e-8")
-    learning_rate: float = HfArg(default=1e-4, help="peak (RetroMAE 1e-4)")
-    weight_decay: float = HfArg(default=0.01, help="not on biases and norms (RetroMAE 0.01)")
-    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (RetroMAE 1); 0 = none")
-    num_epochs: float = HfArg(
-        default=8.0, help="passes over the blocks (RetroMAE 8, on MS MARCO 20)"
-    )
-    max_steps: int = HfArg(default=0, help="optimizer steps; wins over --num_epochs")
-    warmup_ratio: float = HfArg(
-        default=0.1, help="share of linear warm-up before the linear decay (RetroMAE 0.1)"
-    )
-    warmup_steps: int = HfArg(default=None, help="wins over --warmup_ratio")
-    # runtime
-    seed: int = HfArg(default=42, help="data order, masks, dropout, new weights")
-    probe_every: int = HfArg(
-        default=0, help="steps between probes of the bottleneck (lib/probe.py); 0 = none"
-    )
-    probe_queries: str = HfArg(default=None, help="queries for its zero-shot recall@100")
-    probe_qrels: str = HfArg(default=None, help="their judgments in the corpus")
-    save_every: int = HfArg(default=1000, help="steps between states to --resume from")
-    log_every: int = HfArg(default=20, help="steps between log lines")
-    resume: bool = HfArg(default=False, help="go on from the last state")
-    num_workers: int = HfArg(default=2, help="loader processes that turn text into ids")
-    report_to: Literal["none", "tensorboard", "wandb"] = HfArg(
-        default="none", help="tracker beside log.jsonl"
-    )
-    deterministic: bool = HfArg(default=False, help="bit-identical reruns on CUDA")
-    dry_run: bool = HfArg(
-        default=False, help="show the first inputs, blocks, batch, steps and disk, and stop"
-    )
+    deterministic: bool = arg(False, help="make reruns on CUDA bit-identical")
+    dry_run: bool = arg(False, help="show the first inputs, batch, steps and disk space, then stop")
 
 
-OBJECTIVES = {
-    cls.objective: cls for cls in (MLM, RetroMAE, DupMAE, LexMAE, SEED, Condenser, CoCondenser)
-}
-PAIR_OPTIONS = {"spans", "span_tokens", "chunk_size"}  # of cocondenser's data and step
-OPTIONS = PAIR_OPTIONS.union(
-    *(cls.options() for cls in OBJECTIVES.values())
-)  # None is the objective's default
+def objective_options(args: Args) -> dict:
+    """The options of the objective, by default those of OPTIONS."""
+    options = dict(OPTIONS[args.objective])
+    for name in {name for known in OPTIONS.values() for name in known}:
+        value = getattr(args, name)
+        if value is not None and name not in options:
+            raise UserError(f"--{name}: {args.objective} has no such option — leave it out")
+        if value is not None:
+            options[name] = value
+    return options
+
+
+def check(args: Args, positions: int, processes: int) -> None:
+    """UserError where arguments do not fit together."""
+    probe_files = (args.probe_queries, args.probe_qrels)
+    if args.max_length > positions:
+        raise UserError(
+            f"--max_length {args.max_length}: the model has {positions} positions — lower it"
+        )
+    if any(probe_files) and not (all(probe_files) and args.probe_every):
+        raise UserError("give all of --probe_every, --probe_queries and --probe_qrels, or no files")
+    if args.objective == "cocondenser" and processes * args.per_device_batch_size < 2:
+        raise UserError("--per_device_batch_size 1: the contrast needs another document — raise it")
 
 
 def mean_loss(accelerator, terms):
-    """(loss to backpropagate here, numbers of all processes: a row of loss, labels, correct for each term).
-    DDP takes the mean of the gradients of W processes, so W times the local sum, divided by the labels of all, is the
-    mean over the batch of the world."""
-    sums = torch.stack(
-        [
-            torch.stack([t.loss.detach(), t.loss.new_tensor(t.labels), t.correct.float()])
-            for t in terms.values()
-        ]
-    )
-    sums = accelerator.reduce(sums, "sum")  # (terms, 3)
-    labels = sums[:, 1].clamp(min=1)  # a batch of texts without ordinary tokens has no label
+    """(loss to backpropagate, sums over all processes: a row of loss, labels, correct for each
+    term). DDP averages the gradients of W processes. So W times the local sum, divided by the
+    labels of all processes, gives the gradient of the mean over the whole batch."""
+    columns = [
+        (t.loss.detach(), t.loss.new_tensor(t.labels), t.correct.float()) for t in terms.values()
+    ]
+    sums = accelerator.reduce(torch.stack([torch.stack(c) for c in columns]), "sum")  # (terms, 3)
+    labels = sums[:, 1].clamp(min=1)  # texts without ordinary tokens have no label
     W = accelerator.num_processes
     loss = sum(t.weight * W * t.loss / n for t, n in zip(terms.values(), labels, strict=True))
     return loss, sums
+
+
+def term_means(terms, totals) -> dict[str, float]:
+    """The numbers of a log line. totals: `sums` of mean_loss, added up since the last line."""
+    values = {"loss": 0.0}
+    for (name, term), (loss, labels, correct) in zip(terms.items(), totals.tolist(), strict=True):
+        values[f"{name}_loss"] = loss / max(labels, 1)
+        values[f"{name}_accuracy"] = correct / max(labels, 1)
+        values["loss"] += term.weight * values[f"{name}_loss"]
+    return values
 
 
 def main():
     # ---- setup
     args = parse_args(Args)
     accumulation = args.gradient_accumulation_steps
-    accelerator = make_accelerator(
+    accelerator = launch.make_accelerator(
         accumulation, args.report_to, args.output_dir, args.deterministic
     )
     rank, W, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     B = args.per_device_batch_size
-    config, tokenizer = read_architecture(args.model, args.model_config, args.tokenizer)
-    if not 4 <= args.max_length <= max_positions(config):
-        raise UserError(
-            f"--max_length {args.max_length}: the model has {max_positions(config)} positions — choose 4 to that"
-        )
-    if bool(args.probe_queries) != bool(args.probe_qrels) or (
-        args.probe_queries and not args.probe_every
-    ):
-        raise UserError(
-            "the probe is incomplete — give --probe_queries and --probe_qrels together, and --probe_every"
-        )
-    for name in ("encoder_mask_ratio", "decoder_mask_ratio"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < 1:
-            raise UserError(
-                f"--{name} {getattr(args, name)}: a share of the tokens — choose it between 0 and 1"
-            )
-    for name in ("decoder_masks", "decoder_layers", "attention_window", "span_tokens"):
-        if (1 if getattr(args, name) is None else getattr(args, name)) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: counts from 1 — give a larger number")
-    objective, pairs = OBJECTIVES[args.objective], args.objective == "cocondenser"
-    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    for name in sorted(options.keys() - objective.options() - (PAIR_OPTIONS if pairs else set())):
-        raise UserError(f"--{name}: {args.objective} has no such option — leave it out")
-
-    if pairs and W * B < 2:
-        raise UserError(
-            "--per_device_batch_size 1: the other spans of a contrast are of other documents — raise it"
-        )
+    config, tokenizer = checkpoint.read_architecture(args.model, args.model_config, args.tokenizer)
+    check(args, checkpoint.max_positions(config), W)
+    options = objective_options(args)
+    chunk_size = options.get("chunk_size", 0)
 
     # ---- data
-    title = args.title or stated_title(args.model) or "space"
-    rule = options.pop("spans", "coco") if pairs else None
-    cut = tokenizer, args.max_length, title, rule, options.pop("span_tokens", 30)
-    chunk_size = options.pop("chunk_size", 0)
+    title = args.title or checkpoint.stated_title(args.model) or "space"
+    cut = Cut(tokenizer, args.max_length, title, options.get("span_tokens", 0))
     with accelerator.main_process_first():
         blocks = open_corpora(
-            args.corpus, args.titles, cut, args.seed, args.balance, accelerator.is_main_process
+            args.corpus, cut, args.seed, args.balance, accelerator.is_main_process
         )
         collate = BlockCollator(tokenizer, args.max_length)
-        probe = (
-            Probe(blocks, collate, args.probe_queries, args.probe_qrels)
-            if args.probe_every
-            else None
-        )
-    max_steps = args.max_steps or math.ceil(args.num_epochs * len(blocks) / (W * B * accumulation))
-    warmup_steps = (
-        round(args.warmup_ratio * max_steps) if args.warmup_steps is None else args.warmup_steps
-    )
+        probe = None
+        if args.probe_every:
+            probe = Probe(blocks, collate, args.probe_queries, args.probe_qrels)
+    texts_per_step = W * B * accumulation
+    max_steps = args.max_steps or math.ceil(args.num_epochs * len(blocks) / texts_per_step)
+    warmup_steps = steps_of(args.warmup_steps, max_steps)
 
-    # ---- model, optimizer, prepare
+    # ---- model
     torch.manual_seed(args.seed)  # of new weights
-    lm, origin = load_lm(config, args.model)
-    economize(lm, args.gradient_checkpointing)
-    model = objective(lm, tokenizer, **options)
-    decoder = load_decoder(model, args.model)
-    weights, unit = sum(p.numel() for p in model.parameters()), "documents" if pairs else "blocks"
+    lm, origin = checkpoint.load_lm(config, args.model)
+    speed_up_attention(lm)
+    if args.gradient_checkpointing:
+        recompute_activations(lm)
+    model = OBJECTIVES[args.objective](lm, tokenizer, **options)
+    decoder = checkpoint.load_decoder(model, args.model)
+    weights = sum(p.numel() for p in model.parameters())
+    unit = "documents" if args.objective == "cocondenser" else "blocks"
+    shown_options = [f"{name} {value}" for name, value in model.options.items()]
     facts = {
-        "model": f"{origin}, {config.model_type}, {weights / 1e6:.1f} M weights; decoder: {decoder}",
-        "objective": ", ".join(
-            [args.objective, *(f"{name} {value}" for name, value in [*model.settings.items()][2:])]
-        ),
-        "running on": describe(accelerator),
-        "batch": f"{B} {unit} x {W} process(es) x {accumulation} accumulated = {W * B * accumulation} per step",
+        "model": f"{origin}, {config.model_type}, {weights / 1e6:.1f} M weights",
+        "decoder": decoder,
+        "objective": ", ".join([args.objective, *shown_options]),
+        "running on": launch.describe(accelerator),
+        "batch": f"{B} {unit} x {W} process(es) x {accumulation} accumulated = {texts_per_step}",
         unit: f"{len(blocks)} of at most {args.max_length} tokens, title: {title}",
         **blocks.shares(),
-        "steps": f"{max_steps}, {len(blocks) / (W * B * accumulation):.2f} per epoch, {warmup_steps} of warm-up",
+        "steps": f"{max_steps}, {warmup_steps} of warm-up",
+        "steps per epoch": f"{len(blocks) / texts_per_step:.2f}",
     }
 
     def preview():
         first = collate([blocks[index, 0, index] for index in range(min(B, len(blocks)))])
-        lengths = first["attention_mask"].sum(1)
-        tokens = {"tokens": f"median {int(lengths.median())} of the first {len(lengths)}"}
-        return model.preview(first, args.seed, tokenizer) | tokens
+        return model.preview(first, args.seed, tokenizer)
 
-    numbers = weights * 4  # checkpoint, and state with two moments
-    ignore = "probe_every", "probe_queries", "probe_qrels"
-    if not begin(accelerator, args, "pre-training", facts, preview, numbers, ignore):
+    # the checkpoint, and a state with two moments
+    facts["disk"] = f"{4 * weights * 4 / 1e9:.2f} GB"
+    facts["inputs"] = {name: part.texts.fingerprint for name, part in blocks.parts.items()}
+    if not launch.begin(accelerator, args, "pre-training", facts, preview):
         return
     optimizer = torch.optim.AdamW(
         parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True
     )
     model, optimizer = accelerator.prepare(model, optimizer)
+    objective = accelerator.unwrap_model(model)
 
     # ---- resume
-    step, _ = load_state(args.output_dir, accelerator, model, optimizer)
+    step, _ = launch.load_state(args.output_dir, accelerator, model, optimizer)
     micro_step = step * accumulation
-    sampler = StepSampler(
-        len(blocks), B, rank, W, args.seed, start=micro_step, epoch_order=blocks.order
-    )
+    sampler = StepSampler(len(blocks), B, rank, W, args.seed, micro_step, blocks.order)
     batches = load(blocks, collate, sampler, args.num_workers, device)
+    log = launch.RunLog(accelerator, args.output_dir, step)
+    bar = tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process)
+
+    def write_probe():
+        if accelerator.is_main_process:
+            with accelerator.autocast():
+                log.write(step, probe(objective, device), bar)
 
     # ---- train
-    log, totals, tokens, waited = RunLog(accelerator, args.output_dir, step), 0, 0, 0.0
-    bar = tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process)
     model.train()
-    accelerator.unwrap_model(model).lm.train(args.encoder_dropout)
-    if probe and not step and accelerator.is_main_process:
-        with accelerator.autocast():
-            log.write(0, probe(accelerator.unwrap_model(model), device), bar)
-    clock = time.perf_counter()
+    objective.lm.train(args.encoder_dropout)
+    if probe and not step:
+        write_probe()
+    totals, tokens, waited, clock = 0, 0, 0.0, time.perf_counter()  # since the last log line
     while step < max_steps:
-        # ---------------------------------------------------------------------------------------- one training step
+        # ---- one training step
         asked = time.perf_counter()
         batch = send_to_device(next(batches), device, non_blocking=True)
         waited += time.perf_counter() - asked
         with accelerator.accumulate(model):
-            dropout = step_seed(args.seed, 2, micro_step, rank)  # 0 is the data order
             if 0 < chunk_size < B:
-                terms = span_backward(accelerator, model, batch, args.seed, 2 * chunk_size, dropout)
+                terms = span_backward(accelerator, model, batch, args.seed, 2 * chunk_size)
                 loss, sums = mean_loss(accelerator, terms)
             else:
-                torch.manual_seed(dropout)
+                torch.manual_seed(step_seed(args.seed, DROPOUT, micro_step, rank))
                 terms = model(batch, args.seed)
                 loss, sums = mean_loss(accelerator, terms)
                 accelerator.backward(loss)
@@ -358,59 +300,43 @@ def main():
             if not finite:
                 pids = ", ".join(blocks.ids(batch["examples"].tolist()))
                 raise UserError(
-                    f"step {step + 1}: loss or gradient not finite for texts {pids} — lower --learning_rate"
+                    f"step {step + 1}: loss or gradient not finite for texts {pids} — "
+                    "lower --learning_rate"
                 )
-        # -------------------------------------------------------------------------------- log, save: once per step
+        # ---- log and save, once per optimizer step
         micro_step += 1
-        totals, tokens = (
-            totals + sums.double(),
-            tokens + batch["tokens"],
-        )  # stay on the device until they are logged
+        totals = totals + sums.double()  # on the device until it is logged
+        tokens += batch["tokens"]
         if not accelerator.sync_gradients:
             continue
         step += 1
         last_step = step == max_steps
         bar.update()
         if step % args.log_every == 0 or last_step:
-            values = {}
-            for name, (loss_sum, labels, correct) in zip(terms, totals.tolist(), strict=True):
-                values |= {
-                    f"{name}_loss": loss_sum / max(labels, 1),
-                    f"{name}_accuracy": correct / max(labels, 1),
-                }
-            values = {
-                "loss": sum(t.weight * values[f"{name}_loss"] for name, t in terms.items()),
-                **values,
-            }
-            values |= {"lr": lr, "grad_norm": norm.item()}
-            spent = (
-                time.perf_counter() - clock
-            )  # of this process, as are its tokens and how long it waited for data
-            log.write(
-                step, {**values, "tokens/s": W * tokens / spent, "waited": waited / spent}, bar
-            )
+            values = term_means(terms, totals) | {"lr": lr, "grad_norm": norm.item()}
+            spent = time.perf_counter() - clock
+            speed = {"tokens/s": W * tokens / spent, "waited": waited / spent}  # of this process
+            log.write(step, values | speed, bar)
             totals, tokens, waited, clock = 0, 0, 0.0, time.perf_counter()
-        if probe and accelerator.is_main_process and (step % args.probe_every == 0 or last_step):
-            pause = time.perf_counter()
-            with accelerator.autocast():
-                log.write(step, probe(accelerator.unwrap_model(model), device), bar)
-            clock += time.perf_counter() - pause
+        if probe and (step % args.probe_every == 0 or last_step):
+            paused = time.perf_counter()
+            write_probe()
+            clock += time.perf_counter() - paused
         if step % args.save_every == 0 and not last_step:
-            save_state(args.output_dir, step, accelerator, model, optimizer, {})
+            launch.save_state(args.output_dir, step, accelerator, model, optimizer, {})
     bar.close()
 
     # ---- save
     if accelerator.is_main_process:
-        metrics = {"steps": step, **values}
         card = {
             "base": origin,
             "data": ", ".join(args.corpus),
             "command": " ".join(sys.argv),
-            "metrics": metrics,
+            "metrics": {"steps": step, **values},
         }
-        save_checkpoint(accelerator.unwrap_model(model), tokenizer, args.output_dir, title, card)
-    finish(accelerator, args.output_dir)
+        checkpoint.save_checkpoint(objective, tokenizer, args.output_dir, title, card)
+    launch.finish(accelerator, args.output_dir)
 
 
 if __name__ == "__main__":
-    run(main)
+    launch.run(main)

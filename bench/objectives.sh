@@ -41,7 +41,7 @@ for seed in "${seeds[@]}"; do
     for objective in "${objectives[@]}"; do
         here=$out/$objective-$seed
         shape=(--per_device_batch_size 32)
-        [ "$objective" != cocondenser ] || shape=(--per_device_batch_size 16 --spans cocondenser)
+        [ "$objective" != cocondenser ] || shape=(--per_device_batch_size 16)
         python pretrain_mae.py --objective "$objective" "${start[@]}" --corpus "$corpus" --max_length "${LENGTH:-64}" \
             --max_steps "${PRETRAIN:-800}" --learning_rate "${RATE:-1e-3}" "${shape[@]}" --seed "$seed" --probe_every 100 \
             --output_dir "$here/pretrained" --resume "${flags[@]}"

@@ -26,16 +26,16 @@ import transformers
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from lib.blocks import BlockCollator, open_corpora
+from lib.blocks import BlockCollator, Cut, open_corpora
 from lib.checkpoint import load_lm, read_architecture
-from lib.cpu import economize
+from lib.cpu import speed_up_attention
 from lib.files import read_json, write_json
 from lib.lm_head import head_transform
 from lib.loader import StepSampler
-from lib.objectives import span_contrast
-from lib.optim import parameter_groups
+from lib.objectives import OBJECTIVES, span_contrast
+from lib.optim import parameter_groups, recompute_activations
 from lib.text import step_seed
-from pretrain_mae import OBJECTIVES, mean_loss
+from pretrain_mae import mean_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -114,7 +114,7 @@ def plain_loss(model, batch: dict, seed: int):
     )
     hidden, logits = found.last_hidden_state, logits_of(found.last_hidden_state)
     loss = cross_entropy(logits, batch["masks"])
-    name = model.objective
+    name = model.name
     if name in ("retromae", "dupmae"):
         view = batch["views"] | ~batch["views"].any(-1, keepdim=True)
         loss = loss + cross_entropy(
@@ -137,7 +137,7 @@ def plain_loss(model, batch: dict, seed: int):
         labels = ids[:, 1:].masked_fill(keep[:, 1:] == 0, -100)
         loss = 0.5 * loss + 0.5 * F.cross_entropy(states @ E.weight.T, labels.flatten())
     if name in ("condenser", "cocondenser"):
-        states = model.decoder(hidden[:, 0], found.hidden_states[model.skip_from], keep, everywhere)
+        states = model.decoder(hidden[:, 0], found.hidden_states[model.middle], keep, everywhere)
         loss = loss + cross_entropy(logits_of(states), batch["masks"])
     if name == "cocondenser":
         term = span_contrast(hidden[:, 0])
@@ -153,15 +153,17 @@ def run_one(args) -> None:
     device = accelerator.device
     config, tokenizer = read_architecture(args.model)
     pairs = args.run == "cocondenser"
-    cut = tokenizer, args.length, "space", "coco" if pairs else None, args.length // 2
-    blocks = open_corpora([args.corpus], None, cut, seed=0)
+    cut = Cut(tokenizer, args.length, span_tokens=args.length // 2 if pairs else 0)
+    blocks = open_corpora([args.corpus], cut, seed=0)
     torch.manual_seed(0)
     collate = BlockCollator(tokenizer, args.length)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     lm, _ = load_lm(config, args.model)
     model = OBJECTIVES[args.run](lm, tokenizer)
     if not args.plain:
-        economize(lm, args.gradient_checkpointing)
+        speed_up_attention(lm)
+        if args.gradient_checkpointing:
+            recompute_activations(lm)
     else:
         collate = PlainCollator(collate, args.run, model.encoder_mask_ratio)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-4, fused=True)

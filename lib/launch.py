@@ -31,6 +31,11 @@ from lib.files import UserError, lines, read_json, write_json, write_lines
 PACKAGES = "torch transformers tokenizers accelerate datasets faiss-cpu faiss-gpu numpy".split()
 
 
+# arguments of training scripts that do not change their result
+WITHOUT_EFFECT = ("log_every", "save_every", "num_workers", "report_to")
+WITHOUT_EFFECT += ("probe_every", "probe_queries", "probe_qrels")
+
+
 def run(main) -> None:
     """Call main(); a UserError becomes one line on stderr and exit status 1."""
     transformers.logging.set_verbosity_error()
@@ -225,8 +230,7 @@ def begin(accelerator, args, heading: str, facts: dict, preview: Callable) -> bo
     if args.dry_run:
         echo(accelerator, f"dry run: {heading}", facts | preview())
         return False
-    ignore = ("log_every", "save_every", "num_workers", "report_to")
-    if claim_output(args, accelerator, ignore=ignore, inputs=inputs):
+    if claim_output(args, accelerator, ignore=WITHOUT_EFFECT, inputs=inputs):
         return False
     echo(accelerator, heading, facts)
     return True

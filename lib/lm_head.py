@@ -1,31 +1,23 @@
-"""The head of a masked language model, without its logits: a vocabulary of 30,000 times the tokens of a batch is
-gigabytes.
+"""The head of a masked language model without its logits, which would be gigabytes: the tokens of a
+batch times a vocabulary of 30,000.
 
-Legend: B texts, L tokens of the longest, D hidden size, V vocabulary, n labelled positions. `hidden` is what the LM
-head's transform gives, `weight` (V, D) and `bias` (V,) its output layer. Products are in autocast's precision, maxima,
-softmaxes and losses in fp32. Logits exist for CHUNK_LOGITS / V rows, or POOLED_LOGITS / (B·L) terms, at a time.
+Legend: B texts, L tokens of the longest, D hidden size, V vocabulary, n labelled positions.
+`hidden` is what the transform of the LM head returns; `weight` (V, D) and `bias` (V,) are its
+output layer. Products are in autocast's precision; maxima, softmaxes and losses in fp32.
 """
 
-import numba
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ARCHITECTURES = (
-    "bert",
-    "roberta",
-    "distilbert",
-)  # config.model_type: those whose LM head we take apart
+from lib.cpu import max_over_positions
 
-
-CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}  # fp32 logits held at a time: 64 MB, on a GPU 256 MB
-
-
-POOLED_LOGITS = {
-    "cpu": 2**21,
-    "cuda": 2**26,
-}  # by max_pooled_logits, which reads them once: best from the cache
+# config.model_type of the models whose LM head is known here
+ARCHITECTURES = ("bert", "roberta", "distilbert")
+# fp32 logits that linear_cross_entropy holds at a time: 64 MB on a CPU, 256 MB on a GPU
+CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
+# logits that max_pooled_logits holds at a time: it reads them once, fastest from a CPU's cache
+POOLED_LOGITS = {"cpu": 2**21, "cuda": 2**26}
 
 
 def head_transform(lm: nn.Module, hidden: Tensor) -> Tensor:
@@ -37,31 +29,56 @@ def head_transform(lm: nn.Module, hidden: Tensor) -> Tensor:
     return lm.vocab_layer_norm(lm.activation(lm.vocab_transform(hidden)))
 
 
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(sum of the cross-entropies, number of labels that score highest) of a large output layer.
+
+    loss = sum_i -log softmax(hidden[i] @ weight.T + bias)[labels[i]]
+    hidden: (n, D), n >= 0   weight: (V, D)   bias: (V,) or None   labels: (n,) int64   ->   scalars
+    The gradient of the logits is known as soon as they are. So the forward pass multiplies it with
+    both factors chunk by chunk, and the backward pass only scales: no logits are kept or computed
+    twice. The gradient of the *sum* is of order 1, so fp16 needs no loss scale inside; GradScaler's
+    scale arrives in the backward pass, in fp32."""
+    assert hidden.shape[1:] == weight.shape[1:] and labels.shape == hidden.shape[:1]
+    dtype = _product_dtype(hidden)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, dtype, torch.is_grad_enabled())
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, dtype, with_grad):
-        n, w = len(hidden), weight.to(dtype)
+        n = len(hidden)
+        w = weight.to(dtype)
         loss = torch.zeros((), device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        leaves = [
-            (x, with_grad and need)
-            for x, need in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-        ]
-        grads = [torch.zeros_like(x, dtype=torch.float32) if need else None for x, need in leaves]
-        needs = [need for _, need in leaves]
+        needs = [need and with_grad for need in ctx.needs_input_grad[:3]]
+        to_hidden, to_weight, to_bias = (
+            torch.zeros_like(x, dtype=torch.float32) if need else None
+            for x, need in zip((hidden, weight, bias), needs, strict=True)
+        )
         rows = min(max(1, CHUNK_LOGITS.get(hidden.device.type, 2**26) // len(weight)), max(n, 1))
-        # one buffer for all chunks: fresh memory of this size is given back and zeroed page by page each time
+        # one buffer for all chunks: the system would zero fresh memory of this size page by page
         buffer = torch.empty(rows, len(weight), device=hidden.device)
         products = buffer if dtype == torch.float32 else torch.empty_like(buffer, dtype=dtype)
         for start in range(0, n, rows):
-            h, y = hidden[start : start + rows].to(dtype), labels[start : start + rows, None]
-            logits, low = buffer[: len(h)], products[: len(h)]
+            part = slice(start, start + rows)
+            h = hidden[part].to(dtype)
+            y = labels[part, None]
+            logits = buffer[: len(h)]
+            low = products[: len(h)]  # the logits in autocast's precision
             torch.mm(h, w.T, out=low)
             if dtype != torch.float32:
                 logits.copy_(low)
             if bias is not None:
                 logits += bias
-            highest, at_label = logits.amax(1, keepdim=True), logits.gather(1, y)
+            highest = logits.amax(1, keepdim=True)
+            at_label = logits.gather(1, y)
             correct += (at_label >= highest).sum()
             probs = torch.softmax(logits, 1, out=logits)
             # log of the sum of exponentials: highest - log(probability of the highest)
@@ -69,140 +86,85 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if not any(needs):
                 continue
             grad = probs.scatter_add_(1, y, torch.full_like(at_label, -1.0))  # d loss / d logits
-            if needs[2]:
-                grads[2] += grad.sum(0)
+            if to_bias is not None:
+                to_bias += grad.sum(0)
             grad = grad if dtype == torch.float32 else low.copy_(grad)
-            if needs[0]:
-                grads[0][start : start + rows] = grad @ w
-            if needs[1] and dtype == torch.float32:
-                grads[1].addmm_(grad.T, h)  # no second (V, D)
-            elif needs[1]:
-                grads[1] += grad.T @ h
-        ctx.grads, ctx.dtypes = (
-            grads,
-            [None if x is None else x.dtype for x in (hidden, weight, bias)],
-        )
+            if to_hidden is not None:
+                to_hidden[part] = grad @ w
+            if to_weight is not None and dtype == torch.float32:
+                to_weight.addmm_(grad.T, h)  # no second (V, D)
+            elif to_weight is not None:
+                to_weight += grad.T @ h
+        ctx.grads = to_hidden, to_weight, to_bias
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     def backward(ctx, upstream, _):
-        grads = [
-            None if g is None else (g * upstream).to(t)
-            for g, t in zip(ctx.grads, ctx.dtypes, strict=True)
-        ]
+        pairs = zip(ctx.grads, ctx.dtypes, strict=True)
+        grads = [None if grad is None else (grad * upstream).to(dtype) for grad, dtype in pairs]
         return *grads, None, None, None
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(sum of the cross-entropies, number of labels that score highest) of a large output layer, without its logits.
+def max_pooled_logits(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+    """The highest logit of each term of the vocabulary over the positions of a text.
 
-    loss = sum_i -log softmax(hidden[i] @ weight.T + bias)[labels[i]]
-    hidden: (n, D), n >= 0   weight: (V, D)   bias: (V,) or None   labels: (n,) int64, none to ignore   ->   scalars
-    Logits exist for CHUNK_LOGITS / V rows at a time. Their gradient is known as soon as they are, so the forward pass
-    multiplies it with both factors, and the backward pass only scales: no logits are kept or computed twice. Products
-    are in autocast's precision, softmax, loss and sums in fp32. The gradient of the *sum* of the losses is of order 1
-    and needs no loss scale of its own in fp16; GradScaler's arrives in the backward pass, in fp32."""
-    assert hidden.shape[1:] == weight.shape[1:] and labels.shape == hidden.shape[:1]
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, dtype, torch.is_grad_enabled())
-
-
-@numba.njit(nogil=True, cache=True)
-def _running_max(logits, mask, highest, where):
-    """Maxima of logits (B, L, T) over the positions that mask (B, L) keeps, into (B, T), and the first position of
-    each. A NaN stays one. On a CPU a twentieth of the time of torch.max, and less than that of torch.amax."""
-    for b in range(len(logits)):
-        highest[b] = -np.inf
-        for position in range(logits.shape[1]):
-            if mask[b, position]:
-                line, best, at = logits[b, position], highest[b], where[b]
-                for v in range(len(line)):  # no branch, so that the compiler compares 16 at a time
-                    better = (line[v] > best[v]) | (line[v] != line[v])
-                    best[v] = line[v] if better else best[v]
-                    at[v] = position if better else at[v]
-
-
-def _max_over_positions(logits: Tensor, mask: Tensor, highest: Tensor, where: Tensor) -> None:
-    if logits.device.type == "cpu":
-        values, places = (
-            torch.empty(len(logits), logits.shape[2], dtype=kind)
-            for kind in (torch.float32, torch.int32)
-        )
-        _running_max(logits.float().numpy(), mask.numpy(), values.numpy(), places.zero_().numpy())
-    else:
-        values, places = logits.masked_fill_(~mask[..., None], float("-inf")).max(1)
-    highest.copy_(values)
-    where.copy_(places)
+    pooled[b, v] = max_{l: mask[b, l]} (hidden[b, l] @ weight[v] + bias[v]);  0 without a position
+    hidden: (B, L, D)   weight: (V, D)   bias: (V,)   mask: (B, L) bool, True = take   ->   (B, V)
+    fp32 Keeps the position of each maximum (of equal ones the first), and the gradient goes back
+    through this position alone: at most B·V weighted rows in place of two products as large as the
+    forward pass."""
+    assert hidden.shape[:2] == mask.shape and mask.dtype == torch.bool
+    pooled = _MaxPooledLogits.apply(hidden, weight, bias, mask, _product_dtype(hidden))
+    return pooled.masked_fill(~mask.any(1, keepdim=True), 0.0)
 
 
 class _MaxPooledLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, mask, dtype):
         B, L, D = hidden.shape
+        V = len(weight)
         h = hidden.to(dtype).flatten(0, 1)
-        pooled = torch.empty(B, len(weight), device=hidden.device)
-        where = torch.empty(B, len(weight), dtype=torch.int32, device=hidden.device)
+        pooled = torch.empty(B, V, device=hidden.device)
+        where = torch.empty(B, V, dtype=torch.int32, device=hidden.device)
         terms = max(1, POOLED_LOGITS.get(hidden.device.type, 2**26) // (B * L))
-        buffer = torch.empty(B * L * min(terms, len(weight)), dtype=dtype, device=hidden.device)
-        for start in range(0, len(weight), terms):
+        buffer = torch.empty(B * L * min(terms, V), dtype=dtype, device=hidden.device)
+        for start in range(0, V, terms):
             block = slice(start, start + terms)
             w, b = weight[block].to(dtype), bias[block].to(dtype)
-            logits = torch.addmm(b, h, w.T, out=buffer[: B * L * len(w)].view(B * L, -1)).view(
-                B, L, -1
-            )
-            _max_over_positions(logits, mask, pooled[:, block], where[:, block])
+            out = buffer[: B * L * len(w)].view(B * L, -1)
+            logits = torch.addmm(b, h, w.T, out=out).view(B, L, -1)
+            if hidden.device.type == "cpu":
+                highest, places = max_over_positions(logits, mask)
+            else:
+                highest, places = logits.masked_fill_(~mask[..., None], float("-inf")).max(1)
+            pooled[:, block] = highest
+            where[:, block] = places
         ctx.save_for_backward(hidden, weight, where)
         return pooled
 
     @staticmethod
     def backward(ctx, grad):
+        """Each (text, term) with a gradient adds grad · weight[term] to one position and
+        grad · hidden[position] to one term: two weighted sums of rows, without a (B, V, D)
+        tensor."""
         hidden, weight, where = ctx.saved_tensors
-        grad, flat = grad.float(), hidden.flatten(0, 1).float()
-        where = (
-            where + hidden.shape[1] * torch.arange(len(hidden), device=grad.device)[:, None]
-        )  # into flat
-        # each (text, term) with a gradient adds grad · weight[term] to one position, and grad · hidden[position] to
-        # one term: two weighted sums of rows, without a (B, V, D) tensor, over what a ReLU behind this lets through
-        term, text = grad.T.nonzero(as_tuple=True)  # by term
-        place, share = where[text, term], grad[text, term]
+        grad = grad.float()
+        flat = hidden.flatten(0, 1).float()
+        first = hidden.shape[1] * torch.arange(len(hidden), device=grad.device)[:, None]
+        term, text = grad.T.nonzero(as_tuple=True)  # in the order of the terms
+        place = (where + first)[text, term]  # rows of flat
+        share = grad[text, term]
         to_weight = _sum_rows(flat, place, share, term, len(weight))  # (V, D)
-        by_place = place.argsort()
-        place, term, share = place[by_place], term[by_place], share[by_place]
-        to_hidden = _sum_rows(weight.float(), term, share, place, len(flat))  # (B·L, D)
-        return (
-            to_hidden.view_as(hidden).to(hidden.dtype),
-            to_weight.to(weight.dtype),
-            grad.sum(0),
-            None,
-            None,
-        )
+        order = place.argsort()
+        rows = _sum_rows(weight.float(), term[order], share[order], place[order], len(flat))
+        to_hidden = rows.view_as(hidden).to(hidden.dtype)
+        return to_hidden, to_weight.to(weight.dtype), grad.sum(0), None, None
 
 
-def _sum_rows(
-    rows: Tensor, index: Tensor, factor: Tensor, group: Tensor, num_groups: int
-) -> Tensor:
-    """out[g] = sum of factor[i] · rows[index[i]] over the i with group[i] == g; group ascends. -> (num_groups, D)"""
-    first = torch.searchsorted(group, torch.arange(num_groups, device=group.device))
+def _sum_rows(rows: Tensor, index: Tensor, factor: Tensor, group: Tensor, groups: int) -> Tensor:
+    """out[g] = sum of factor[i] · rows[index[i]] over all i with group[i] == g; `group` must
+    ascend. -> (groups, D)"""
+    first = torch.searchsorted(group, torch.arange(groups, device=group.device))
     return F.embedding_bag(index, rows, first, mode="sum", per_sample_weights=factor)
-
-
-def max_pooled_logits(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-    """The highest logit of each term of the vocabulary over the positions of a text, without the (B, L, V) logits.
-
-    pooled[b, v] = max_{l: mask[b, l]} (hidden[b, l] @ weight[v] + bias[v]);   0 for a text without a position
-    hidden: (B, L, D)   weight: (V, D)   bias: (V,)   mask: (B, L) bool, True = counts   ->   (B, V) fp32
-    Keeps the position of each maximum (the first of equals), through which alone the gradient goes back: at most B·V
-    weighted rows, where the gradient of the full logits is two products of the size of the forward pass."""
-    assert (
-        hidden.shape[:2] == mask.shape
-        and hidden.shape[2:] == weight.shape[1:]
-        and mask.dtype == torch.bool
-    )
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    pooled = _MaxPooledLogits.apply(hidden, weight, bias, mask, dtype)
-    return pooled.masked_fill(~mask.any(1, keepdim=True), 0.0)

@@ -109,3 +109,11 @@ def descend(
         optimizer.step()
         optimizer.zero_grad()
     return norm, finite
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Make a transformers model keep only the inputs of its layers. Each layer runs again in the
+    backward pass: about 20% slower, a third less memory, and the same numbers."""
+    # gradient_checkpointing_enable is the name before transformers 5.22
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})

@@ -31,7 +31,7 @@ MODEL=${MODEL:-Luyu/condenser}
 . recipes/scale.sh
 
 "${launch[@]}" pretrain_mae.py --objective cocondenser "${from[@]}" --corpus "${corpora[@]}" --balance "${BALANCE:-1}" \
-    --title none --spans coco --span_tokens 30 --max_length 128 --no_encoder_dropout --per_device_batch_size 200 \
-    --learning_rate 1e-4 --num_epochs 8 --warmup_ratio 0.1 --weight_decay 0.01 --save_every 10000 \
+    --title none --span_tokens 30 --max_length 128 --no_encoder_dropout --per_device_batch_size 200 \
+    --learning_rate 1e-4 --num_epochs 8 --warmup_steps 0.1 --weight_decay 0.01 --save_every 10000 \
     --output_dir "$out/pretrained" --resume "${short[@]}"
 bash recipes/beir.sh "$out/pretrained" "$folder" "$out/zero-shot" --pooling cls

@@ -41,7 +41,7 @@ from lib.checkpoint import (
     load_cross_encoder,
     model_hash,
 )
-from lib.cpu import economize
+from lib.cpu import speed_up_attention
 from lib.embeddings import shard_name
 from lib.files import (
     UserError,
@@ -216,7 +216,7 @@ def main():
 
     # ---- score
     out = Path(args.output_dir)
-    economize(model.classifier)
+    speed_up_attention(model.classifier)
     paths = [out / f"{shard_name(shard)}.npy" for shard in range(len(spans))]
     missing = [shard for shard, path in enumerate(paths) if not path.is_file()]
     accelerator.wait_for_everyone()  # all have listed what is missing before the first adds to it

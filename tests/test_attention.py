@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from lib import cpu as module
-from lib.cpu import attention, economize
+from lib.cpu import attention, speed_up_attention
+from lib.optim import recompute_activations
 
 B, H, L, S, D = 5, 3, 7, 9, 8
 
@@ -43,7 +44,7 @@ def test_pieces_are_the_plain_formula(monkeypatch, mask):
         scores = (
             scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         )
-    parts = module._pieces(q.detach(), k.detach(), mask, 0.25, D**-0.5, seed)
+    parts = module._pieces(q.detach(), k.detach(), mask, 0.25, seed)
     dropped = torch.cat([dropped for _, _, dropped, _ in parts])
     assert (
         0.15 < dropped.float().mean() < 0.35
@@ -99,7 +100,9 @@ def test_encoders_attend_by_it(architecture, checkpointing, tmp_path):
         AutoModelForMaskedLM.from_config(config),
     )
     model.load_state_dict(plain.state_dict())
-    economize(model, checkpointing)
+    speed_up_attention(model)
+    if checkpointing:
+        recompute_activations(model)
     ids, keep = torch.randint(5, 99, (4, 12)), torch.ones(4, 12, dtype=torch.long)
     keep[1, 6:] = 0
     batch = {"input_ids": ids, "attention_mask": keep}

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lib.blocks import SENTENCE_END, BlockCollator, Blocks, Corpora, Cutter, open_corpora
+from lib.blocks import SENTENCE_END, BlockCollator, Blocks, Corpora, Cut, Cutter, open_corpora
 from lib.files import UserError
 from lib.loader import StepSampler
 from lib.text import to_ids
@@ -96,13 +96,13 @@ def test_blocks_hold_every_token_once_and_fit(corpus, tiny_model_dir, kind, max_
         else byte_level_bpe([TRICKY] * 2)
     )
     texts = open_texts(corpus)
-    blocks = Blocks(texts, tokenizer, max_length)
+    blocks = Blocks(texts, Cut(tokenizer, max_length))
     rows = np.array(blocks.table[:, 0])
     assert (np.diff(rows) >= 0).all() and {0, 1, 2, 5} <= set(rows.tolist())
     assert kind == "bpe" or 4 not in rows, "a text without a token is no block"
     for row in set(rows.tolist()) - {3}:  # a word cut in two has other tokens
-        title, text = texts[row]
-        whole = f"{title} {text}" if title and text else title or text
+        titles, text = texts[row]
+        whole = " ".join([*titles, text]) if text else "".join(titles)
         parts = [blocks.string(i) for i in np.flatnonzero(rows == row)]
         ids = to_ids(parts, tokenizer, 10**6)
         assert "".join(parts).split() == whole.split()
@@ -124,15 +124,15 @@ def test_the_table_is_made_once_per_tokenizer_and_setting(corpus, tiny_model_dir
     tokenizer, texts = AutoTokenizer.from_pretrained(tiny_model_dir), open_texts(corpus)
 
     def made():
-        return {path.name: path.stat().st_mtime_ns for path in texts.folder.glob("blocks-*.npy")}
+        return {path.name: path.stat().st_mtime_ns for path in texts.folder.glob("blocks-*")}
 
-    Blocks(texts, tokenizer, 20)
+    Blocks(texts, Cut(tokenizer, 20))
     once = made()
     to_ids(["a"], tokenizer, 8)  # leaves a truncation setting in the tokenizer
-    again = Blocks(texts, tokenizer, 20)
+    again = Blocks(texts, Cut(tokenizer, 20))
     assert made() == once and isinstance(again.table, np.memmap)
-    assert len(Blocks(texts, tokenizer, 21)) <= len(again) and len(made()) == len(once) + 1
-    Blocks(texts, tokenizer, 20, title="none")
+    assert len(Blocks(texts, Cut(tokenizer, 21))) <= len(again) and len(made()) == len(once) + 1
+    Blocks(texts, Cut(tokenizer, 20, title="none"))
     assert len(made()) == len(once) + 2 and not [
         p for p in texts.folder.iterdir() if p.name.startswith(".tmp")
     ]
@@ -140,7 +140,7 @@ def test_the_table_is_made_once_per_tokenizer_and_setting(corpus, tiny_model_dir
 
 def test_batches(corpus, tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    blocks = Blocks(open_texts(corpus), tokenizer, 20, title="sep")
+    blocks = Blocks(open_texts(corpus), Cut(tokenizer, 20, title="sep"))
     examples = Corpora({"one": blocks}, seed=0)
     places = next(
         iter(
@@ -164,7 +164,9 @@ def test_batches(corpus, tiny_model_dir):
 def test_a_corpus_without_tokens_stops(tmp_path, tiny_model_dir):
     (tmp_path / "c.jsonl").write_text(json.dumps({"_id": "a", "text": "\u200b"}) + "\n")
     with pytest.raises(UserError, match="no text has a token"):
-        Blocks(open_texts(tmp_path / "c.jsonl"), AutoTokenizer.from_pretrained(tiny_model_dir), 20)
+        Blocks(
+            open_texts(tmp_path / "c.jsonl"), Cut(AutoTokenizer.from_pretrained(tiny_model_dir), 20)
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,80 +175,50 @@ def test_a_corpus_without_tokens_stops(tmp_path, tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
-    """Documents of twelve, three and one sentences, one cut beforehand, one cut into a single span."""
+    """Documents of twelve, three and one sentences, and one whose first span is too short."""
     path = tmp_path_factory.mktemp("documents") / "corpus.jsonl"
-    many = " ".join(
-        f"Sentence {n} is on ice and snow and a bridge." for n in "A B C D E F G H I J K L".split()
-    )
-    rows = [
-        {"_id": "many", "text": many},
-        {"_id": "three", "text": "Lava and ash. Ice and snow. A queen and a nest."},
-    ]
-    rows += [
-        {"_id": "one", "text": "queens and nests"},
-        {"spans": ["Ash is grey", "Ice. Snow", "Nests"]},
-    ]
-    rows += [{"_id": "single", "spans": ["Ash is grey"]}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    many = " ".join(f"Sentence {n} is on ice and snow and a bridge." for n in "ABCDEFGHIJKL")
+    rows = {
+        "many": many,
+        "three": "Lava and ash. Ice and snow. A queen and a nest.",
+        "one": "queens and nests",
+        "short": "A. " + many,
+    }
+    lines = [json.dumps({"_id": name, "text": text}) + "\n" for name, text in rows.items()]
+    path.write_text("".join(lines))
     return path
 
 
-@pytest.mark.parametrize("rule", ["coco", "cocondenser"])
-def test_spans_are_whole_sentences_and_given_ones_stay(
-    documents, tiny_model_dir, rule, monkeypatch
-):
+def test_spans_are_whole_sentences(documents, tiny_model_dir, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     size = len(tokenizer.tokenize("Sentence A is on ice and snow and a bridge.")) * 2 + 1
-    blocks = Blocks(open_texts(documents), tokenizer, 4 * size, rule=rule, size=size)
-    assert blocks.texts.ids([3]) == ["4"], "a line of spans without an id has its number"
+    cut = Cut(tokenizer, 4 * size, span_tokens=size)
+    blocks = Blocks(open_texts(documents), cut)
     found = {blocks.texts.id(blocks.row(index)): index for index in range(len(blocks))}
-    assert {"many", "4"} <= found.keys() and not {"one", "single"} & found.keys()
-    start, count = blocks.documents[found["many"]], blocks.counts[found["many"]]
+    assert "many" in found and "one" not in found
+    start, count = blocks.first[found["many"]], blocks.counts[found["many"]]
     spans = [blocks.string(int(start + line)) for line in range(count)]
-    assert "".join(spans) == blocks.whole(0) and all(
-        span.rstrip().endswith("bridge.") for span in spans
-    )
+    assert "".join(spans) == blocks.whole(0)
+    assert all(span.rstrip().endswith("bridge.") for span in spans)
     lengths = [len(tokenizer.tokenize(span)) for span in spans]
-    limit = size if rule == "coco" else 4 * size - 2
-    assert max(lengths) <= limit and 2 <= count < 12
-    again = Blocks(open_texts(documents), tokenizer, 4 * size, rule=rule, size=size)
+    assert max(lengths) <= size and 2 <= count < 12
+    again = Blocks(open_texts(documents), cut)
     assert np.array_equal(again.table, blocks.table)
-    monkeypatch.setattr(Cutter, "AT_ONCE", 1)  # five texts, so five parts, by two workers
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(Cutter, "AT_ONCE", 1)  # four texts, so four parts, by workers
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     shutil.rmtree(blocks.texts.folder)
-    again = Blocks(open_texts(documents), tokenizer, 4 * size, rule=rule, size=size)
+    again = Blocks(open_texts(documents), cut)
     assert np.array_equal(again.table, blocks.table), "whoever cuts it"
-    given = [blocks.strings(found["4"], seed) for seed in range(40)]
-    pairs = {tuple(pair) for pair in given}
-    assert len(pairs) == 6 and all(a != b for a, b in pairs)
-    assert {a for a, _ in pairs} == {"Ash is grey", "Ice. Snow", "Nests"}
+    pairs = [tuple(blocks.strings(found["many"], seed)) for seed in range(200)]
+    assert set(pairs) == {(a, b) for a in spans for b in spans if a != b}
     assert blocks.strings(found["many"], 7) == blocks.strings(found["many"], 7)
 
 
-def test_blocks_of_documents_that_come_in_spans(documents, tiny_model_dir):
-    blocks = Blocks(open_texts(documents), AutoTokenizer.from_pretrained(tiny_model_dir), 64)
-    assert (
-        blocks.whole(3)
-        == "Ash is grey\n\nIce. Snow\n\nNests"
-        == blocks.string(int(np.flatnonzero(blocks.table[:, 0] == 3)[0]))
-    )
-
-
 def test_a_corpus_of_single_spans_stops(tmp_path, tiny_model_dir):
-    (tmp_path / "c.jsonl").write_text(
-        json.dumps({"_id": "a", "text": "one sentence and no more"}) + "\n"
-    )
+    (tmp_path / "c.jsonl").write_text(json.dumps({"_id": "a", "text": "one sentence only"}) + "\n")
+    cut = Cut(AutoTokenizer.from_pretrained(tiny_model_dir), 20, span_tokens=9)
     with pytest.raises(UserError, match="no document has two spans"):
-        Blocks(
-            open_texts(tmp_path / "c.jsonl"),
-            AutoTokenizer.from_pretrained(tiny_model_dir),
-            20,
-            rule="coco",
-            size=9,
-        )
-    (tmp_path / "d.jsonl").write_text(json.dumps({"spans": [[7, 8], [9]]}) + "\n")
-    with pytest.raises(UserError, match="d.jsonl:1: spans must be strings, not ids"):
-        open_texts(tmp_path / "d.jsonl")
+        Blocks(open_texts(tmp_path / "c.jsonl"), cut)
 
 
 class Part:
@@ -284,12 +256,10 @@ def test_corpora_have_their_share_of_every_epoch():
 
 
 def test_corpora_by_name(corpus, documents, tiny_model_dir):
-    cut = AutoTokenizer.from_pretrained(tiny_model_dir), 20
-    corpora = open_corpora([f"a={corpus}", str(documents)], None, cut, seed=0)
+    cut = Cut(AutoTokenizer.from_pretrained(tiny_model_dir), 20)
+    corpora = open_corpora([f"a={corpus}", str(documents)], cut, seed=0)
     assert list(corpora.parts) == ["a", str(documents)]
-    assert corpora.ids([0, len(corpora) - 1]) == [corpora.parts["a"].texts.id(0), "single"]
+    assert corpora.ids([0, len(corpora) - 1]) == [corpora.parts["a"].texts.id(0), "short"]
     assert list(corpora.shares()) == ["corpus a", f"corpus {documents}"]
-    with pytest.raises(UserError, match="a is there already"):
-        open_corpora([f"a={corpus}", f"a={documents}"], None, cut, seed=0)
-    with pytest.raises(UserError, match="--titles joins to one corpus"):
-        open_corpora([f"a={corpus}", f"b={documents}"], "titles.tsv", cut, seed=0)
+    with pytest.raises(UserError, match="there are two corpora a"):
+        open_corpora([f"a={corpus}", f"a={documents}"], cut, seed=0)

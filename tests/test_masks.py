@@ -110,11 +110,7 @@ def test_corruption_is_80_10_10_and_touches_nothing_else():
     ids, mask = torch.full((50, 400), 7), torch.rand(50, 400) < 0.3
     ordinary = torch.arange(10, 1000)
     made = corrupt(
-        ids,
-        mask,
-        counter_uniform(0, 0, torch.arange(50), (2, 400)),
-        mask_id=4,
-        ordinary_ids=ordinary,
+        ids, mask, counter_uniform(0, 0, torch.arange(50), (2, 400)), mask_id=4, ordinary=ordinary
     )
     assert (made[~mask] == 7).all()
     masked = made[mask]

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from lib import probe as module
-from lib.blocks import BlockCollator, open_corpora
+from lib.blocks import BlockCollator, Cut, open_corpora
 from lib.files import UserError, read_qrels
 from lib.objectives import MLM, SEED, Condenser, DupMAE, LexMAE, RetroMAE
 from lib.probe import Probe
@@ -16,7 +16,7 @@ from lib.texts import open_texts
 @pytest.fixture
 def setting(tiny_model_dir, tiny_collection):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    corpora = open_corpora([str(tiny_collection.corpus)], None, (tokenizer, 64, "space"), seed=0)
+    corpora = open_corpora([str(tiny_collection.corpus)], Cut(tokenizer, 64), seed=0)
     return (
         AutoModelForMaskedLM.from_pretrained(tiny_model_dir),
         tokenizer,
@@ -99,8 +99,8 @@ def test_rebuilding_sees_nothing_but_the_bottleneck(setting, objective, monkeypa
 def test_files_that_do_not_match_stop(setting, tiny_collection, tmp_path):
     *_, corpora, collate = setting
     (tmp_path / "qrels.tsv").write_text("q0 0 nowhere 1\n")
-    with pytest.raises(UserError, match="no positive of its queries is in the corpus"):
+    with pytest.raises(UserError, match="the corpus has no positive"):
         Probe(corpora, collate, tiny_collection.queries, tmp_path / "qrels.tsv")
     (tmp_path / "qrels.tsv").write_text("nobody 0 p1 1\n")
-    with pytest.raises(UserError, match="no judged query, or one that .* lacks"):
+    with pytest.raises(UserError, match="qrels.tsv:1: query nobody is not in"):
         Probe(corpora, collate, tiny_collection.queries, tmp_path / "qrels.tsv")

@@ -1,4 +1,4 @@
-"""pytest tests/test_vocab.py — output layers without their logits against the plain formulas, values and gradients."""
+"""pytest tests/test_lm_head.py — output layers without logits, against the plain formulas."""
 
 import pytest
 import torch

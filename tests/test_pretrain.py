@@ -336,14 +336,14 @@ def test_mistakes_end_in_a_line(tmp_path, tiny_model_dir, tiny_collection, here)
         ({"max_length": 129}, "the model has 128 positions"),
         (
             {"encoder_mask_ratio": 1.5},
-            "--encoder_mask_ratio 1.5: give a finite number above 0 and below 1",
+            "--encoder_mask_ratio 1.5 — give a finite number above 0 and below 1",
         ),
         (
             {"per_device_batch_size": 0},
-            "--per_device_batch_size 0: give a finite number at least 1",
+            "--per_device_batch_size 0 — give a finite number at least 1",
         ),
         ({"span_tokens": 9}, "--span_tokens: retromae has no such option"),
-        ({"warmup_steps": -1}, "--warmup_steps -1.0: give a finite number at least 0"),
+        ({"warmup_steps": -1}, "--warmup_steps -1.0 — give a finite number at least 0"),
         ({"objective": "mlm", "chunk_size": 2}, "--chunk_size: mlm has no such option"),
         (
             {"objective": "lexmae", "decoder_mask_ratio": 0.1},
@@ -353,7 +353,7 @@ def test_mistakes_end_in_a_line(tmp_path, tiny_model_dir, tiny_collection, here)
             {"objective": "cocondenser", "per_device_batch_size": 1},
             "the contrast needs another document",
         ),
-        ({"balance": 0}, "--balance 0.0: give a finite number above 0"),
+        ({"balance": 0}, "--balance 0.0 — give a finite number above 0"),
         (
             {"probe_every": 1, "probe_queries": tiny_collection.queries},
             "give all of --probe_every, --probe_queries and --probe_qrels",

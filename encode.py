@@ -65,7 +65,7 @@ class Args:
     min_weight: float = arg(
         0.0, least=0, help="sparse: drop weights up to this (Anserini's factor of 100: 0.005)"
     )
-    pooling: Literal["cls", "mean"] | None = arg(
+    pooling: str = arg(
         None,
         group="model (default: as the checkpoint states)",
         help="needed where the checkpoint states no pooling",

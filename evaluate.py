@@ -34,7 +34,6 @@ from lib.bm25 import Weighting
 from lib.files import (
     RunList,
     UserError,
-    line_of,
     read_json,
     read_qrels,
     read_run,
@@ -42,7 +41,7 @@ from lib.files import (
     write_lines,
     write_run,
 )
-from lib.index import Index, Source, open_index
+from lib.index import Index, Source, file_fingerprint, open_index
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
 from lib.metrics import (
     bootstrap_interval,
@@ -123,6 +122,9 @@ def search(args: Args, index: Index, qids: list[str]) -> tuple[dict[str, RunList
         lists = zip(index.score(asked, wanted), wanted, strict=True)
     else:
         lists = zip(*index.search(asked, args.depth + args.ignore_identical_ids), strict=True)
+    if index.source.folder.is_dir():
+        size = sum(path.stat().st_size for path in index.source.folder.iterdir())
+        facts["index"] = f"{size / 1e6:.1f} MB"
     found = {}
     for qid, (scores, rows) in zip(qids, lists, strict=True):
         best = np.argsort(-scores, kind="stable")  # ties stay in the order of corpus rows
@@ -146,20 +148,14 @@ def check_judgments(args: Args, splits: dict[str, dict], index: Index) -> int:
     lost = 0
     for path, qrels in zip(args.qrels, splits.values(), strict=True):
         require_rows(index.queries, list(qrels), path, "query")
-        pairs = [
-            (qid, pid)
-            for qid, judged in qrels.items()
-            for pid, grade in judged.items()
-            if grade > 0
-        ]
-        rows = index.corpus.rows([pid for _, pid in pairs])
-        if (rows < 0).any() and not args.allow_unknown:
-            qid, pid = pairs[int(rows.argmin())]
-            raise UserError(
-                f"{line_of(path, qid, pid)}: passage {pid} is not in the corpus — give the files "
-                "that belong together, or add --allow_unknown"
-            )
-        lost += int((rows < 0).sum())
+        pairs = [pair for judged in qrels.values() for pair in judged.items()]
+        pids = [pid for pid, grade in pairs if grade > 0]
+        lost += int((index.corpus.rows(pids) < 0).sum())
+        if lost and not args.allow_unknown:
+            try:
+                require_rows(index.corpus, pids, path, "passage")
+            except UserError as error:
+                raise UserError(f"{error}, or add --allow_unknown") from None
     return lost
 
 
@@ -229,7 +225,9 @@ def main():
     runs = [read_run(path) for path in args.run]
     other = read_run(args.compare) if args.compare else None
     out = Path(args.output_dir)
-    if claim_output(args, accelerator, "metrics.json"):
+    inputs = {"qrels": file_fingerprint(*args.qrels), "run": file_fingerprint(*args.run)}
+    inputs |= index.inputs if index else {}
+    if claim_output(args, accelerator, "metrics.json", inputs=inputs):
         if accelerator.is_main_process:
             print(f"{out} is complete:")
             show(read_json(out / "metrics.json"))
@@ -242,15 +240,12 @@ def main():
     else:
         found = runs[0] if len(runs) == 1 else reciprocal_rank_fusion(runs)
         fused = " (reciprocal rank fusion, k 60)" if len(runs) > 1 else ""
-        judged = {qid: found[qid] for qid in qids if qid in found}
         facts = {"run": " + ".join(args.run) + fused}
-        facts["queries not judged"] = f"{len(found) - len(judged)}, ignored"
-        found = judged
+        facts["queries not judged"] = f"{len(found.keys() - set(qids))}, ignored"
+        found = {qid: found[qid] for qid in qids if qid in found}
         if not found:
-            raise UserError(
-                f"{args.run[0]}: no query in it is judged in {args.qrels[0]} — give files that "
-                "belong together"
-            )
+            wrong = f"{args.run[0]}: no query in it is judged in {args.qrels[0]}"
+            raise UserError(f"{wrong} — give files that belong together")
         if args.ignore_identical_ids:
             found = {qid: without(entry, qid) for qid, entry in found.items()}
     echo(accelerator, "evaluation", {"running on": describe(accelerator), **facts})
@@ -276,13 +271,13 @@ def main():
         assert abs(official - ours) < 1e-9, "RR@10 is not the official definition's"
     missing = sum(qid not in ranked or not ranked[qid].pids for qid in qids)
     grades = [max(judged.values()) for qrels in splits.values() for judged in qrels.values()]
-    empty = sum(grade < args.relevance_level for grade in grades)
+    level = args.relevance_level
+    empty = sum(grade < level for grade in grades)
     dropped = "dropped" if args.ignore_identical_ids else "kept (--ignore_identical_ids drops it)"
     result["policy"] = {
         "ties": "score descending, then id descending, as trec_eval",
         "queries without a result": f"{missing}, count 0",
-        "queries without a relevant passage": f"{empty}, count 0 (relevant: grade >= "
-        f"{args.relevance_level})",
+        "queries without a relevant passage": f"{empty}, count 0 (relevant: grade >= {level})",
         "passage id = query id": dropped,
         "RR@10": "equals the official MS MARCO definition on run.trec",
     }

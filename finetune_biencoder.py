@@ -64,7 +64,13 @@ from tqdm import tqdm
 
 from lib import launch, losses
 from lib.arguments import arg, parse_args
-from lib.checkpoint import checkpoint_folder, load_encoder, model_hash, save_encoder
+from lib.checkpoint import (
+    check_checkpoint,
+    checkpoint_folder,
+    load_encoder,
+    model_hash,
+    save_encoder,
+)
 from lib.cpu import economize
 from lib.dev import DevSet
 from lib.dro import GroupGradients, GroupWeights, Robustness, groups_of_rows
@@ -278,6 +284,8 @@ def main():
     facts["inputs"] = inputs
     if not launch.begin(accelerator, args, "fine-tuning", facts, partial(preview, collate)):
         return
+    if accelerator.is_main_process:
+        check_checkpoint(model, out)
     parameters = parameter_groups(model, args.weight_decay)
     optimizer = make_optimizer(args.optimizer, parameters, args.learning_rate)
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -48,7 +48,7 @@ from lib.files import (
     write_json,
     write_training_file,
 )
-from lib.index import Source, open_index
+from lib.index import Source, file_fingerprint, open_index
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
 from lib.text import step_seed
 from lib.texts import Texts, open_texts, require_rows
@@ -118,10 +118,8 @@ class Lists:
         if not any(len(rows) for _, rows in self.lists.values()):
             raise UserError(f"{path}: no query in it is judged — give the qrels of its queries")
         if need_scores and not scored:
-            raise UserError(
-                f"{path}: --max_score_margin needs scores, which this file does not have — score "
-                "it with recipes/score_pairs.py"
-            )
+            wrong = f"{path}: --max_score_margin needs scores, which this file does not have"
+            raise UserError(f"{wrong} — score a training file with recipes/score_pairs.py")
         self.teacher = scored and first.startswith("{")  # a training file with scores
 
     def search(self, qids: Sequence[str], k: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -137,10 +135,8 @@ class Lists:
             known = dict(zip(listed.tolist(), scores.tolist(), strict=True))
             for row in wanted.tolist():
                 if self.teacher and row not in known:
-                    raise UserError(
-                        f"{self.path}: no score for query {qid} and passage {self.corpus.id(row)} "
-                        "— score a training file with all positives of the qrels"
-                    )
+                    pair = f"query {qid} and passage {self.corpus.id(row)}"
+                    raise UserError(f"{self.path}: no score for {pair} — score all positives")
             last = min(known.values(), default=0.0)
             found.append(np.float32([known.get(row, last) for row in wanted.tolist()]))
         return found
@@ -183,7 +179,9 @@ def main():
     vectors = None if args.run or args.bm25 else index.corpus
     if vectors is not None and vectors.meta["input_fingerprint"] != corpus.fingerprint:
         raise UserError(f"{vectors.folder}: not the embeddings of {args.corpus} — encode it")
-    if claim_output(args, accelerator, "audit.json"):
+    inputs = {"corpus": corpus.fingerprint, "qrels": file_fingerprint(args.qrels)}
+    inputs |= {"run": file_fingerprint(args.run)} if args.run else index.inputs
+    if claim_output(args, accelerator, "audit.json", inputs=inputs):
         accelerator.print(f"{args.output_dir} is complete")
         return
     facts = {
@@ -203,14 +201,11 @@ def main():
         for start in tqdm(range(0, len(qids), QUERIES_AT_A_TIME), "queries", disable=hidden):
             block = slice(start, start + QUERIES_AT_A_TIME)
             lists = index.search(asked[block], args.depth)  # by all processes
-            own = [None] * len(qids[block])
+            own = [None] * len(lists[0])
             if need_scores:
                 own = index.score(asked[block], positive_rows[block])
-            if hidden:
-                continue
-            of_query = zip(qids[block], positive_rows[block], own, *lists, strict=True)
-            for qid, positive, positive_scores, scores, rows in of_query:
-                yield chosen(qid, positive, positive_scores, scores, rows)
+            if not hidden:
+                yield from map(chosen, qids[block], positive_rows[block], own, *lists)
 
     def chosen(qid, positive, positive_scores, scores, rows) -> TrainingRow:
         """A line of the training file, from the list of a query."""

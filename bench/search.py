@@ -1,7 +1,9 @@
-"""Exact top-k search: ours over memory-mapped shards against faiss.IndexFlatIP, which holds all vectors in memory.
+"""Exact top-k search: ours over memory-mapped shards against faiss.IndexFlatIP, which holds all
+vectors in memory.
 
-Each in a process of its own, in turns; prints the median seconds of one search, the ratio, and the peak resident
-memory of each beyond its imports (faiss: with its vectors, ours: with the pages of the mapped files).
+Each in a process of its own, in turns; prints the median seconds of one search, the ratio, and the
+peak resident memory of each beyond its imports (faiss: with its vectors, ours: with the pages of
+the mapped files).
 
     python -m bench.search --folder /tmp/bench-search --passages 1000000 --queries 1000 --depth 1000
 """

@@ -1,20 +1,22 @@
-"""Exact sparse search: our inverted lists against scipy's product, sentence-transformers, a plain loop in numba, and
-Seismic (approximate, arXiv 2404.18812; `pip install pyseismic-lsr`, left out where it is not installed).
+"""Exact sparse search: our inverted lists against scipy's product, sentence-transformers, a plain
+loop in numba, and Seismic (approximate, arXiv 2404.18812; `pip install pyseismic-lsr`, left out
+where it is not installed).
 
     python -m bench.search_sparse --folder /tmp/bench-sparse --passages 1000000 --queries 256 --depth 1000
     python -m bench.search_sparse ... --embeddings DIR --queries_embeddings DIR      # resampled from real vectors
 
-Without --embeddings, term r of 30,522 is in a share of the passages proportional to 1 / (r + 50) (Zipf-Mandelbrot), on
-average 120 terms in each, weights are log-normal (-0.7, 0.6), and the 30 terms of a query are drawn in proportion to
-the shares of passages: 1.7 postings per query and passage. (A small SPLADE model on SQuAD: 2.6, with 187 terms per
-passage, 23 per query, which is the same for 120 terms.) With --embeddings, each passage takes every term of two real
-ones with probability 1/2, the weight times exp(0.2 · normal).
+Without --embeddings, term r of 30,522 is in a share of the passages proportional to 1 / (r + 50)
+(Zipf-Mandelbrot), on average 120 terms in each, weights are log-normal (-0.7, 0.6), and the 30
+terms of a query are drawn in proportion to the shares of passages: 1.7 postings per query and
+passage. (A small SPLADE model on SQuAD: 2.6, with 187 terms per passage, 23 per query, which is the
+same for 120 terms.) With --embeddings, each passage takes every term of two real ones with
+probability 1/2, the weight times exp(0.2 · normal).
 
-Every contestant runs in a process of its own, in turns, on as many cores as it can use; printed are the median
-milliseconds per query by the clock and of all cores together, the ratios to ours, and the share of the rows that are
-ours. The slow ones get the first few queries alone. sentence-transformers takes 20 bytes for a weight, twice, and
-Seismic long to build: give --leave_out or fewer passages.
-"""
+Every contestant runs in a process of its own, in turns, on as many cores as it can use; printed are
+the median milliseconds per query by the clock and of all cores together, the ratios to ours, and
+the share of the rows that are ours. The slow ones get the first few queries alone.
+sentence-transformers takes 20 bytes for a weight, twice, and Seismic long to build: give
+--leave_out or fewer passages."""
 
 import argparse
 import importlib.util
@@ -162,7 +164,8 @@ def mixed(draw, real: csr_matrix, rows: int) -> csr_matrix:
 
 
 def write_inner(path, matrix: csr_matrix, mode: str) -> None:
-    """What SeismicIndexRaw reads: the number of vectors, then of each its length, terms and weights."""
+    """What SeismicIndexRaw reads: the number of vectors, then of each its length, terms and
+    weights."""
     with open(path, mode) as stream:
         for start, stop in zip(matrix.indptr[:-1], matrix.indptr[1:], strict=True):
             stream.write(
@@ -173,7 +176,8 @@ def write_inner(path, matrix: csr_matrix, mode: str) -> None:
 
 
 def prepare(folder: Path, args, with_seismic: bool) -> None:
-    """The vectors, and Seismic's index: its authors' settings for MS MARCO, whose 8.8 M passages get 4000 postings."""
+    """The vectors, and Seismic's index: its authors' settings for MS MARCO, whose 8.8 M passages
+    get 4000 postings."""
     if not (folder / "shards" / "meta.json").is_file():
         draw = np.random.default_rng(0)
         if args.embeddings:

@@ -21,7 +21,7 @@ import Stemmer
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from lib.files import UserError, write_json
+from lib.files import UserError
 from lib.inverted import TILE, Inverted, Rows, map_array, open_folder, write
 from lib.texts import Texts, id_hashes
 
@@ -78,6 +78,32 @@ def _weights(flat: np.ndarray, lengths: np.ndarray, how: Weighting) -> Iterator[
         yield tile
 
 
+def _build(texts: Texts, how: Weighting, folder: Path) -> None:
+    """Write the index of the texts."""
+    known, terms = {}, {}  # known: word -> number of its term, -1 for a stopword
+    flat, lengths = array("i"), array("i")
+    stream = tqdm(texts.stream(), "BM25", len(texts), leave=False, delay=5)
+    for _, titles, text in stream:
+        words = WORD.findall(" ".join([*titles, text]).lower())
+        for word in words:
+            if word not in known:
+                stem = term(word)
+                known[word] = terms.setdefault(stem, len(terms)) if stem else -1
+        ids = [i for i in map(known.__getitem__, words) if i >= 0]
+        flat.extend(ids)
+        lengths.append(len(ids))
+    if not terms:
+        raise UserError(f"{texts.source}: no text has a word — is this the right file?")
+    hashes = id_hashes(terms)
+    order = np.argsort(hashes)
+    place = np.empty(len(order), dtype=np.int32)  # a term's number among the sorted hashes
+    place[order] = np.arange(len(order))
+    flat = place[np.frombuffer(flat, dtype=np.int32)]
+    lengths = np.frombuffer(lengths, dtype=np.int32)
+    write(folder, _weights(flat, lengths, how), 32)
+    hashes[order].tofile(folder / "vocabulary.bin")
+
+
 class BM25(Inverted):
     """An index of texts; vocabulary.bin has the sorted hashes (uint64) of its terms."""
 
@@ -91,34 +117,8 @@ class BM25(Inverted):
         call it. UserError: the folder holds an index of other texts or settings."""
         manifest = {"fingerprint": texts.fingerprint, "count": len(texts), **how._asdict()}
         manifest |= {"analyzer": ANALYZER, "tile": TILE}
-        open_folder(folder, "BM25", manifest, partial(cls._build, texts), accelerator)
+        open_folder(folder, "BM25", manifest, partial(_build, texts, how), accelerator)
         return cls(folder, accelerator)
-
-    @staticmethod
-    def _build(texts: Texts, folder: Path, manifest: dict) -> None:
-        known, terms = {}, {}  # known: word -> number of its term, -1 for a stopword
-        flat, lengths = array("i"), array("i")
-        stream = tqdm(texts.stream(), "BM25", len(texts), leave=False, delay=5)
-        for _, titles, text in stream:
-            words = WORD.findall(" ".join([*titles, text]).lower())
-            for word in words:
-                if word not in known:
-                    stem = term(word)
-                    known[word] = terms.setdefault(stem, len(terms)) if stem else -1
-            ids = [i for i in map(known.__getitem__, words) if i >= 0]
-            flat.extend(ids)
-            lengths.append(len(ids))
-        if not terms:
-            raise UserError(f"{texts.source}: no text has a word — is this the right file?")
-        hashes = id_hashes(terms)
-        order = np.argsort(hashes)
-        place = np.empty(len(order), dtype=np.int32)  # a term's number among the sorted hashes
-        place[order] = np.arange(len(order))
-        flat = place[np.frombuffer(flat, dtype=np.int32)]
-        lengths = np.frombuffer(lengths, dtype=np.int32)
-        write(folder, _weights(flat, lengths, Weighting(manifest["k1"], manifest["b"])), 32)
-        hashes[order].tofile(folder / "vocabulary.bin")
-        write_json(folder / "manifest.json", manifest)
 
     def terms(self, text: str) -> list[str]:
         """What a text is indexed as and searched for: its words without stopwords, stemmed."""

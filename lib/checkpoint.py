@@ -1,24 +1,16 @@
-"""The bi-encoder, dense or sparse: one tower for queries and passages, and its checkpoint on disk.
+"""The only door for model folders: bi-encoders, masked LMs with their decoder, cross-encoders; load, save, read back.
 
-A checkpoint is a Hugging Face folder that is a sentence-transformers folder as well. A dense one:
+A checkpoint is a Hugging Face folder that is a sentence-transformers folder as well (lib/sentence_files.py):
 
-    config.json, model.safetensors, tokenizer files   backbone, as AutoModel and AutoTokenizer read it
-    modules.json                                      Transformer, Pooling, then Dense, LayerNorm, Normalize if used
-    1_Pooling/, 2_Dense/, 3_LayerNorm/                their settings and weights
-    sentence_bert_config.json                         passage length; the query length where it differs
-    config_sentence_transformers.json                 prompts
-    isthmus.json                                   how titles are joined, how passages are cut into chunks, what
-                                                      the tokenizer gave when it was saved
+    config.json, model.safetensors, tokenizer files   backbone, as AutoModel and AutoTokenizer read it; of a sparse
+                                                      bi-encoder or a masked LM, as AutoModelForMaskedLM does
+    modules.json, 1_Pooling/, ...                     the head of a bi-encoder, for sentence-transformers and for us
+    isthmus.json                                      how titles are joined, how passages are cut, what the tokenizer
+                                                      gave when it was saved
+    decoder.safetensors, decoder.json                 the decoder of a pre-training objective
 
-A sparse one has the masked language model as AutoModelForMaskedLM reads it, and MLMTransformer, SpladePooling for
-modules.
-
-The older spelling of these files is written, which newer sentence-transformers read too; only a query length of its
-own needs sentence-transformers 6 (earlier ones refuse the key). With `sep` titles, which it cannot join, passages of
-several chunks or cut to so many characters, or special tokens excluded from the pooling, there is no modules.json: the
-list is in isthmus.json, and the folder does not claim to be loadable there.
-
-B texts, L tokens, H hidden size, V vocabulary, D dimensions of a vector: V of a sparse one. attention_mask 1 = keep.
+Weights and tokenizers never run code of the checkpoint, unless trust_remote_code says so.
+B texts, D dimensions of a vector.
 """
 
 import contextlib
@@ -26,14 +18,12 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import safetensors.torch
 import tokenizers
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -41,6 +31,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
     AutoTokenizer,
 )
@@ -48,13 +39,11 @@ from transformers import (
 from lib.encoder import BiEncoder, Normalize, SparseBiEncoder, extend_head, positions
 from lib.files import UserError, atomic, read_json, write_json, write_lines
 from lib.lm_head import ARCHITECTURES
-from lib.sentence_files import read_head, read_list, stated_format
+from lib.sentence_files import read_head, read_list, stated_format, write_head
 from lib.text import TextFormat, format_texts, pad, to_ids
 
 VERSION = 1  # of isthmus.json
-
-
-CUT_VERSION = 2  # of one that states max_chunks or max_characters: a reader that does not know them must refuse
+LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 # The logits of a new LM head are normal, with the norm of the term's embedding for standard deviation: its inputs
@@ -91,21 +80,21 @@ PROBES = (  # what the tokenizer is asked when a checkpoint is saved, and again 
 
 
 TRIAL = (  # what is encoded before and after a save
-    ("", "ants"),
-    ("Ants", "A queen may live for decades."),
-    ("", "How long does a volcano sleep before it erupts again?"),
-    ("Glaciers", "Ice that flows downhill. " * 20),
-    ("", "1 + 1 = 2"),
-    ("Ünïcödé", "déjà vu, 机器学习"),
-    ("A title alone", ""),
-    ("", "the " * 400),
+    ((), "ants"),
+    (("Ants",), "A queen may live for decades."),
+    ((), "How long does a volcano sleep before it erupts again?"),
+    (("Glaciers",), "Ice that flows downhill. " * 20),
+    ((), "1 + 1 = 2"),
+    (("Ünïcödé",), "déjà vu, 机器学习"),
+    (("A title alone",), ""),
+    ((), "the " * 400),
 )
 
 
 # load
 def load_encoder(
     model,
-    pooling: Literal["cls", "mean"] | None = None,
+    pooling: str | None = None,
     overrides: dict | None = None,
     projection: int | None = None,
     normalize: bool = False,
@@ -132,9 +121,9 @@ def load_encoder(
     ids than when the checkpoint was saved, modules or settings that cannot be expressed here."""
     folder = checkpoint_folder(model)
     private = read_json(folder / "isthmus.json") if (folder / "isthmus.json").is_file() else {}
-    if private.get("version", VERSION) > CUT_VERSION:
+    if private.get("version", VERSION) > VERSION:
         raise UserError(f"{folder}: written by a newer version of this project — update it")
-    modules = private.get("modules") or read_list(folder / "modules.json")
+    modules = read_list(folder / "modules.json")
     base, stored_pooling, layers = folder, None, []
     if modules:
         base, stored_pooling, layers = read_head(folder, modules)
@@ -150,7 +139,7 @@ def load_encoder(
         )
     if not modules and not pooling and not sparse:
         raise UserError(
-            f"{folder}: states no pooling (a plain Hugging Face folder) — add --pooling cls or mean"
+            f"{folder}: states no pooling (a plain Hugging Face folder) — add --pooling cls, mean or last_token"
         )
     if modules and not sparse and pooling not in (None, stored_pooling):
         raise UserError(
@@ -268,14 +257,7 @@ def _load_backbone(base: Path, auto: Callable, allow_new_head: bool, trust_remot
             base, config=config, dtype=torch.float32, output_loading_info=True, **remote
         )
         tokenizer = AutoTokenizer.from_pretrained(base, **remote)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        ImportError,
-        RuntimeError,
-        safetensors.SafetensorError,
-    ) as error:
+    except LOADING_ERRORS as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{base}: cannot be loaded ({reason}) — give the folder of a checkpoint"
@@ -322,31 +304,37 @@ def align(model: nn.Module) -> None:
 
 
 # save
-def save_encoder(
-    model: BiEncoder, folder, card: dict, state_dict: dict[str, Tensor] | None = None
-) -> None:
-    """Write the checkpoint (see the top) under a temporary name, read it back, and only then give it its name. For the
-    main process alone.
-
-    card         what the model card says: {"base": ..., "data": {...}, "command": [...], "metrics": {...}}
-    state_dict   weights to write in place of the model's own, under the same names
+def save_encoder(model: BiEncoder, folder, card: dict) -> None:
+    """Write the checkpoint under a temporary name, read it back, and only then give it its name. For the main process
+    alone. card: what the model card says, {"base": ..., "data": [...], "command": [...], "metrics": {...}}.
 
     A folder that also holds other things (log, resume state) keeps them; the files of the checkpoint are replaced.
-    UserError when the folder, read again, does not give the same vectors for 8 fixed texts."""
+    UserError: the folder, read again, does not give the same vectors for 8 fixed texts; what was written is kept aside
+    as FOLDER.refused."""
     folder, training = Path(folder), model.training
-    weights = model.state_dict() if state_dict is None else state_dict
+    refused = folder.with_name(f"{folder.name}.refused")
     with _taking_place_of(folder) as temporary:
-        _write_folder(model, temporary, weights, {"name": folder.name, **card})
+        _write_folder(model, temporary, {"name": folder.name, **card})
         model.eval()
         device = next(model.parameters()).device
-        expected, found = _trial(model, weights), _trial(load_encoder(temporary).to(device))
+        expected, found = _trial(model), _trial(load_encoder(temporary).to(device))
         model.train(training)
         if not torch.allclose(expected, found, rtol=1e-4, atol=1e-5):
+            shutil.rmtree(refused, ignore_errors=True)
+            shutil.copytree(temporary, refused)
             gap = (expected - found).abs().max().item()
             raise UserError(
-                f"{folder}: the checkpoint gives other vectors when it is read back (by {gap:.3g}) and was not kept — "
+                f"{folder}: the checkpoint gives other vectors when it is read back (by {gap:.3g}); it is in {refused} — "
                 "look for NaN in training, a full disk, other versions of transformers or tokenizers"
             )
+
+
+def check_checkpoint(model: BiEncoder, output_dir) -> None:
+    """Save a model into output_dir, read it back and remove it again: before the first step, so that a model which
+    cannot be kept is refused in the first second and not after hours. For the main process alone."""
+    trial = Path(output_dir) / ".tmp-trial"
+    save_encoder(model, trial / "model", {})
+    shutil.rmtree(trial)
 
 
 def checkpoint_files(folder) -> list[Path]:
@@ -401,92 +389,53 @@ def _taking_place_of(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary)
 
 
-def _write_folder(model: BiEncoder, folder: Path, weights: dict[str, Tensor], card: dict) -> None:
+def _write_folder(model: BiEncoder, folder: Path, card: dict) -> None:
     form, tokenizer = model.format, model.tokenizer
-    own = {
-        name.removeprefix("backbone."): w
-        for name, w in weights.items()
-        if name.startswith("backbone.")
-    }
-    model.backbone.save_pretrained(folder, state_dict=own)
+    model.backbone.save_pretrained(folder)
     if tokenizer.is_fast:  # else the last cut would be stored as a setting
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
 
-    sparse = isinstance(model, SparseBiEncoder)
-    names = ["MLMTransformer", "SpladePooling"] if sparse else ["Transformer", "Pooling"]
-    names += [type(module).__name__ for module in model.head]
-    paths = ["", *(f"{index}_{name}" for index, name in enumerate(names[1:], 1))]
-    home = (
-        "sentence_transformers.sparse_encoder.models" if sparse else "sentence_transformers.models"
-    )
-    modules = [
-        {"idx": index, "name": str(index), "path": path, "type": f"{home}.{name}"}
-        for index, (name, path) in enumerate(zip(names, paths, strict=True))
-    ]
-    if sparse:
-        pooling = {
-            "pooling_strategy": "max",
-            "activation_function": "relu",
-            "word_embedding_dimension": model.dim,
-        }
-    else:
-        pooling = {"word_embedding_dimension": model.backbone.config.hidden_size}
-        for mode, name in (("cls_token", "cls"), ("mean_tokens", "mean"), ("max_tokens", "max")):
-            pooling[f"pooling_mode_{mode}"] = model.pooling == name
-    write_json(folder / paths[1] / "config.json", pooling)
-    for index, (module, path) in enumerate(zip(model.head, paths[2:], strict=True)):
-        if isinstance(module, Normalize):
-            continue  # has neither settings nor weights
-        own = {name: weights[f"head.{index}.{name}"].contiguous() for name in module.state_dict()}
-        write_json(folder / path / "config.json", module.settings())
-        safetensors.torch.save_file(own, folder / path / "model.safetensors")
-
-    lengths = {"max_seq_length": form.max_passage_length, "do_lower_case": False}
-    if form.max_query_length != form.max_passage_length:
-        lengths["query_length"] = form.max_query_length
-    write_json(folder / "sentence_bert_config.json", lengths)
-    general = {
-        **({"model_type": "SparseEncoder"} if sparse else {}),
-        "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
-        "prompts": {"query": form.query_prompt, "document": form.passage_prompt},
-        "default_prompt_name": None,
-        "similarity_fn_name": "dot",
-    }
-    write_json(folder / "config_sentence_transformers.json", general)
+    write_head(model, folder)
     ids = {"ids": fingerprint(tokenizer), "version": tokenizers.__version__}
     private = {"version": VERSION, "title": form.title, "tokenizer": ids}
-    if form.max_chunks > 1 or form.max_characters:
-        private["version"] = CUT_VERSION
-        private |= {"max_chunks": form.max_chunks, "max_characters": form.max_characters}
-    if sparse:
+    private |= {"max_chunks": form.max_chunks, "max_characters": form.max_characters}
+    if isinstance(model, SparseBiEncoder):
         private["exclude_special_tokens"] = model.exclude_special_tokens
-    if model.portable:
-        write_json(folder / "isthmus.json", private)
-        write_json(folder / "modules.json", modules)
-    else:
-        write_json(folder / "isthmus.json", {**private, "modules": modules})
-    write_lines(folder / "README.md", _card(model, names[1:], card))
+    write_json(folder / "isthmus.json", private)
+    write_lines(folder / "README.md", _card(model, card))
     mode = (folder / "README.md").stat().st_mode
     for path in folder.rglob("*.safetensors"):  # which safetensors lets only the owner read
         path.chmod(mode)
 
 
-def _card(model: BiEncoder, modules: list[str], card: dict) -> Iterator[str]:
-    form = model.format
-    sparse = isinstance(model, SparseBiEncoder)
+TITLES = {  # how a caller of sentence-transformers joins titles
+    "none": "text",
+    "space": 'f"{title} {text}" if title else text',
+    "sep": 'f"{title}{model.tokenizer.sep_token}{text}" if title else text',
+}
+
+
+def _card(model: BiEncoder, card: dict) -> Iterator[str]:
+    form, sparse = model.format, isinstance(model, SparseBiEncoder)
     library = "sentence-transformers" if model.portable else "transformers"
     yield from ("---", f"library_name: {library}", "pipeline_tag: sentence-similarity", "---", "")
     yield from (f"# {card['name']}", "")
-    head = " + ".join([f"{model.pooling} pooling", *modules[1:]])
-    kind = f"Dense retriever: {head}, {model.dim} dimensions"
     if sparse:
-        over = (
-            "special tokens excluded" if model.exclude_special_tokens else "special tokens included"
-        )
-        kind = f"Sparse retriever: log(1 + relu(max over positions of the LM's logits)), {over}, {model.dim} terms"
-    yield f"{kind}, compared by dot product."
+        over = "without special tokens" if model.exclude_special_tokens else "all positions"
+        yield f"Sparse retriever: log(1 + relu(max of the LM's logits over {over})), {model.dim} terms,"
+    else:
+        head = " + ".join([f"{model.pooling} pooling", *(type(m).__name__ for m in model.head)])
+        yield f"Dense retriever: {head}, {model.dim} dimensions,"
+    yield "compared by dot product."
+    if model.portable:
+        name = "SparseEncoder" if sparse else "SentenceTransformer"
+        yield from ("", "```python", f"from sentence_transformers import {name}", "")
+        yield f"model = {name}({card['name']!r})"
+        yield "queries = model.encode_query(['what is it?'])"
+        yield f"passages = model.encode_document([{TITLES[form.title]} for title, text in corpus])"
+        yield "```"
     yield from ("", "| | |", "| --- | --- |")
     for name, value in {**asdict(form), **{k: v for k, v in card.items() if k != "name"}}.items():
         if isinstance(value, dict):
@@ -496,29 +445,17 @@ def _card(model: BiEncoder, modules: list[str], card: dict) -> Iterator[str]:
 
 
 @torch.no_grad()
-def _trial(model: BiEncoder, weights: dict[str, Tensor] | None = None) -> Tensor:
-    """(16, D) vectors of 8 fixed texts, as queries and as passages."""
+def _trial(model: BiEncoder) -> Tensor:
+    """(16, D) vectors of 8 fixed texts, as queries and as passages. By `encode`, as Accelerate wraps `forward` in
+    autocast, and vectors are compared in fp32."""
     device = next(model.parameters()).device
-    sides = []
+    found = []
     for kind in ("query", "passage"):
         strings = format_texts(TRIAL, kind, model.format, model.tokenizer)
-        batch = pad(
-            to_ids(strings, model.tokenizer, model.format.max_length(kind)), model.tokenizer
-        )
-        sides.append({name: values.to(device) for name, values in batch.items()})
-    if weights is None:
-        return torch.cat(model(*sides)).cpu()
-    weights = {
-        name: weights[name].to(device) for name, _ in model.named_parameters()
-    }  # tied ones once
-    autocast = model.__dict__.pop(
-        "forward", None
-    )  # hung on the instance by Accelerate; compare in fp32
-    try:
-        return torch.cat(torch.func.functional_call(model, weights, tuple(sides))).cpu()
-    finally:
-        if autocast is not None:
-            model.forward = autocast
+        ids = to_ids(strings, model.tokenizer, model.format.max_length(kind))
+        batch = pad(ids, model.tokenizer)
+        found.append(model.encode({name: values.to(device) for name, values in batch.items()}))
+    return torch.cat(found).cpu()
 
 
 def read_architecture(
@@ -532,16 +469,16 @@ def read_architecture(
             "which model? — give --model, or --model_config and --tokenizer to start from scratch"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model or tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(model or tokenizer, trust_remote_code=False)
         if model:
-            config = AutoConfig.from_pretrained(model)
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         else:
             stated = {
                 "vocab_size": len(tokenizer),
                 "pad_token_id": tokenizer.pad_token_id,
             } | read_json(model_config)
             config = AutoConfig.for_model(stated.pop("model_type", None), **stated)
-    except (OSError, ValueError, KeyError) as error:
+    except LOADING_ERRORS as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"{model or model_config}: not a model and tokenizer ({reason}) — check the path"
@@ -579,9 +516,9 @@ def load_lm(config, model: str | None) -> tuple[nn.Module, str]:
         return AutoModelForMaskedLM.from_config(config, dtype=torch.float32), "from scratch"
     try:
         lm, info = AutoModelForMaskedLM.from_pretrained(
-            model, dtype=torch.float32, output_loading_info=True
+            model, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise UserError(
             f"{model}: its weights cannot be read ({str(error).strip().splitlines()[0]})"
         ) from error
@@ -608,7 +545,7 @@ def load_decoder(model: nn.Module, folder: str | None) -> str:
     path = settings.with_suffix(".safetensors")
     try:
         model.decoder.load_state_dict(load_file(path))
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: names or shapes
+    except LOADING_ERRORS as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(
             f"{path}: does not fit this model ({reason}) — remove {settings} to start a new one"
@@ -663,3 +600,66 @@ def save_checkpoint(model: nn.Module, tokenizer, folder, title: str, card: dict)
         path.chmod(mode)  # safetensors lets only the owner read
         os.replace(path, Path(folder) / path.name)
     staging.rmdir()
+
+
+# ------------------------------------------------------------------------------------------------
+# cross-encoders
+
+
+@dataclass
+class PairFormat:
+    """How a query and a passage become the input of a cross-encoder."""
+
+    title: str = "space"  # see lib/text.py
+    max_query_length: int = 64  # tokens of the query alone
+    max_length: int = 256  # tokens of the pair, special tokens included
+
+
+class CrossEncoder(nn.Module):
+    """A Hugging Face sequence classifier as a scorer: the logit of its one label, or of two labels (irrelevant,
+    relevant) logit 1 - logit 0, the log-odds of the second."""
+
+    def __init__(self, classifier: nn.Module, tokenizer, form: PairFormat):
+        super().__init__()
+        self.classifier, self.tokenizer, self.format = classifier, tokenizer, form
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """input_ids, attention_mask, token_type_ids (n, L) -> (n,) fp32 scores."""
+        logits = self.classifier(**batch).logits.float()  # (n, 1 or 2)
+        return logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0)
+
+
+def load_cross_encoder(folder, form: PairFormat) -> CrossEncoder:
+    """In fp32 and eval mode. UserError: missing weights, other than one or two labels, a tokenizer that cannot pad or
+    is not fast, lengths that leave no room for the passage."""
+    how = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
+    try:
+        classifier, report = AutoModelForSequenceClassification.from_pretrained(folder, **how)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{folder}: cannot be loaded ({reason}) — give a cross-encoder") from error
+    if report["missing_keys"]:
+        key = sorted(report["missing_keys"])[0]
+        raise UserError(
+            f"{folder}: the weights of {key} are missing, so it is no cross-encoder — train one with "
+            "recipes/train_cross_encoder.py"
+        )
+    labels = classifier.config.num_labels
+    if labels > 2:
+        raise UserError(
+            f"{folder}: it has {labels} labels — a cross-encoder has one, or two (irrelevant, relevant)"
+        )
+    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
+        raise UserError(f"{folder}: its tokenizer cannot pad, or is not fast — save one that is")
+    if form.title == "sep" and tokenizer.sep_token is None:
+        raise UserError(f"{folder}: its tokenizer has no separator — use --title space")
+    limit = positions(classifier) or form.max_length
+    room = form.max_length - tokenizer.num_special_tokens_to_add(pair=True) - form.max_query_length
+    if room < 1 or form.max_length > limit:
+        raise UserError(
+            f"{folder}: --max_query_length {form.max_query_length} in --max_length {form.max_length} — the passage "
+            f"needs room beside the query, and the model has {limit} positions"
+        )
+    align(classifier)
+    return CrossEncoder(classifier, tokenizer, form).eval()

@@ -1,27 +1,10 @@
-"""The bi-encoder, dense or sparse: one tower for queries and passages, and its checkpoint on disk.
-
-A checkpoint is a Hugging Face folder that is a sentence-transformers folder as well. A dense one:
-
-    config.json, model.safetensors, tokenizer files   backbone, as AutoModel and AutoTokenizer read it
-    modules.json                                      Transformer, Pooling, then Dense, LayerNorm, Normalize if used
-    1_Pooling/, 2_Dense/, 3_LayerNorm/                their settings and weights
-    sentence_bert_config.json                         passage length; the query length where it differs
-    config_sentence_transformers.json                 prompts
-    isthmus.json                                   how titles are joined, how passages are cut into chunks, what
-                                                      the tokenizer gave when it was saved
-
-A sparse one has the masked language model as AutoModelForMaskedLM reads it, and MLMTransformer, SpladePooling for
-modules.
-
-The older spelling of these files is written, which newer sentence-transformers read too; only a query length of its
-own needs sentence-transformers 6 (earlier ones refuse the key). With `sep` titles, which it cannot join, passages of
-several chunks or cut to so many characters, or special tokens excluded from the pooling, there is no modules.json: the
-list is in isthmus.json, and the folder does not claim to be loadable there.
+"""The bi-encoder, dense or sparse: one tower for queries and passages. lib/checkpoint.py reads and writes it.
 
 B texts, L tokens, H hidden size, V vocabulary, D dimensions of a vector: V of a sparse one. attention_mask 1 = keep.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +58,40 @@ class Normalize(nn.Module):
         return F.normalize(x, dim=-1)
 
 
+def first_token(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The first token that counts; not column 0 where the tokenizer pads on the left."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), mask.argmax(1)].float()
+
+
+def last_token(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The last token that counts."""
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
+
+
+def mean_of_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean over the tokens that count; 0 for a text without one."""
+    weights = mask.unsqueeze(-1).float()
+    return (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+class Pooling(NamedTuple):
+    """hidden (B, L, H), mask (B, L), 1 = counts -> (B, H) fp32; and its names in the files of sentence-transformers."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    mode: str  # pooling_mode, since version 5.3
+    flag: str  # before: pooling_mode_FLAG
+
+
+POOLINGS = {
+    "cls": Pooling(first_token, mode="cls", flag="cls_token"),
+    "mean": Pooling(mean_of_tokens, mode="mean", flag="mean_tokens"),
+    "last_token": Pooling(last_token, mode="lasttoken", flag="lasttoken"),
+}
+
+
 class BiEncoder(nn.Module):
-    """Dense: backbone -> pooling (the first token, or the mean over the attention mask) -> head modules -> vector.
+    """Dense: backbone -> pooling (an entry of POOLINGS) -> head modules -> vector.
 
     `format` is how the checkpoint wants its texts; `stated` holds those of its settings that the folder really names
     (a plain Hugging Face folder names none). Pooling and head run in fp32 under autocast."""
@@ -85,7 +100,7 @@ class BiEncoder(nn.Module):
         self,
         backbone: nn.Module,
         tokenizer,
-        pooling: Literal["cls", "mean", "max"],
+        pooling: str,
         head: list[nn.Module],
         form: TextFormat,
         stated: dict | None = None,
@@ -111,13 +126,9 @@ class BiEncoder(nn.Module):
 
     @property
     def portable(self) -> bool:
-        """Whether sentence-transformers can express it: it joins no title by a separator, and cuts a passage to one
-        chunk of tokens only."""
-        return (
-            self.format.title != "sep"
-            and self.format.max_chunks == 1
-            and not self.format.max_characters
-        )
+        """Whether sentence-transformers can express it: it cuts a passage to one chunk of tokens only. (How titles are
+        joined is the business of its caller.)"""
+        return self.format.max_chunks == 1 and not self.format.max_characters
 
     def encode(self, batch: dict) -> Tensor:
         """{"input_ids": (B, L), "attention_mask": (B, L)} -> (B, D) fp32. Or {"chunks": a list of these, each padded to
@@ -132,14 +143,7 @@ class BiEncoder(nn.Module):
             input_ids=input_ids, attention_mask=mask
         ).last_hidden_state  # (B, L, H)
         with torch.autocast(hidden.device.type, enabled=False):
-            if self.pooling == "cls":
-                first = mask.argmax(1)  # not 0 where the tokenizer pads on the left
-                reps = hidden[
-                    torch.arange(len(hidden), device=hidden.device), first
-                ].float()  # (B, H)
-            else:
-                weights = mask.unsqueeze(-1).float()
-                reps = (hidden.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
+            reps = POOLINGS[self.pooling].function(hidden, mask)  # (B, H)
             for module in self.head:
                 reps = module(reps)
         return reps

@@ -332,18 +332,15 @@ class RunList(NamedTuple):
 def read_run(path) -> dict[str, RunList]:
     """run[qid] from any file that lists passages for queries. The first line tells the shape:
 
-        q1 Q0 7 1 13.25 tag           TREC run
-        q1 7 1                        MS MARCO run: qid, pid, rank; the score is -rank
-        q1 \t 7 \t what? \t Ants ...  top1000.dev: the scores are -1, -2, ... in the order of the
-                                      file
-        q1 \t 9,4,12                  mined lists, best first: the same; a passage that is repeated
-                                      counts once
-        {"qid": "q1", "neg": ...}     training file: its negatives, best first, then its positives,
-                                      with their scores
-                                      where all have one
+        q1 Q0 7 1 13.25 tag             TREC run
+        q1 7 1                          MS MARCO run: qid, pid, rank; the score is -rank
+        q1 TAB 7 TAB what? TAB Ants     top1000.dev; the scores are -1, -2, ... as the lines come
+        q1 TAB 9,4,12                   mined lists, best first; the same; repeated ids count once
+        {"qid": "q1", "neg": ["9"]}     training file: the negatives, best first, then the positives,
+                                        with their scores where all of them have one
 
-    UserError: another shape, lines of different shapes, a passage twice for a query of a run, an
-    empty file."""
+    UserError: another shape, a line of another shape than the first, a passage that a run lists
+    twice for a query, an empty file."""
     _, first = next(lines(path), (0, ""))
     columns = first.split("\t")
     judgments = len(columns) == 4 and columns[1] in ("0", "Q0") and columns[3].isdigit()
@@ -366,9 +363,8 @@ def _run_of_columns(path) -> dict[str, RunList]:
         width = width or len(columns)
         if len(columns) != width or width not in (3, 6):
             raise UserError(
-                f"{path}:{number}: {len(columns)} columns — a run has 6 (TREC) or 3 (qid, pid, "
-                "rank) in "
-                "every line; lists of passages and top1000.dev have tabs between their columns"
+                f"{place}: {len(columns)} columns — a run has 6 (TREC) or 3 (qid, pid, rank) in every "
+                "line; mined lists and top1000.dev have tabs between their columns"
             )
         pid = columns[1] if width == 3 else columns[2]
         pid = names.setdefault(pid, pid)  # one string for all its lines
@@ -379,8 +375,7 @@ def _run_of_columns(path) -> dict[str, RunList]:
         pids, scores = gathered.setdefault(columns[0], ({}, array("f")))
         if pid in pids:
             raise UserError(
-                f"{path}:{number}: passage {pid} is listed twice for query {columns[0]} — remove "
-                "one line"
+                f"{place}: passage {pid} is listed twice for query {columns[0]} — remove one line"
             )
         pids[pid] = None
         scores.append(score)

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from lib.bm25 import BM25, Weighting
 from lib.embeddings import Embeddings
@@ -44,24 +45,31 @@ class Source:
             raise UserError("--bm25 searches texts — give --queries and --corpus")
 
 
+def file_fingerprint(*paths) -> str:
+    """A hash of the content of files, for lib/launch.claim_output."""
+    digest = xxhash.xxh3_64()
+    for path in paths:
+        with open(path, "rb") as stream:
+            while part := stream.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()
+
+
 def check_pair(queries: Embeddings, corpus: Embeddings) -> None:
     """UserError unless these are queries and passages of one checkpoint."""
     for part, kind in ((queries, "query"), (corpus, "passage")):
         if part.meta["kind"] != kind:
+            found = part.meta["kind"]
             raise UserError(
-                f"{part.folder}: embeddings of kind {part.meta['kind']}, not {kind} — are the two "
-                "folders swapped?"
+                f"{part.folder}: vectors of kind {found}, not {kind} — swap the folders"
             )
     if queries.meta["model_hash"] != corpus.meta["model_hash"]:
-        raise UserError(
-            f"{queries.folder}: made by another checkpoint than {corpus.folder} — encode both with "
-            "one checkpoint"
-        )
+        other = f"{queries.folder}: made by another checkpoint than {corpus.folder}"
+        raise UserError(f"{other} — encode both with one checkpoint")
     if queries.sparse != corpus.sparse:  # one checkpoint without a head of its own, two --head
         part = queries if queries.sparse else corpus
-        raise UserError(
-            f"{part.folder}: sparse vectors, but the others are dense — encode both with one --head"
-        )
+        other = f"{part.folder}: sparse vectors, but the others are dense"
+        raise UserError(f"{other} — encode both with one --head")
 
 
 class Index:
@@ -75,8 +83,8 @@ class Index:
         if source.bm25:
             with accelerator.main_process_first():
                 self.corpus, self.queries = open_texts(source.corpus), open_texts(source.queries)
-            how = f"k1 {source.weighting.k1}, b {source.weighting.b}"
-            self.name = f"BM25, {how} (Lucene's variant)"
+            k1, b = source.weighting
+            self.name = f"BM25, k1 {k1}, b {b} (Lucene's variant)"
             return
         self.queries = Embeddings(source.queries_embeddings)
         self.corpus = Embeddings(source.corpus_embeddings)
@@ -85,8 +93,8 @@ class Index:
             raise UserError(
                 "--index is for dense vectors — leave it out; --bits 8 makes a sparse index small"
             )
-        exact = "exact search" if source.bits == 32 else f"{source.bits} bits a weight"
-        self.name = f"{self.corpus.meta['model']}, {source.index or exact}"
+        how = f"{source.bits} bits a weight" if self.corpus.sparse else source.index
+        self.name = f"{self.corpus.meta['model']}, {how or 'exact search'}"
 
     @cached_property
     def engine(self) -> BM25 | Sparse | DenseIndex:
@@ -96,6 +104,15 @@ class Index:
         if corpus.sparse:
             return Sparse.open(corpus, source.folder, source.bits, self.accelerator)
         return DenseIndex(corpus, self.accelerator, source.index, source.seed)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of the queries and the corpus, see lib/launch.claim_output."""
+        if self.source.bm25:
+            return {"queries": self.queries.fingerprint, "corpus": self.corpus.fingerprint}
+        folders = {"queries_embeddings": self.queries, "corpus_embeddings": self.corpus}
+        keys = "model_hash", "input_fingerprint"
+        return {name: str([part.meta.get(k) for k in keys]) for name, part in folders.items()}
 
     def _asked(self, queries: np.ndarray):
         if self.source.bm25:

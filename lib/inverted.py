@@ -1,22 +1,18 @@
-"""Inverted lists: exact search of sparse vectors (LexMAE, SPLADE); BM25 is the same with other
-weights (lib/bm25.py).
+"""Inverted lists: exact search of sparse vectors (LexMAE, SPLADE); lib/bm25.py is the same with
+other weights.
 
     score of a passage = sum over the query's terms of (weight in query) · (weight in passage)
 
-Results are as lib/search.py describes them; a passage without a common term is not among them. A
-score is added up in float32 in the order of the query's terms, so it has the same bits from
-`search` and `score` and on any number of processes, each of which searches its own tiles.
+Results are as lib/search.py describes them, without passages that have no common term. A score is
+added up in float32 in the order of the query's terms: it has the same bits from `search` and
+`score`, and on any number of processes, each of which searches its own tiles. A tile is TILE rows
+of the corpus; its scores stay in the cache of a core while lists are added to them.
 
-The corpus is cut into tiles of TILE rows, small enough for a tile's scores to stay in the cache
-of a core while lists are added to them. An index is a folder of arrays without headers, which are
-memory-mapped and shared by all processes (see Lists), and manifest.json, which states what was
+An index is a folder of memory-mapped arrays (see Lists) and a manifest.json that states what was
 indexed and how. A posting takes 6 bytes (4 or 3 with quantised weights), a list 16; the zeros in
-frequent lists (FULL) add 7 to 14 %.
-
-Every posting of a query's terms is added up. Bounds on what a list (MaxScore) or a block of
-documents (BMP, arXiv 2405.01117) can still contribute do not help: learned weights are spread
-over so many terms that at depth 1000 the bounds exclude almost nothing, and at depth 10 less than
-they cost.
+frequent lists (FULL) add 7 to 14 %. Every posting of a query's terms is added up: bounds on what
+a list (MaxScore) or a block (BMP, arXiv 2405.01117) can still contribute exclude almost nothing
+of learned weights at depth 1000, and at depth 10 less than they cost.
 
 Shapes: Q queries, N passages, V terms, k depth, P postings, L lists, T tiles, W processes.
 """
@@ -55,6 +51,7 @@ DEVICE_QUERIES = 8192  # held on a GPU as a dense matrix: 1 GB
 WEIGHTS = {32: np.float32, 16: np.uint16, 8: np.uint8}
 
 
+# numba's cache names the three classes: delete lib/__pycache__ after renaming one
 class Lists(NamedTuple):
     """The arrays of an index; each is a file, `documents.bin` and so on."""
 
@@ -148,23 +145,20 @@ def _file(folder, name: str) -> Path:
 def map_array(folder, name: str, dtype) -> np.ndarray:
     """An array of an index, memory-mapped (an empty file cannot be)."""
     path = _file(folder, name)
-    if path.stat().st_size:
-        return np.memmap(path, dtype, "r")
-    empty = np.zeros(0, dtype)
-    empty.flags.writeable = False
-    return empty
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.frombuffer(b"", dtype)
 
 
 def open_folder(
-    folder, what: str, manifest: dict, build: Callable[[Path, dict], None], accelerator
+    folder, what: str, manifest: dict, build: Callable[[Path], None], accelerator
 ) -> None:
-    """The main process builds the index in `folder` if the folder is absent; every process checks
-    that the folder holds what `manifest` states."""
+    """The main process builds the index in `folder` if the folder is absent, build(temporary
+    name); every process checks that the folder holds what `manifest` states."""
     folder = Path(folder)
     if accelerator is None or accelerator.is_main_process:
         if not folder.exists():
             with atomic(folder) as temporary:
-                build(temporary, manifest)
+                build(temporary)
+                write_json(temporary / "manifest.json", manifest)
     if accelerator is not None:
         accelerator.wait_for_everyone()
     if not (folder / "manifest.json").is_file():
@@ -246,22 +240,23 @@ def _scan_tiles(lists, tiling, queries, part, keys):
 
 
 @numba.njit(nogil=True, cache=True)
-def _score_rows(lists, tile, terms, weights, rows):
-    """The scores of one query with given rows, added up in the order of _scan_tiles."""
+def _score_rows(lists, tiling, queries, q, rows):
+    """The scores of query q with given rows, added up in the order of _scan_tiles."""
+    mine = slice(queries.starts[q], queries.starts[q + 1])
+    terms, weights = queries.terms[mine], queries.weights[mine]
     totals = np.zeros(len(rows), dtype=np.float32)
     places = np.empty(len(terms), dtype=np.int64)  # the lists of the query's terms in tile t
     t = -1
     for r in range(len(rows)):
-        if rows[r] // tile != t:
-            t = rows[r] // tile
+        if rows[r] // tiling.tile != t:
+            t = rows[r] // tiling.tile
             for i in range(len(terms)):
                 at = _find(lists.terms[lists.tiles[t] : lists.tiles[t + 1]], terms[i])
                 places[i] = at + lists.tiles[t] if at >= 0 else -1
         for i in range(len(terms)):
             if places[i] >= 0:
-                start = lists.offsets[places[i]]
-                stop = lists.offsets[places[i] + 1]
-                at = _find(lists.documents[start:stop], rows[r] % tile)
+                start, stop = lists.offsets[places[i]], lists.offsets[places[i] + 1]
+                at = _find(lists.documents[start:stop], rows[r] % tiling.tile)
                 if at >= 0:
                     weight = np.float32(lists.weights[start + at])
                     totals[r] += weights[i] * lists.scales[places[i]] * weight
@@ -269,7 +264,7 @@ def _score_rows(lists, tile, terms, weights, rows):
 
 
 class Inverted:
-    """A finished index and its search. A subclass turns its queries into Rows."""
+    """A finished index and its search. A subclass has _queries, which makes Rows of queries."""
 
     at_a_time = 1 << 16
 
@@ -286,9 +281,6 @@ class Inverted:
         edges = [tiles * r // self.world for r in (rank, rank + 1)]
         self.tiling = Tiling(self.meta["tile"], self.meta["count"], *edges)
 
-    def _queries(self, queries) -> Rows:
-        raise NotImplementedError
-
     def search(self, queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Q texts (BM25) or queries (Q, V) -> (scores (Q, k), rows (Q, k)), the same on every
         process. UserError: another number of terms, a weight negative or not finite."""
@@ -303,14 +295,10 @@ class Inverted:
     def score(self, queries, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The scores of given rows, 0 without a common term: Q queries and Q arrays of rows -> Q
         float32 arrays."""
-        starts, terms, weights = self._queries(queries)
-        found = []
-        for start, stop, some in zip(starts[:-1], starts[1:], rows, strict=True):
-            mine = slice(start, stop)
+        asked, found = self._queries(queries), []
+        for query, some in enumerate(rows):
             some = np.asarray(some, dtype=np.int64)
-            found.append(
-                _score_rows(self.lists, self.tiling.tile, terms[mine], weights[mine], some)
-            )
+            found.append(_score_rows(self.lists, self.tiling, asked, query, some))
         return found
 
     def _best(self, queries: Rows, k: int) -> Tensor:
@@ -370,12 +358,11 @@ class Sparse(Inverted):
     """Inner-product search over a folder of sparse embeddings, exact but for quantisation.
 
     With 8 or 16 bits, weights are whole multiples of a step: the largest weight of the term in a
-    tile / (2^bits - 1). A score is off by at most half a step times the query's weight for each
-    term: with 8 bits, by 1/510 of the greatest score that the query could have. A weight below
-    half a step counts as 0.
+    tile / (2^bits - 1). For each term a score is off by at most half a step times the query's
+    weight: with 8 bits, by 1/510 of the greatest score that the query could have.
 
-    On a GPU tiles are multiplied as sparse matrices by torch, which adds up in another order:
-    there scores may differ from `score` in the last bits."""
+    On a GPU, torch multiplies tiles as sparse matrices and adds up in another order, so scores
+    may differ from `score` in the last bits."""
 
     def __init__(self, folder, accelerator=None):
         super().__init__(folder, accelerator)
@@ -390,19 +377,13 @@ class Sparse(Inverted):
         of a few tiles. bits: 32 (float32), 16 or 8. All processes call it. UserError: the folder
         holds an index of other vectors or settings; a weight is negative or not finite."""
         if bits not in WEIGHTS:
-            raise UserError(f"--bits {bits}: choose 32, 16 or 8")
+            raise UserError(f"--bits {bits}: unknown — choose 32, 16 or 8")
         assert corpus.sparse
-        manifest = {"bits": bits, "tile": TILE}
-        for key, value in corpus.meta.items():
-            if key not in ("model", "input"):  # names, which may change
-                manifest[key] = value
-        open_folder(folder, "sparse", manifest, partial(cls._build, corpus), accelerator)
+        made = {**corpus.meta, "model": None, "input": None}  # two names, which may change
+        manifest = {**made, "bits": bits, "tile": TILE}
+        build = partial(write, tiles=_tiles(corpus), bits=bits)
+        open_folder(folder, "sparse", manifest, build, accelerator)
         return cls(folder, accelerator)
-
-    @staticmethod
-    def _build(corpus: Embeddings, folder: Path, manifest: dict) -> None:
-        write(folder, _tiles(corpus), manifest["bits"])
-        write_json(folder / "manifest.json", manifest)
 
     def _queries(self, queries: csr_matrix) -> Rows:
         if queries.shape[1] != self.dim:
@@ -420,8 +401,8 @@ class Sparse(Inverted):
 
     def _best_device(self, queries: Rows, k: int) -> Tensor:
         mine = slice(queries.starts[0], queries.starts[-1])
-        asked = self._matrix(queries.starts, queries.terms[mine], queries.weights[mine], self.dim)
-        asked = asked.to_dense()  # (Q, V)
+        own = Rows(queries.starts - mine.start, queries.terms[mine], queries.weights[mine])
+        asked = self._matrix(own, self.dim).to_dense()  # (Q, V)
         best = torch.full((len(asked), k), EMPTY, device=self.device)
         lists, size = self.lists, self.tiling.tile
         for t in range(self.tiling.first, self.tiling.stop):
@@ -429,8 +410,9 @@ class Sparse(Inverted):
             ends = lists.offsets[some.start : some.stop + 1]
             mine = slice(ends[0], ends[-1])
             weights = lists.weights[mine] * np.repeat(lists.scales[some], np.diff(ends))
+            postings = Rows(ends - ends[0], lists.documents[mine], weights)
             rows = min(size, self.tiling.count - t * size)
-            tile = self._matrix(ends, lists.documents[mine], weights, rows)  # (terms, rows)
+            tile = self._matrix(postings, rows)  # (terms of the tile, rows)
             known = torch.from_numpy(lists.terms[some].astype(np.int64)).to(self.device)
             for at in range(0, len(asked), DEVICE_QUERY_TILE):
                 part = slice(at, at + DEVICE_QUERY_TILE)
@@ -438,12 +420,10 @@ class Sparse(Inverted):
                 best[part] = scan_device(scores, t * size, best[part], k)
         return best.masked_fill_(best < 1 << 32, EMPTY)  # scores of 0: no common term
 
-    def _matrix(
-        self, starts: np.ndarray, columns: np.ndarray, values: np.ndarray, width: int
-    ) -> Tensor:
-        """A CSR matrix (len(starts) - 1, width) on the device; its rows begin at starts."""
-        parts = (starts - starts[0]).astype(np.int32), columns.astype(np.int32), values
+    def _matrix(self, rows: Rows, width: int) -> Tensor:
+        """The rows as a CSR matrix on the device."""
+        parts = rows.starts.astype(np.int32), rows.terms.astype(np.int32), rows.weights
         with warnings.catch_warnings():  # of torch, that it does not check its new sparse matrices
             warnings.simplefilter("ignore")
             parts = [torch.from_numpy(part).to(self.device) for part in parts]
-            return torch.sparse_csr_tensor(*parts, size=(len(starts) - 1, width))
+            return torch.sparse_csr_tensor(*parts, size=(len(rows.starts) - 1, width))

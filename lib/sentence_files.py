@@ -1,24 +1,13 @@
-"""The bi-encoder, dense or sparse: one tower for queries and passages, and its checkpoint on disk.
+"""How sentence-transformers spells a bi-encoder: its modules, pooling, prompts and lengths, in the files of any version.
 
-A checkpoint is a Hugging Face folder that is a sentence-transformers folder as well. A dense one:
+    modules.json                           Transformer, Pooling, then Dense, LayerNorm, Normalize if used; of a sparse
+                                           one MLMTransformer, SpladePooling
+    1_Pooling/, 2_Dense/, 3_LayerNorm/     their settings and weights
+    sentence_bert_config.json              passage length; the query length where it differs
+    config_sentence_transformers.json      prompts
 
-    config.json, model.safetensors, tokenizer files   backbone, as AutoModel and AutoTokenizer read it
-    modules.json                                      Transformer, Pooling, then Dense, LayerNorm, Normalize if used
-    1_Pooling/, 2_Dense/, 3_LayerNorm/                their settings and weights
-    sentence_bert_config.json                         passage length; the query length where it differs
-    config_sentence_transformers.json                 prompts
-    isthmus.json                                   how titles are joined, how passages are cut into chunks, what
-                                                      the tokenizer gave when it was saved
-
-A sparse one has the masked language model as AutoModelForMaskedLM reads it, and MLMTransformer, SpladePooling for
-modules.
-
-The older spelling of these files is written, which newer sentence-transformers read too; only a query length of its
-own needs sentence-transformers 6 (earlier ones refuse the key). With `sep` titles, which it cannot join, passages of
-several chunks or cut to so many characters, or special tokens excluded from the pooling, there is no modules.json: the
-list is in isthmus.json, and the folder does not claim to be loadable there.
-
-B texts, L tokens, H hidden size, V vocabulary, D dimensions of a vector: V of a sparse one. attention_mask 1 = keep.
+The older spelling is written, which newer versions read too; only a query length of its own needs version 6. A folder
+that sentence-transformers cannot express ends in a module named UNPORTABLE, which it fails to import.
 """
 
 from pathlib import Path
@@ -26,15 +15,19 @@ from pathlib import Path
 import safetensors.torch
 import tokenizers
 import torch
+import transformers
 from torch import nn
 
-from lib.encoder import Dense, LayerNorm, Normalize
-from lib.files import UserError, read_json
+from lib.encoder import POOLINGS, BiEncoder, Dense, LayerNorm, Normalize, SparseBiEncoder
+from lib.files import UserError, read_json, write_json
 
 
 # sentence-transformers' files, in the spelling of any version
 def read_list(path: Path) -> list[dict] | None:
     return read_json(path) if path.is_file() else None
+
+
+UNPORTABLE = "isthmus.NotExpressibleHere"  # several chunks, cut characters, special tokens excluded
 
 
 def _settings(folder: Path) -> dict:
@@ -50,6 +43,7 @@ def _refuse(place, what: str):
 def read_head(folder: Path, modules: list[dict]) -> tuple[Path, str, list[nn.Module]]:
     """(folder of the backbone, pooling, the modules behind the pooling); the pooling of a sparse head is max."""
     path = folder / "modules.json"
+    modules = [one for one in modules if one["type"] != UNPORTABLE]
     names = [one["type"].rsplit(".", 1)[-1] for one in modules]
     for one in modules:
         if not one["type"].startswith("sentence_transformers."):
@@ -103,19 +97,17 @@ def _read_pooling(place: Path) -> str:
     config = _settings(place)
     modes = config.get("pooling_mode")
     if modes is None:  # older: one flag per mode; none of them set means mean
-        flags = {"cls_token": "cls", "mean_tokens": "mean"}
-        on = [
-            key.removeprefix("pooling_mode_")
-            for key in config
-            if key.startswith("pooling_mode_") and config[key]
-        ]
-        modes = [flags.get(key, key) for key in on] or ["mean"]
+        of_flag = {pooling.flag: pooling.mode for pooling in POOLINGS.values()}
+        flags = [key.removeprefix("pooling_mode_") for key in config if config[key] is True]
+        known = [key for key in flags if f"pooling_mode_{key}" in config]
+        modes = [of_flag.get(flag, flag) for flag in known] or ["mean"]
     modes = [modes] if isinstance(modes, str) else list(modes)
-    if modes not in (["cls"], ["mean"]):
-        _refuse(place, f"pooling by {' + '.join(modes)} (not cls or mean)")
+    names = [name for name, pooling in POOLINGS.items() if [pooling.mode] == modes]
+    if not names:
+        _refuse(place, f"pooling by {' + '.join(modes)} (not {', '.join(POOLINGS)})")
     if not config.get("include_prompt", True):
         _refuse(place, "pooling without the prompt (include_prompt false)")
-    return modes[0]
+    return names[0]
 
 
 def _read_weights(place: Path, module: nn.Module) -> None:
@@ -189,3 +181,55 @@ def stated_format(folder: Path, base: Path, stored: str, tokenizer, limit: int |
         lengths = [min(length, limit or length) for length in lengths]
         stated |= {"max_query_length": lengths[0], "max_passage_length": lengths[1]}
     return stated
+
+
+# ------------------------------------------------------------------------------------------------
+# write
+
+
+def write_head(model: BiEncoder, folder: Path) -> None:
+    """All files of sentence-transformers but backbone and tokenizer."""
+    form, sparse = model.format, isinstance(model, SparseBiEncoder)
+    names = ["MLMTransformer", "SpladePooling"] if sparse else ["Transformer", "Pooling"]
+    names += [type(module).__name__ for module in model.head]
+    paths = ["", *(f"{index}_{name}" for index, name in enumerate(names[1:], 1))]
+    home = (
+        "sentence_transformers.sparse_encoder.models" if sparse else "sentence_transformers.models"
+    )
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"{home}.{name}"}
+        for index, (name, path) in enumerate(zip(names, paths, strict=True))
+    ]
+    if sparse:
+        pooling = {
+            "pooling_strategy": "max",
+            "activation_function": "relu",
+            "word_embedding_dimension": model.dim,
+        }
+    else:
+        pooling = {"word_embedding_dimension": model.backbone.config.hidden_size}
+        for name, one in POOLINGS.items():
+            pooling[f"pooling_mode_{one.flag}"] = model.pooling == name
+    if not model.portable:
+        modules.append({"idx": len(modules), "name": "-", "path": "", "type": UNPORTABLE})
+    write_json(folder / "modules.json", modules)
+    write_json(folder / paths[1] / "config.json", pooling)
+    for module, path in zip(model.head, paths[2:], strict=True):
+        if isinstance(module, Normalize):
+            continue  # has neither settings nor weights
+        own = {name: weight.contiguous().cpu() for name, weight in module.state_dict().items()}
+        write_json(folder / path / "config.json", module.settings())
+        safetensors.torch.save_file(own, folder / path / "model.safetensors")
+
+    lengths = {"max_seq_length": form.max_passage_length, "do_lower_case": False}
+    if form.max_query_length != form.max_passage_length:
+        lengths["query_length"] = form.max_query_length
+    write_json(folder / "sentence_bert_config.json", lengths)
+    general = {
+        **({"model_type": "SparseEncoder"} if sparse else {}),
+        "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
+        "prompts": {"query": form.query_prompt, "document": form.passage_prompt},
+        "default_prompt_name": None,
+        "similarity_fn_name": "dot",
+    }
+    write_json(folder / "config_sentence_transformers.json", general)

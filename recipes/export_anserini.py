@@ -1,19 +1,23 @@
-"""Sparse embeddings as Anserini reads them: integer impacts, for its inverted index and its exact search.
+"""Sparse embeddings as Anserini reads them: integer impacts, for its inverted index and search.
 
-A weight x becomes rint(100 x), half to even, and what becomes 0 is left out (SPLADE; LexMAE, arXiv 2208.14754).
-Anserini repeats each term as often as it weighs: a score is the sum over the terms of query weight x passage weight.
+A weight x becomes rint(100 x), half to even; what becomes 0 is left out (SPLADE; LexMAE, arXiv
+2208.14754). Anserini repeats each term as often as it weighs: a score is the sum over the terms of
+query weight x passage weight.
 
-Reads   --embeddings, which encode.py wrote with a checkpoint of a sparse head; the tokenizer of that checkpoint
-Writes  --output_dir: of passages collection/vectors-00.jsonl, ... with {"id": "7", "vector": {"ant": 113, "##s": 20}},
-        of queries queries.tsv with `q1 TAB ant ant ant ##s`; then meta.json, without which the folder is not complete
+Reads   --embeddings, which encode.py wrote with a checkpoint of a sparse head; its tokenizer
+Writes  --output_dir, for passages: collection/vectors-00.jsonl, ... with lines
+            {"id": "7", "vector": {"ant": 113, "##s": 20}}
+        for queries: queries.tsv with lines `q1 TAB ant ant ant ##s`
+        then meta.json, without which the folder is not complete
 
     python -m recipes.export_anserini --embeddings corpus --output_dir export-corpus
     python -m recipes.export_anserini --embeddings queries --output_dir export-queries
     alias anserini='java -Dfile.encoding=UTF-8 -cp anserini-0.25.0-fatjar.jar'
-    anserini io.anserini.index.IndexCollection -collection JsonVectorCollection -input export-corpus/collection \\
-        -generator DefaultLuceneDocumentGenerator -impact -pretokenized -index index
-    anserini io.anserini.search.SearchCollection -index index -topics export-queries/queries.tsv -topicReader TsvInt \\
-        -impact -pretokenized -hits 1000 -output run.trec
+    anserini io.anserini.index.IndexCollection -collection JsonVectorCollection \\
+        -input export-corpus/collection -generator DefaultLuceneDocumentGenerator \\
+        -impact -pretokenized -index index
+    anserini io.anserini.search.SearchCollection -index index -topics export-queries/queries.tsv \\
+        -topicReader TsvInt -impact -pretokenized -hits 1000 -output run.trec
 
 bench/anserini.sh does all of it and compares with our search.
 """
@@ -35,7 +39,7 @@ from lib.files import UserError, atomic, read_json, write_json, write_lines
 from lib.launch import claim_output, make_accelerator, run
 
 ROWS_AT_A_TIME = 4096
-PADDING = 128  # columns that a model may have beyond the tokenizer: vocabularies are rounded up for the hardware
+PADDING = 128  # columns beyond the tokenizer: vocabularies are rounded up for the hardware
 CLAUSES = 1024  # terms of a query that Lucene allows
 LONGEST = 127  # characters of a term: Lucene's WhitespaceAnalyzer cuts after 255 UTF-16 units
 
@@ -56,14 +60,15 @@ class Args:
 
 
 def terms(tokenizer, dim: int) -> np.ndarray:
-    """(dim,) str objects: the term of each column. That is the token as the vocabulary has it, "##" included; "[v7]"
-    for a column 7 without a token and for a token that white space or its length would break in two.
+    """(dim,) str objects: the term of each column. That is the token as the vocabulary has it, "##"
+    included; "[v7]" for a column 7 without a token and for a token that white space or its length
+    would break in two.
 
     UserError if columns and tokenizer do not belong together."""
     if not 0 <= dim - len(tokenizer) <= PADDING:
         raise UserError(
-            f"{tokenizer.name_or_path}: {len(tokenizer)} tokens where the vectors have {dim} columns — give the "
-            "tokenizer of their checkpoint with --model"
+            f"{tokenizer.name_or_path}: {len(tokenizer)} tokens where the vectors have {dim} "
+            "columns — give the tokenizer of their checkpoint with --model"
         )
     names = [
         *tokenizer.convert_ids_to_tokens(range(len(tokenizer))),
@@ -75,14 +80,16 @@ def terms(tokenizer, dim: int) -> np.ndarray:
     if len(set(names)) < dim:
         twice = Counter(names).most_common(1)[0][0]
         raise UserError(
-            f"{tokenizer.name_or_path}: two columns share the term {twice} — rename one in the tokenizer"
+            f"{tokenizer.name_or_path}: two columns share the term {twice} — rename one in the "
+            "tokenizer"
         )
     return np.array(names, dtype=object)
 
 
 def quantise(weights: csr_matrix, factor: float, unknown: int) -> csr_matrix:
-    """(n, V) float32 -> (n, V) int32: rint(factor x), half to even, where that is positive; columns ascending. A row
-    with nothing left gets the column `unknown` with 1: Anserini takes no empty document and no empty query."""
+    """(n, V) float32 -> (n, V) int32: rint(factor x), half to even, where that is positive; columns
+    ascending. A row with nothing left gets the column `unknown` with 1: Anserini takes no empty
+    document and no empty query."""
     impacts = np.maximum(np.rint(weights.data * np.float32(factor)), 0).astype(np.int32)
     impacts = csr_matrix((impacts, weights.indices, weights.indptr), weights.shape, copy=True)
     impacts.eliminate_zeros()
@@ -99,7 +106,8 @@ def main():
     vectors = Embeddings(args.embeddings)
     if not vectors.sparse:
         raise UserError(
-            f"{args.embeddings}: dense vectors, not weights of terms — encode with a sparse checkpoint"
+            f"{args.embeddings}: dense vectors, not weights of terms — encode with a sparse "
+            "checkpoint"
         )
     model = args.model or vectors.meta["model"]
     try:
@@ -111,7 +119,7 @@ def main():
         ) from error
     if tokenizer.unk_token_id is None:
         raise UserError(
-            f"{model}: its tokenizer has no unknown token, which stands for an empty text — add one"
+            f"{model}: the tokenizer has no unknown token, which stands for an empty text — add one"
         )
     names, counts = terms(tokenizer, vectors.dim), Counter()
     source = {
@@ -120,7 +128,8 @@ def main():
     if claim_output(args, accelerator, "meta.json"):
         if read_json(out / "meta.json")["source"] != source:
             raise UserError(
-                f"{out}: made from other embeddings than {args.embeddings} holds now — remove the folder"
+                f"{out}: made from other embeddings than {args.embeddings} holds now — remove the "
+                "folder"
             )
         return print(f"{out} is complete")
 
@@ -145,7 +154,7 @@ def main():
         with atomic(out / "collection") as folder:
             for index in range(files):
                 part = rows(total * index // files, total * (index + 1) // files)
-                write_lines(  # in ASCII: before Java 18 it reads files in the encoding of the locale
+                write_lines(  # in ASCII: Java before 18 reads files in the locale's encoding
                     folder / f"vectors-{index:02d}.jsonl",
                     (
                         json.dumps({"id": pid, "vector": dict(zip(t, w, strict=True))})
@@ -160,7 +169,8 @@ def main():
             for qid, tokens, impacts in rows(0, total):
                 if len(tokens) > CLAUSES:
                     too_long.append(qid)
-                yield f"{qid}\t{' '.join(' '.join([t] * w) for t, w in zip(tokens, impacts, strict=True))}"
+                repeated = [" ".join([t] * w) for t, w in zip(tokens, impacts, strict=True)]
+                yield f"{qid}\t{' '.join(repeated)}"
 
         write_lines(out / "queries.tsv", topics())
         # read as an integer, "007" would come back as 7, and more than 31 bits stop the search
@@ -170,12 +180,13 @@ def main():
         facts |= {"topic_reader": "TsvString" if other else "TsvInt", "too_long": too_long}
         if other:
             print(
-                f"note: TsvInt takes integers only, {other[0]} is none — search with -topicReader TsvString"
+                f"note: TsvInt takes integers only, {other[0]} is none — search with "
+                "-topicReader TsvString"
             )
         if too_long:
             print(
-                f"note: {len(too_long)} queries have more than {CLAUSES} terms ({too_long[0]}, ...) — Anserini leaves "
-                "them out of the run and ends without an error"
+                f"note: {len(too_long)} queries have more than {CLAUSES} terms ({too_long[0]}, "
+                "...) — Anserini leaves them out of the run and ends without an error"
             )
     facts = (
         {"model": model, "factor": args.factor, "unknown": tokenizer.unk_token_id, "source": source}
@@ -183,9 +194,11 @@ def main():
         | counts
     )
     write_json(out / "meta.json", facts)
+    kind = "passages" if vectors.meta["kind"] == "passage" else "queries"
     print(
-        f"{total} {'passages' if vectors.meta['kind'] == 'passage' else 'queries'}, {counts['impacts'] / total:.1f} "
-        f"terms each of {counts['weights'] / total:.1f} with a weight, the largest impact {counts['largest']} -> {out}"
+        f"{total} {kind}, {counts['impacts'] / total:.1f} terms each of "
+        f"{counts['weights'] / total:.1f} with a weight, the largest impact {counts['largest']} "
+        f"-> {out}"
     )
 
 

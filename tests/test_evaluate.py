@@ -79,6 +79,11 @@ def test_a_run_on_two_splits_and_its_policy(runs, evaluate):
         "a tie: trec_eval takes the greater id first"
     )
     assert "out is complete" in evaluate(*flags)[1]
+    for name in ("run", "dev.tsv"):
+        before = (runs / name).read_text()
+        (runs / name).write_text(before.replace("q1", "q7"))
+        assert "it was made with" in evaluate(*flags)[2], name
+        (runs / name).write_text(before)
 
 
 def test_ranks_of_ms_marco_identical_ids_and_levels(runs, evaluate):
@@ -218,7 +223,7 @@ def test_bm25_and_mistakes(tmp_path, tiny_collection, evaluate):
     files.write_qrels(tmp_path / "a.qrels", {"q1": {"p1": 1}, "q2": {"gone": 1}})
     files.write_qrels(tmp_path / "b.qrels", {"q1": {"p1": 1}, "qx": {"p2": 1}})
     cases = [
-        ([*data, "--qrels", "a.qrels"], "a.qrels:2: passage gone is not in the corpus"),
+        ([*data, "--qrels", "a.qrels"], "a.qrels:2: passage gone is not in"),
         ([*data, "--qrels", "b.qrels"], "b.qrels:2: query qx is not in"),
         ([*data, "--qrels", "a.qrels", "--metrics", "bleu@4"], "--metrics bleu@4: unknown"),
         ([*data, "--qrels", "a.qrels", "--run", "x"], "nothing to search, or several sources"),

@@ -1,4 +1,5 @@
-"""pytest tests/test_export_anserini.py — sparse embeddings become the lines that Anserini reads, weight by weight."""
+"""pytest tests/test_export_anserini.py — sparse embeddings become the lines that Anserini reads,
+weight by weight."""
 
 import json
 
@@ -19,8 +20,8 @@ def tokenizer(tiny_model_dir):
 
 @pytest.fixture
 def embeddings(tmp_path, tiny_model_dir):
-    """embeddings("name", kind, rows) -> a folder as encode.py leaves it, in shards of three rows; a row is {column: x}
-    or an array."""
+    """embeddings("name", kind, rows) -> a folder as encode.py leaves it, in shards of three rows; a
+    row is {column: x} or an array."""
 
     def make(name, kind, rows, ids, dim, **meta):
         weights = np.zeros((len(rows), dim), dtype=np.float32)

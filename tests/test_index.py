@@ -1,4 +1,5 @@
-"""Search is exact, also for ties at the cut; BM25 is Lucene's formula. Run: python -m pytest tests/test_index.py"""
+"""Search is exact, also for ties at the cut; BM25 is Lucene's formula. Run: python -m pytest
+tests/test_index.py"""
 
 import math
 

@@ -1,4 +1,5 @@
-"""pytest tests/test_inverted.py — sparse search is scipy's product, in one order, on any number of processes."""
+"""pytest tests/test_inverted.py — sparse search is scipy's product, in one order, on any number of
+processes."""
 
 import os
 import signal
@@ -36,7 +37,8 @@ def store(folder, matrix, shard_rows=100, **meta):
 
 
 def naive(queries, passages, k):
-    """Every pair, sorted in Python: score descending, then row; passages without a common term left out."""
+    """Every pair, sorted in Python: score descending, then row; passages without a common term left
+    out."""
     products = (queries.astype(np.float64) @ passages.astype(np.float64).T).toarray()
     scores = np.full((len(products), k), -np.inf, dtype=np.float32)
     rows = np.full((len(products), k), -1)
@@ -61,15 +63,16 @@ def draw(rows, terms, seed, whole=False):
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """Tiles of fewer rows than a shard, which end within shards; threads that get several parts of the queries."""
+    """Tiles of fewer rows than a shard, which end within shards; threads that get several parts of
+    the queries."""
     monkeypatch.setattr(inverted, "TILE", 64)
     monkeypatch.setattr(inverted, "QUERIES", 5)
 
 
 @pytest.fixture
 def tied():
-    """Each passage several times, some empty, one term in all, one in none; a query without a term, one with an unused
-    term alone, one with one frequent term."""
+    """Each passage several times, some empty, one term in all, one in none; a query without a term,
+    one with an unused term alone, one with one frequent term."""
     passages = draw(N // 3, V, 0, whole=True).tolil()
     passages[:, 7], passages[:, 8], passages[::10] = 1, 0, 0
     queries = draw(Q, V, 1, whole=True).tolil()
@@ -202,7 +205,7 @@ def test_an_index_is_kept_and_not_mixed_up(tmp_path, tiles):
         Sparse.open(moved, tmp_path / "index", bits=8)
     with pytest.raises(UserError, match="a sparse index with model_hash m, not other"):
         Sparse.open(store(tmp_path / "o", passages, model_hash="other"), tmp_path / "index")
-    with pytest.raises(UserError, match="--bits 4: choose 32, 16 or 8"):
+    with pytest.raises(UserError, match="--bits 4: unknown — choose 32, 16 or 8"):
         Sparse.open(moved, tmp_path / "new", bits=4)
     (tmp_path / "index" / "manifest.json").unlink()
     with pytest.raises(UserError, match="there is no sparse index in it — choose another folder"):

@@ -1,5 +1,5 @@
-"""pytest tests/test_maxp.py — documents: url, title and body joined and cut; MaxP against plain loops, in training,
-encoding, search, mining and evaluation."""
+"""pytest tests/test_maxp.py — documents: url, title and body joined and cut; MaxP against plain
+loops, in training, encoding, search, mining and evaluation."""
 
 import json
 from types import SimpleNamespace
@@ -264,10 +264,6 @@ def test_a_checkpoint_states_how_passages_are_cut(
         checkpoint, strict=True, overrides={"max_chunks": M, "max_characters": 700}
     )
     assert (model.format.max_chunks, model.format.max_characters) == (M, 700) and not model.portable
-    assert (
-        read_json(checkpoint / "isthmus.json")["version"] == 2
-        and not (checkpoint / "modules.json").exists()
-    )
     for name, value in (("max_chunks", 1), ("max_chunks", 4), ("max_characters", 0)):
         with pytest.raises(UserError, match=f"its {name} is"):
             load_encoder(checkpoint, overrides={name: value}, strict=True)
@@ -276,11 +272,7 @@ def test_a_checkpoint_states_how_passages_are_cut(
         with pytest.raises(UserError, match=f"{name} {value} — give"):
             load_encoder(checkpoint, overrides={name: value})
 
-    save_encoder(
-        load_encoder(tiny_model_dir, "cls"), tmp_path / "plain", {}
-    )  # as earlier versions wrote it
-    assert "max_chunks" not in read_json(tmp_path / "plain" / "isthmus.json")
-    assert read_json(tmp_path / "plain" / "isthmus.json")["version"] == 1
+    save_encoder(load_encoder(tiny_model_dir, "cls"), tmp_path / "plain", {})
     with pytest.raises(UserError, match="its max_chunks is 1, not 4"):
         load_encoder(tmp_path / "plain", overrides={"max_chunks": 4}, strict=True)
     assert (
@@ -393,8 +385,8 @@ COUNTS = [1, 4, 2, 9, 3, 1, 5, 7, 6, 8, 2, 9, 1, 1, 4]
 
 @pytest.fixture
 def stored(tmp_path):
-    """(folder of 15 texts with 1 to 9 chunks, the chunks of each, 8 queries); small whole numbers, so that there are
-    ties within and between texts."""
+    """(folder of 15 texts with 1 to 9 chunks, the chunks of each, 8 queries); small whole numbers,
+    so that there are ties within and between texts."""
     draw = np.random.default_rng(0)
     chunks = [draw.integers(-2, 3, (count, 4)).astype(np.float32) for count in COUNTS]
     chunks[8][:4] = chunks[3][:4] = 2.0  # ties that run over the cut
@@ -408,7 +400,8 @@ def stored(tmp_path):
 
 
 def best(chunks, query, k):
-    """Every text by its best chunk, sorted in Python: score descending, then row; filled up to k."""
+    """Every text by its best chunk, sorted in Python: score descending, then row; filled up to
+    k."""
     scores = [max(float(chunk @ query) for chunk in some) for some in chunks]
     rows = sorted(range(len(chunks)), key=lambda row: (-scores[row], row))[:k]
     missing = k - len(rows)

@@ -1,4 +1,5 @@
-"""Metrics against pytrec_eval, scipy and worked examples. Run: python -m pytest tests/test_metrics.py"""
+"""Metrics against pytrec_eval, scipy and worked examples. Run: python -m pytest
+tests/test_metrics.py"""
 
 import math
 

@@ -22,8 +22,9 @@ def mine(script, tmp_path, monkeypatch):
 
 @pytest.fixture
 def planted(tmp_path):
-    """Embeddings of 12 passages on a line: query q scores passage d{i} with 1 - i/10, so the last two are negative. d2
-    is q's positive, d5 an exact copy of it, d1 a positive too; d3 is judged 0. r has the single positive d11."""
+    """Embeddings of 12 passages on a line: query q scores passage d{i} with 1 - i/10, so the last
+    two are negative. d2 is q's positive, d5 an exact copy of it, d1 a positive too; d3 is judged 0.
+    r has the single positive d11."""
     texts = [(f"d{i}", "", "the same text" if i in (2, 5) else f"text {i}") for i in range(12)]
     write_texts(tmp_path / "corpus.jsonl", texts)
     write_texts(tmp_path / "queries.jsonl", [("q", "", "a query"), ("r", "", "another")])
@@ -80,6 +81,8 @@ def test_positives_and_their_copies_are_removed_and_counted(planted, mine):
     assert audit["negatives per query"] == "min 5, median 6, max 8" and "positives removed" in shown
     assert "is complete" in mine(*flags, "--depth", 8, "--output_dir", "out")[1]
     assert "made with --depth 8, now 9" in mine(*flags, "--depth", 9, "--output_dir", "out")[2]
+    files.write_qrels(folder / "qrels", {"r": {"d11": 1}})
+    assert "it was made with qrels" in mine(*flags, "--depth", 8, "--output_dir", "out")[2]
 
 
 def test_the_scores_of_a_training_file_tell_false_negatives(planted, mine):

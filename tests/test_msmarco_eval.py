@@ -1,4 +1,5 @@
-"""pytest tests/test_msmarco_eval.py — recipes/msmarco_eval.sh: numbers, levels, re-ranking, documents, BM25."""
+"""pytest tests/test_msmarco_eval.py — recipes/msmarco_eval.sh: numbers, levels, re-ranking,
+documents, BM25."""
 
 import json
 

@@ -13,6 +13,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from recipes.rerank import (
+    Collator,
+    PairFormat,
+    Pairs,
+    listwise_loss,
+    load_cross_encoder,
+    save_cross_encoder,
+)
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder as TheirCrossEncoder
 from tokenizers import ByteLevelBPETokenizer
@@ -32,14 +40,6 @@ from lib.groups import Groups
 from lib.text import join_title
 from lib.texts import open_texts
 from recipes import rerank
-from recipes.rerank import (
-    Collator,
-    PairFormat,
-    Pairs,
-    listwise_loss,
-    load_cross_encoder,
-    save_cross_encoder,
-)
 
 ROOT = Path(__file__).parents[1]
 

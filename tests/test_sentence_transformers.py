@@ -130,14 +130,36 @@ def test_lower_casing_and_named_prompts(tiny_model_dir, tmp_path):
     assert (cased[3] - ours(tmp_path, "query")[3]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("mode", ["max", "lasttoken", "weightedmean", ("cls", "mean")])
+@pytest.mark.parametrize("mode", ["max", "weightedmean", ("cls", "mean")])
 def test_other_poolings_are_refused(tiny_model_dir, tmp_path, mode):
     build(tiny_model_dir, mode).save(str(tmp_path))
-    with pytest.raises(UserError, match="not cls or mean"):
+    with pytest.raises(UserError, match="not cls, mean, last_token"):
         load_encoder(tmp_path)
 
 
-def test_sep_titles_are_not_offered_there(tiny_model_dir, tmp_path):
+def test_sep_titles_are_joined_by_the_caller_there(tiny_model_dir, tmp_path):
     save_encoder(load_encoder(tiny_model_dir, "cls", {"title": "sep"}), tmp_path / "a", {})
-    assert not (tmp_path / "a" / "modules.json").exists()
-    assert load_encoder(tmp_path / "a").format.title == "sep"
+    model = load_encoder(tmp_path / "a")
+    assert model.format.title == "sep"
+    rows = [(("Ants",), "Ants sleep."), ((), "Bees fly."), (("Bread",), "")]
+    strings = format_texts(rows, "passage", model.format, model.tokenizer)
+    assert strings[0] == f"Ants{model.tokenizer.sep_token}Ants sleep."
+    batch = pad(to_ids(strings, model.tokenizer, 256), model.tokenizer)
+    with torch.no_grad():
+        same(
+            model.encode(batch),
+            torch.tensor(
+                SentenceTransformer(str(tmp_path / "a"), device="cpu").encode_document(strings)
+            ),
+        )
+    line = 'f"{title}{model.tokenizer.sep_token}{text}" if title else text'
+    assert line in (tmp_path / "a" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("form", [{"max_chunks": 3}, {"max_characters": 50}])
+def test_what_they_cannot_express_fails_there(tiny_model_dir, tmp_path, form):
+    save_encoder(load_encoder(tiny_model_dir, "cls", form), tmp_path / "a", {})
+    assert (tmp_path / "a" / "modules.json").exists()
+    with pytest.raises((ImportError, ValueError, OSError)):
+        SentenceTransformer(str(tmp_path / "a"), device="cpu")
+    assert load_encoder(tmp_path / "a").format.max_chunks == form.get("max_chunks", 1)

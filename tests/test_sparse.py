@@ -116,10 +116,13 @@ def test_ours_in_sentence_transformers_and_back(tiny_model_dir, tmp_path, length
 
 
 @pytest.mark.parametrize("how", [{"exclude_special_tokens": True}, {"overrides": {"title": "sep"}}])
-def test_what_they_cannot_express_does_not_claim_to_be_theirs(tiny_model_dir, tmp_path, how):
+def test_what_they_cannot_express_fails_there(tiny_model_dir, tmp_path, how):
     model = load_encoder(tiny_model_dir, head="sparse", **how)
     save_encoder(model, tmp_path / "a", {})
-    assert not (tmp_path / "a" / "modules.json").exists()
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    if how.get("exclude_special_tokens"):
+        with pytest.raises((ImportError, ValueError, OSError)):
+            sentence_transformers.SparseEncoder(str(tmp_path / "a"), local_files_only=True)
     again = load_encoder(tmp_path / "a")
     assert (
         again.exclude_special_tokens == model.exclude_special_tokens

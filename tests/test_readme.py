@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib import losses
+from lib import encoder, losses, sentence_files
+from lib.checkpoint import load_encoder, save_encoder
 from lib.files import TrainingRow, read_training_file, write_training_file
+from lib.text import pad, to_ids
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("pretrain_mae", "finetune_biencoder", "mine_negatives", "encode", "evaluate")
@@ -150,12 +152,28 @@ def test_my_own_loss_has_the_place_of_the_one_in_the_script():
     assert "def contrastive_loss(scores, positives, mask):\n" in piece("my own loss")
 
 
-def test_my_own_pooling_is_a_weighted_mean():
-    space = {}
-    exec(piece("my own pooling").split("\n\n\n")[0], space)
+def test_my_own_pooling_trains_and_loads_in_sentence_transformers(
+    tiny_model_dir, tmp_path, monkeypatch
+):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    monkeypatch.setattr(encoder, "POOLINGS", dict(encoder.POOLINGS))
+    monkeypatch.setattr(sentence_files, "POOLINGS", encoder.POOLINGS)
+    space = {"POOLINGS": encoder.POOLINGS, "Pooling": encoder.Pooling}
+    exec(piece("my own pooling"), space)
     hidden = torch.arange(12.0).reshape(1, 3, 4)
     pooled = space["weighted_mean"](hidden, torch.tensor([[1, 1, 0]]))
     torch.testing.assert_close(pooled, (hidden[:, 0] + 2 * hidden[:, 1]) / 3)
+
+    model = load_encoder(tiny_model_dir, "weighted_mean")
+    save_encoder(model, tmp_path / "model", {})
+    texts = ["ants and sugar", "ice and snow " * 6]
+    ours = load_encoder(tmp_path / "model")
+    batch = pad(to_ids(texts, ours.tokenizer, ours.format.max_passage_length), ours.tokenizer)
+    theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours.encode(batch), theirs.encode(texts, convert_to_tensor=True), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_my_own_negatives_run(tmp_path):

@@ -1,23 +1,27 @@
 #!/usr/bin/env bash
-# COCO-DR's pre-training on the target corpora (arXiv 2210.15212): coCondenser on two spans of each document of every
-# collection, then zero-shot without any fine-tuning. Published: nDCG@10 0.288 over BEIR before fine-tuning (base).
+# The pre-training of COCO-DR on the target corpora (arXiv 2210.15212): coCondenser on two spans of each document of
+# every collection, then zero-shot evaluation without fine-tuning. Published: nDCG@10 0.288 over BEIR before fine-tuning
+# (base).
 #
 #     bash recipes/coco_beir.sh FOLDER [OUT]
 #
 # FOLDER   collections in BEIR layout (corpus.jsonl[.gz], queries.jsonl[.gz], qrels/test*.tsv); the paper takes 18
-# OUT      default runs/coco_beir; call it again to go on where it stopped
-# LAUNCH   e.g. "accelerate launch --multi_gpu --num_processes 8 --mixed_precision fp16"; the paper: 200 documents per GPU
-# MODEL    what it starts from, default Luyu/condenser, whose head is not in its folder and starts anew
-# BALANCE  temperature between the corpora, default 1: each by its number of documents, as published
+# OUT      default runs/coco_beir; to continue a stopped run, give the same command again
+# LAUNCH   how scripts are started, for example "accelerate launch --multi_gpu --num_processes 8 --mixed_precision
+#          fp16"; the paper has 200 documents per GPU
+# MODEL    model that pre-training starts from; default Luyu/condenser. Its folder has no Condenser head, so the head is
+#          new
+# BALANCE  temperature between the corpora; default 1, as published: each corpus counts by its number of documents
 #
 # Deviations:
-#   1. The authors start from Condenser and its head: a random head "will likely corrupt" the encoder, says its README. To have
-#      one, pre-train with `--objective condenser` first, and give that folder as MODEL.
-#   2. --max_length is not published; spans have about 30 tokens, longer sentences are cut here (theirs: a random window).
-#   3. A document of a single span is left out (theirs: paired with itself).
+#   1. The authors start from Condenser and its head; its README says that a random head "will likely corrupt" the
+#      encoder. To have a trained head, pre-train with `--objective condenser` first, and give that folder as MODEL.
+#   2. The authors do not publish --max_length. Spans have about 30 tokens; longer sentences are cut at the end here,
+#      and to a random window by the authors.
+#   3. A document of a single span is left out; the authors pair it with itself.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
-[ $# -ge 1 ] || usage 5,11
+[ $# -ge 1 ] || usage 6,14
 folder=$(path "$1") out=$(path "${2:-runs/coco_beir}")
 corpora=()
 for file in "$folder"/*/corpus.jsonl*; do

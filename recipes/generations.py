@@ -1,15 +1,15 @@
-"""The miner's side of ANCE, before and after our scripts: what to mine with and for, and the publishing.
+"""The miner's side of ANCE: what to mine with and what to mine for, and how the result is published.
 
-    --task next      waits for a checkpoint of --run that is newer than the newest generation in --negatives_dir, and
-                     prepares --work/step-00000500: a copy of the checkpoint, which the trainer may remove at any time,
-                     and the judged queries of one of --slices, which take turns (ANCE's ann_chunk_factor), as
-                     queries.jsonl and qrels.tsv; prints its path. Before there is any generation, the checkpoint is
-                     --initial, of step 0. A folder that a killed miner left is handed out again, or the miner would
-                     never come to an end. Prints nothing once the run is done
-    --task publish   --work/step-.../negatives/negatives.tsv as a new generation, whose manifest names the checkpoint
-                     and what evaluation/metrics.json says of the development set; then the folder is removed
+    --task next      waits until --run has a checkpoint that is newer than the newest generation in --generations. Then
+                     it prepares the folder --work/step-00000500 and prints its path. The folder holds a copy of the
+                     checkpoint, because the trainer may remove its own at any time, and one of --slices of the judged
+                     queries (queries.jsonl, qrels.tsv). The slices take turns (ANCE's ann_chunk_factor). As long as
+                     there is no generation, the checkpoint is --initial, of step 0. If a killed miner left a folder,
+                     its path is printed again, so that the work in it is finished. Prints nothing when the run is done
+    --task publish   makes a generation of --work/step-.../negatives/train.jsonl. Its manifest names the checkpoint and
+                     holds the metrics of the development set from evaluation/metrics.json. Then it removes the folder
 
-recipes/ance.sh calls them in turns. Files and folders: lib/generations.py.
+recipes/ance.sh calls the two in turns. lib/generations.py describes the files that trainer and miner share.
 """
 
 import shutil
@@ -18,35 +18,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from transformers.hf_argparser import HfArg
-
+from lib.arguments import arg, parse_args
 from lib.checkpoint import checkpoint_folder
-from lib.files import (
-    UserError,
-    atomic,
-    line_of,
-    lines,
-    read_json,
-    read_qrels,
-    write_json,
-    write_qrels,
-)
-from lib.generations import newest_checkpoint, publish, read_generations
-from lib.launch import parse_args, run
-from lib.texts import open_texts, write_texts
+from lib.files import UserError, atomic, lines, read_json, read_qrels, write_json, write_qrels
+from lib.generations import newest_checkpoint, read_generations
+from lib.launch import run
+from lib.texts import open_texts, require_rows, write_texts
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Args:
-    task: Literal["next", "publish"] = HfArg(help="see above")
-    negatives_dir: str = HfArg(help="where the generations are")
-    work: str = HfArg(help="folder for what is between checkpoint and generation")
-    run: str = HfArg(default=None, help="next: output_dir of finetune_biencoder.py")
-    initial: str = HfArg(default=None, help="next: the model of the first generation")
-    queries: str = HfArg(default=None, help="next: training queries")
-    qrels: str = HfArg(default=None, help="next: training judgments")
-    slices: int = HfArg(default=5, help="next: of the judged queries (ANCE 5)")
-    poll: float = HfArg(default=10.0, help="next: seconds between looks")
+    task: Literal["next", "publish"] = arg(group="task", help="what to do, see above")
+    generations: str = arg(help="folder of the generations, which the trainer has as --train")
+    work: str = arg(help="folder for the files between a checkpoint and its generation")
+
+    run: str = arg(None, group="next", help="output_dir of finetune_biencoder.py")
+    initial: str = arg(None, help="model that mines the first generation")
+    queries: str = arg(None, help="training queries")
+    qrels: str = arg(None, help="training judgments")
+    slices: int = arg(5, least=1, help="number of slices of the judged queries (ANCE 5)")
+    poll: float = arg(10.0, least=0, help="seconds between two looks for a new checkpoint")
 
 
 def prepare(args: Args) -> None:
@@ -54,62 +45,79 @@ def prepare(args: Args) -> None:
     for leftover in work.glob(".tmp-*"):
         shutil.rmtree(leftover)
     while not (run_folder / "done").is_file():
-        generations = read_generations(args.negatives_dir)
+        generations = read_generations(args.generations)
         last = generations[-1].step if generations else -1
         for path in work.glob("step-*"):
             if read_json(path / "next.json")["step"] > last:
-                return print(path)
-            shutil.rmtree(path)  # killed between publishing and removing it
-        step, checkpoint = newest_checkpoint(run_folder) or (
-            0,
-            args.initial and checkpoint_folder(args.initial),
-        )
-        if step > last and checkpoint:
+                print(path)
+                return
+            shutil.rmtree(path)  # the miner was killed after it had published this folder
+        newest = newest_checkpoint(run_folder)
+        if newest is None and args.initial:
+            newest = 0, checkpoint_folder(args.initial)
+        if newest is not None and newest[0] > last:
+            step, checkpoint = newest
             path = work / f"step-{step:08d}"
             try:
                 with atomic(path) as temporary:
                     others = shutil.ignore_patterns("state", "checkpoints", "best")
                     shutil.copytree(checkpoint, temporary / "checkpoint", ignore=others)
                     take_slice(args, len(generations), temporary)
-                    write_json(
-                        temporary / "next.json", {"step": step, "checkpoint": str(checkpoint)}
-                    )
-                return print(path)
+                    record = {"step": step, "checkpoint": str(checkpoint)}
+                    write_json(temporary / "next.json", record)
+                print(path)
+                return
             except OSError:
                 if checkpoint.is_dir():
-                    raise  # else the trainer has just removed it: look again
+                    raise  # otherwise the trainer removed the checkpoint meanwhile: look again
         time.sleep(args.poll)
 
 
 def take_slice(args: Args, number: int, folder: Path) -> None:
-    """queries.jsonl and qrels.tsv of every --slices-th judged query, beginning with the `number`-th."""
+    """Write queries.jsonl and qrels.tsv of every --slices-th judged query, beginning with the `number`-th.
+
+    UserError: more slices than judged queries; a judged query without a text."""
     qrels = read_qrels(args.qrels)
-    if not 1 <= args.slices <= len(qrels):
-        raise UserError(f"--slices {args.slices}: of {len(qrels)} judged queries — give 1 to that")
-    qids, queries = list(qrels)[number % args.slices :: args.slices], open_texts(args.queries)
-    rows = queries.rows(qids)
-    if rows.min() < 0:
-        qid = qids[int(rows.argmin())]
+    if args.slices > len(qrels):
         raise UserError(
-            f"{line_of(args.qrels, qid)}: query {qid} is not in {args.queries} — give its queries"
+            f"--slices {args.slices}: {args.qrels} has only {len(qrels)} judged queries — choose a value "
+            f"between 1 and {len(qrels)}"
         )
-    write_texts(
-        folder / "queries.jsonl",
-        ((qid, *queries[row]) for qid, row in zip(qids, rows, strict=True)),
-    )
+    qids = list(qrels)[number % args.slices :: args.slices]
+    queries = open_texts(args.queries)
+    rows = require_rows(queries, qids, args.qrels, "query")
+    texts = ((qid, *queries[row]) for qid, row in zip(qids, rows, strict=True))
+    write_texts(folder / "queries.jsonl", texts)
     write_qrels(folder / "qrels.tsv", {qid: qrels[qid] for qid in qids})
+
+
+def publish(folder, training_file, manifest: dict) -> Path:
+    """Add a generation to a folder: a copy of the training file, and the manifest, which holds `step` at least.
+
+    UserError: the folder already has a generation of a later step."""
+    before = read_generations(folder)
+    if before and manifest["step"] < before[-1].step:
+        raise UserError(
+            f"{folder}: it has negatives of step {before[-1].step}, and these are of step {manifest['step']}, so "
+            "the folder is another run's — give each run its own folder"
+        )
+    number = before[-1].number + 1 if before else 1
+    path = Path(folder) / f"generation-{number:04d}"
+    with atomic(path) as temporary:
+        temporary.mkdir()
+        shutil.copyfile(training_file, temporary / "train.jsonl")
+        write_json(temporary / "manifest.json", {"generation": number, **manifest})
+    return path
 
 
 def publish_negatives(args: Args) -> None:
     (path,) = Path(args.work).glob("step-*")
-    negatives = path / "negatives" / "negatives.tsv"
+    training_file = path / "negatives" / "train.jsonl"
     (dev,) = read_json(path / "evaluation" / "metrics.json")["splits"].values()
-    manifest = {
-        **read_json(path / "next.json"),
-        "queries": sum(1 for _ in lines(negatives)),
-        "dev": dev["metrics"],
-    }
-    generation = publish(args.negatives_dir, negatives, manifest)
+    manifest = read_json(path / "next.json")
+    manifest["queries"] = sum(1 for _ in lines(training_file))
+    manifest["dev"] = dev["metrics"]
+    generation = publish(args.generations, training_file, manifest)
     shown = "  ".join(f"{name} {value:.4f}" for name, value in dev["metrics"].items())
     print(f"{generation}: {manifest['queries']} queries, of step {manifest['step']}  {shown}")
     shutil.rmtree(path)
@@ -117,9 +125,12 @@ def publish_negatives(args: Args) -> None:
 
 def main():
     args = parse_args(Args)
-    if args.task == "next" and not (args.run and args.queries and args.qrels):
+    if args.task == "publish":
+        publish_negatives(args)
+        return
+    if not (args.run and args.queries and args.qrels):
         raise UserError("--task next needs --run, --queries and --qrels — see --help")
-    (prepare if args.task == "next" else publish_negatives)(args)
+    prepare(args)
 
 
 if __name__ == "__main__":

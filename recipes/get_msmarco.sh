@@ -1,23 +1,29 @@
 #!/usr/bin/env bash
-# Fetch MS MARCO passage (and document) ranking and TREC Deep Learning 2019 and 2020 from their official places; check every line count.
+# Download MS MARCO passage ranking (and document ranking) and TREC Deep Learning 2019 and 2020 from their official
+# servers, and check every line count.
 #
 #     bash recipes/get_msmarco.sh [OUT] [--titles] [--bm25_negatives] [--triples] [--id_triples] [--documents]
-#     bash recipes/get_msmarco.sh [OUT] --check                            only count the lines of what is there
+#     bash recipes/get_msmarco.sh [OUT] --check            only counts the lines of the files that are there
 #
 # OUT                default data/msmarco
-# --titles           the titles of the passages too, as RocketQA made them; OUT/corpus.tsv joins them: pid TAB title TAB text
-# --bm25_negatives   the official BM25 triples (2 GB), as OUT/train.negatives.tsv (mine_negatives.py --bm25 makes such a file too)
-# --triples          a tenth of them as texts, ANCE's warm-up (8 GB, unpacked 27): OUT/triples.train.small.tsv
-# --id_triples       all of them as ids (2 GB, unpacked 6): OUT/triples.train.ids.tsv, qid TAB positive pid TAB negative pid
-# --documents        document ranking too (8 GB, unpacked 22): OUT/documents, its files named as the passages' are
+# --titles           also the titles of the passages, as RocketQA made them. OUT/corpus.tsv has both: pid TAB title TAB
+#                    text
+# --bm25_negatives   the official BM25 triples (2 GB) as OUT/train.negatives.tsv, qid TAB pid,pid,... To use them:
+#                    mine_negatives.py --run OUT/train.negatives.tsv
+# --triples          a tenth of them as texts, for the warm-up of ANCE (8 GB, unpacked 27): OUT/triples.train.small.tsv
+# --id_triples       all of them as ids (2 GB, unpacked 6): OUT/triples.train.ids.tsv, qid TAB positive pid TAB
+#                    negative pid
+# --documents        also document ranking (8 GB, unpacked 22): OUT/documents, with the same file names as the passages
 #
-# Licence: MS MARCO is for non-commercial research only; its terms stand on https://microsoft.github.io/msmarco/. TREC's judgments are
-# in the public domain. By fetching you accept the terms.
-# Not tried: this script was written without access to these servers. Addresses and names of members are those the project pages
-# give; what does not answer or does not have the expected number of lines stops it with its name. Call it again to go on.
-# The counts of the triples and of the documents stand on the project pages and, counted from the files, in ir_datasets' metadata;
-# they agree but for the documents' judgments of train and dev: one a query there (367,013 and 5,193, taken here), 384,597 and 5,478
-# on the pages, which do not list 2020qrels-docs.txt. Verified nowhere: the member's name in triples.train.small.tar.gz.
+# Licence: MS MARCO is for non-commercial research only; the terms are on https://microsoft.github.io/msmarco/. The
+# judgments of TREC are in the public domain. If you download the files, you accept the terms.
+# This script has not been tried: it was written without access to these servers. Addresses and member names are those
+# of the project pages. If a server does not answer, or a file has another number of lines than expected, the script
+# stops and names it. To continue, give the same command again.
+# The counts of the triples and of the documents are from the project pages and, counted from the files, from the
+# metadata of ir_datasets. The two agree, except for the judgments of the documents of train and dev: ir_datasets has
+# one per query (367,013 and 5,193, used here); the pages have 384,597 and 5,478. The pages do not list
+# 2020qrels-docs.txt. The member name in triples.train.small.tar.gz is verified nowhere.
 set -euo pipefail
 out=data/msmarco titles="" negatives="" triples="" id_triples="" documents="" check=""
 for argument in "$@"; do
@@ -28,7 +34,7 @@ for argument in "$@"; do
         --id_triples) id_triples=1 ;;
         --documents) documents=1 ;;
         --check) check=1 ;;
-        -*) sed -n '4,5p' "$0" >&2; exit 1 ;;
+        -*) sed -n '5,6p' "$0" >&2; exit 1 ;;
         *) out=$argument ;;
     esac
 done
@@ -38,63 +44,69 @@ rocketqa=https://rocketqa.bj.bcebos.com/corpus/marco.tar.gz
 
 stop() { echo "get_msmarco: $*" >&2; exit 1; }
 
-have() { # FILE LINES: is it there, with so many lines?
+have() { # FILE LINES: whether the file is there; stops if it has another number of lines
     [ -f "$out/$1" ] || return 1
     local found
     found=$(LC_ALL=C grep -ac '' "$out/$1" || true) # unlike wc it counts a last line without its newline
-    [ "$found" = "$2" ] || stop "$out/$1: $found lines, not $2 — remove it and call again; if that repeats, its source has changed"
+    [ "$found" = "$2" ] ||
+        stop "$out/$1: $found lines, not $2 — remove it and try again; if it happens again, its source has changed"
     echo "$out/$1: $2 lines"
 }
 
-fetch() { # URL: prints where the file lies; a download that broke off goes on
+fetch() { # URL: prints the path of the downloaded file; continues a download that broke off
     local name=$out/download/${1##*/}
     if [ ! -f "$name" ]; then
         echo "fetching $1" >&2
-        curl -fL --retry 3 -C - -o "$name.part" "$1" >&2 || stop "$1 does not answer — see https://microsoft.github.io/msmarco/Datasets"
+        curl -fL --retry 3 -C - -o "$name.part" "$1" >&2 ||
+            stop "$1 does not answer — see https://microsoft.github.io/msmarco/Datasets"
         mv "$name.part" "$name"
     fi
     echo "$name"
 }
 
-member() { # URL MEMBER: a file of an archive, on stdout
+member() { # URL MEMBER: prints a file of an archive
     local archive
     archive=$(fetch "$1")
     tar -xzOf "$archive" "$2" || stop "$archive: no member $2 — its contents have changed"
 }
 
-unpacked() { # URL: a gzipped file, on stdout
+unpacked() { # URL: prints a gzipped file
     local file
     file=$(fetch "$1")
     gzip -dc "$file"
 }
 
-plain() { # URL: a file, on stdout
+plain() { # URL: prints a file
     local file
     file=$(fetch "$1")
     cat "$file"
 }
 
-judged() { # queries of train that have a judgment, out of all 808,731
-    member $marco/collectionandqueries.tar.gz queries.train.tsv | awk -F '\t' 'NR == FNR { judged[$1]; next } $1 in judged' "$out/qrels.train.tsv" -
+judged() { # prints the queries of train that have a judgment, of 808,731 in all
+    member $marco/collectionandqueries.tar.gz queries.train.tsv |
+        awk -F '\t' 'NR == FNR { judged[$1]; next } $1 in judged' "$out/qrels.train.tsv" -
 }
 
-joined() { # pid TAB title TAB text; both files are in the order of the ids
+joined() { # prints pid TAB title TAB text
     local file
     file=$(fetch $rocketqa)
-    tar -xzOf "$file" marco/para.title.txt >"$out/titles.tsv" || stop "$file: no member marco/para.title.txt — its contents have changed"
-    awk -F '\t' 'NR == FNR { title[$1] = $2; next } { print $1 "\t" title[$1] "\t" $2 }' "$out/titles.tsv" "$out/collection.tsv"
+    tar -xzOf "$file" marco/para.title.txt >"$out/titles.tsv" ||
+        stop "$file: no member marco/para.title.txt — its contents have changed"
+    awk -F '\t' 'NR == FNR { title[$1] = $2; next } { print $1 "\t" title[$1] "\t" $2 }' \
+        "$out/titles.tsv" "$out/collection.tsv"
 }
 
-ids() { # qid TAB positive TAB negative
+ids() { # prints qid TAB positive TAB negative
     unpacked $marco/qidpidtriples.train.full.2.tsv.gz | tr -d '\r'
 }
 
-negatives() { # qid TAB pid,pid,... out of those, of which the lines of a query stand together
-    ids |
-        awk -F '\t' '$1 == last { printf ",%s", $3; next } { if (last) print ""; printf "%s\t%s", $1, $3; last = $1 } END { print "" }'
+negatives() { # prints qid TAB pid,pid,... of these triples, in which the lines of a query are neighbours
+    ids | awk -F '\t' '$1 == last { printf ",%s", $3; next }
+        { if (last) print ""; printf "%s\t%s", $1, $3; last = $1 }
+        END { print "" }'
 }
 
-make() { # FILE LINES COMMAND...: the file out of a command's output, unless it is there
+make() { # FILE LINES COMMAND...: writes the output of the command to the file, unless the file is there
     if have "$1" "$2"; then return; fi
     [ -z "$check" ] || { echo "$out/$1: not there"; return; }
     mkdir -p "$out/download" "$(dirname "$out/$1")"

@@ -6,8 +6,8 @@
 #
 # DATA     folder that recipes/get_msmarco.sh --titles filled; default data/msmarco
 # OUT      default runs/retromae_msmarco; to continue a stopped run, give the same command again
-# LAUNCH   how scripts are started, for example "accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16".
-#          That is the published setting, except that the authors used fp16
+# LAUNCH   how scripts are started, for example "accelerate launch --multi_gpu --num_processes 8 --mixed_precision
+#          bf16". That is the published setting, except that the authors used fp16
 # MODEL    model that pre-training starts from; default bert-base-uncased
 #
 # Batch sizes are per process, for eight processes. With fewer processes, keep the product of processes, batch size and

@@ -6,8 +6,8 @@
 #
 # DATA     folder that recipes/get_msmarco.sh --titles filled; default data/msmarco
 # OUT      default runs/splade; to continue a stopped run, give the same command again
-# LAUNCH   how scripts are started, for example "accelerate launch --multi_gpu --num_processes 4 --mixed_precision fp16";
-#          4 x 32 = 128 queries is the published batch
+# LAUNCH   how scripts are started, for example "accelerate launch --multi_gpu --num_processes 4 --mixed_precision
+#          fp16"; 4 x 32 = 128 queries is the published batch
 # MODEL    a masked language model; default distilbert-base-uncased
 # TEACHER  model that the cross-encoder starts from; default bert-base-uncased
 #

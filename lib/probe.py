@@ -14,7 +14,7 @@ from torch import Tensor
 from lib.blocks import BlockCollator, Corpora
 from lib.files import UserError, read_qrels
 from lib.losses import spread
-from lib.texts import require_rows, open_texts
+from lib.texts import open_texts, require_rows
 
 TEXTS, QUERIES, PASSAGES = 256, 200, 2_000  # at most so many, drawn once by the seed of the run
 DEPTH = 100

@@ -36,10 +36,10 @@ finetune() { # STAGE TRAINING_FILE DEPTH GROUP BATCH FLOPS [flags ...]
 encode() { # STAGE TEXTS KIND NAME
     "${launch[@]}" encode.py --model "$out/stage$1" --input "$2" --kind "$3" --output_dir "$out/stage$1-$4"
 }
-mine() { # STAGE
+mine() { # STAGE [flags ...]
     encode "$1" "$corpus" passage corpus
     encode "$1" "$queries" query train
-    "${launch[@]}" mine_negatives.py --queries_embeddings "$out/stage$1-train" \
+    "${launch[@]}" mine_negatives.py "${@:2}" --queries_embeddings "$out/stage$1-train" \
         --corpus_embeddings "$out/stage$1-corpus" --corpus "$corpus" --qrels "$qrels" --depth 512 \
         --output_dir "$out/negatives-stage$1"
 }
@@ -53,17 +53,17 @@ python mine_negatives.py --bm25 --corpus "$corpus" --queries "$queries" --qrels 
 finetune 1 "$out/negatives-bm25/train.jsonl" 1000 16 3 0.002
 mine 1
 finetune 2 "$out/negatives-stage1/train.jsonl" 200 16 3 0.008
-mine 2
+mine 2 --num_negatives 100
 
 teacher=${TEACHER:-bert-base-uncased}
 [ "${SCALE:-}" != tiny ] || teacher=$out/pretrained
 pairs=(--corpus "$corpus" --queries "$queries" --train "$out/negatives-stage2/train.jsonl")
-"${launch[@]}" -m recipes.train_cross_encoder --model "$teacher" "${pairs[@]}" --negatives_depth 200 --title sep \
-    --max_query_length 32 --max_length 200 --passages_per_query 16 --per_device_batch_size 1 \
-    --gradient_accumulation_steps 2 --learning_rate 1e-5 --num_epochs 4 --warmup_steps 1000 --weight_decay 0.01 \
-    --output_dir "$out/teacher" --resume "${short[@]}"
-"${launch[@]}" -m recipes.score_pairs --model "$out/teacher" "${pairs[@]}" --negatives_depth 100 \
-    --output_dir "$out/scores"
+[ -f "$out/teacher/config.json" ] ||
+    "${launch[@]}" -m recipes.train_cross_encoder --model "$teacher" "${pairs[@]}" --title sep --max_length 200 \
+        --passages_per_query 16 --per_device_batch_size 1 --learning_rate 1e-5 --num_epochs 4 \
+        --output_dir "$out/teacher" "${short[@]:0:4}"
+"${launch[@]}" -m recipes.score_pairs --model "$out/teacher" "${pairs[@]}" --title sep --max_query_length 32 \
+    --max_length 200 --output_dir "$out/scores"
 finetune 3 "$out/scores/train.jsonl" 100 24 2 0.008 --kl_weight 1 --contrastive_weight 0.2
 
 bash recipes/msmarco_eval.sh "$out/stage3" "$data" "$out"

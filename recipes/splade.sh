@@ -35,10 +35,11 @@ fi
 python mine_negatives.py --bm25 --corpus "$corpus" --queries "$queries" --qrels "$qrels" --depth 100 \
     --output_dir "$out/negatives"
 pairs=(--corpus "$corpus" --queries "$queries" --train "$out/negatives/train.jsonl")
-"${launch[@]}" -m recipes.train_cross_encoder --model "$teacher" "${pairs[@]}" --title space --max_query_length 32 \
-    --max_length 256 --passages_per_query 16 --per_device_batch_size 2 --num_epochs 2 --output_dir "$out/teacher" \
-    --resume "${short[@]}"
-"${launch[@]}" -m recipes.score_pairs --model "$out/teacher" "${pairs[@]}" --output_dir "$out/scores"
+[ -f "$out/teacher/config.json" ] ||
+    "${launch[@]}" -m recipes.train_cross_encoder --model "$teacher" "${pairs[@]}" --max_length 256 \
+        --passages_per_query 16 --per_device_batch_size 2 --num_epochs 2 --output_dir "$out/teacher" "${short[@]:0:4}"
+"${launch[@]}" -m recipes.score_pairs --model "$out/teacher" "${pairs[@]}" --max_query_length 32 --max_length 256 \
+    --output_dir "$out/scores"
 "${launch[@]}" finetune_biencoder.py --head sparse --model "$model" --title space --corpus "$corpus" \
     --queries "$queries" --train "$out/scores/train.jsonl" --negatives_depth 100 --passages_per_query 2 \
     --per_device_batch_size 32 --contrastive_weight 1 --margin_mse_weight 1 --flops_queries 0.01 \

@@ -19,16 +19,6 @@ from lib.text import pad, to_ids
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("pretrain_mae", "finetune_biencoder", "mine_negatives", "encode", "evaluate")
-RECIPES = (
-    "import_training_data",
-    "score_pairs",
-    "cluster_queries",
-    "train_cross_encoder",
-    "export_anserini",
-    "generations",
-    "python_docs",
-    "train_tokenizer",
-)
 README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README} | {
     f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))
@@ -88,6 +78,13 @@ def test_every_command_uses_flags_of_its_script():
         assert not unknown, (script, unknown)
 
 
+def test_every_command_in_a_recipe_uses_flags_of_its_script():
+    for path in sorted((ROOT / "recipes").glob("*.sh")):
+        for script, flags in commands(f"```bash\n{path.read_text()}```"):
+            unknown = set(flags) - flags_of(module_of(script))
+            assert not unknown, (path.name, script, unknown)
+
+
 def test_every_flag_in_the_text_of_the_readme_exists():
     text = README.split("## What version 2 dropped")[0]
     text = re.sub(r"```bash\n.*?```", "", text, flags=re.DOTALL)
@@ -100,7 +97,7 @@ def test_what_was_dropped_is_gone():
     table = README.split("## What version 2 dropped")[1].split("\n\n")[1]
     rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
     gone = set().union(*(flags_in(row[0]) for row in rows))
-    assert len(gone) == 19
+    assert len(gone) == 18
     left = {script: gone & flags_of(script) for script in SCRIPTS if gone & flags_of(script)}
     assert not left
 
@@ -121,8 +118,14 @@ def test_every_file_and_test_that_is_named_exists(page):
         assert (ROOT / "tests" / name).is_file(), name
     for name in set(re.findall(r"`(test_\w+)`", text)):
         assert f"def {name}(" in code, name
-    for name in set(re.findall(r"\]\((?!http)([^)#]+)\)", text)):
-        assert (ROOT / page).parent.joinpath(name).exists(), name
+    for link in set(re.findall(r"\]\((?!http)([^)]+)\)", text)):
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(), flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in anchors, link
     if page in CURRENT:
         files = set(re.findall(r"\b((?:lib|recipes|tests|bench|docs)/[\w-]+\.(?:py|sh|md))", text))
         files |= {f"recipes/{name}.py" for name in re.findall(r"-m recipes\.(\w+)", text)}
@@ -156,10 +159,20 @@ def test_my_own_loss_runs():
     torch.testing.assert_close(plain["contrastive_loss"](scores, positives, mask), expected)
 
 
-def test_my_own_loss_has_the_place_of_the_one_in_the_script():
-    script = (ROOT / "finetune_biencoder.py").read_text()
-    assert "\ndef contrastive_loss(scores, positives, mask):\n" in script
-    assert "def contrastive_loss(scores, positives, mask):\n" in piece("my own loss")
+def test_my_own_loss_trains_in_the_place_of_the_one_in_the_script(
+    monkeypatch, script, tiny_collection, tiny_model_dir, tmp_path
+):
+    finetune_biencoder = importlib.import_module("finetune_biencoder")
+    assert callable(finetune_biencoder.contrastive_loss)
+    space = {}
+    exec(piece("my own loss"), space)
+    monkeypatch.setattr(finetune_biencoder, "contrastive_loss", space["contrastive_loss"])
+    flags = ["--model", tiny_model_dir, "--corpus", tiny_collection.corpus, "--pooling", "cls"]
+    flags += ["--queries", tiny_collection.queries, "--train", tiny_collection.qrels]
+    flags += ["--max_steps", 2, "--num_workers", 0, "--output_dir", tmp_path / "model"]
+    status, _, errors = script("finetune_biencoder", *flags)
+    assert status == 0, errors
+    assert (tmp_path / "model" / "done").is_file()
 
 
 def test_my_own_pooling_trains_and_loads_in_sentence_transformers(
@@ -210,7 +223,7 @@ def test_pandas_is_imported_beside_a_clone(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_docstrings_show_three_commands_with_flags_that_exist(script, flags):
+def test_docstrings_show_three_commands_with_flags_that_exist(script):
     text = importlib.import_module(script).__doc__
     assert all(
         f"\n{start} " in text for start in ("Reads ", "Writes ", "CPU toy ", "1 GPU ", "N GPUs ")
@@ -223,65 +236,3 @@ def test_docstrings_show_three_commands_with_flags_that_exist(script, flags):
 def test_every_flag_says_what_it_is_for(script):
     for field in dataclasses.fields(importlib.import_module(script).Args):
         assert len(field.metadata.get("help", "")) > 3, field.name
-
-
-def test_pandas_imports_beside_a_folder_of_our_name(tmp_path):
-    """pandas probes for optional packages; a clone in the current folder must not be taken for one."""
-    (tmp_path / "isthmus" / "lib").mkdir(parents=True)
-    command = [sys.executable, "-c", "import pandas; print(pandas.DataFrame({'a': [1]}).a.sum())"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == "1", done.stderr
-
-
-# the pieces of "Tweak it", as they stand
-def piece(start):
-    (found,) = [block for block in blocks(README, "python") if start in block]
-    return found
-
-
-def test_my_own_loss(monkeypatch, script, tiny_collection, tiny_model_dir, tmp_path):
-    import finetune_biencoder
-
-    original = finetune_biencoder.contrastive_loss
-    exec(piece("def contrastive_loss"), namespace := {})
-    loss = namespace["contrastive_loss"]
-    scores = torch.tensor([[2.0, 1.5, 0.0, 9.0]])
-    mask = torch.tensor([[True, True, True, False]])
-    assert loss(scores, torch.tensor([0]), mask).tolist() == [0.25]  # (0.5 + 0) / 2
-    assert original(scores, torch.tensor([0]), mask).shape == (1,)
-    monkeypatch.setattr(finetune_biencoder, "contrastive_loss", loss)
-    flags = ["--model", tiny_model_dir, "--corpus", tiny_collection.corpus, "--pooling", "cls"]
-    flags += ["--queries", tiny_collection.queries, "--train", tiny_collection.qrels]
-    flags += ["--max_steps", 2, "--num_workers", 0, "--output_dir", tmp_path / "model"]
-    status, _, errors = script("finetune_biencoder", *flags)
-    assert status == 0, errors
-    assert (tmp_path / "model" / "done").is_file()
-
-
-def test_my_own_pooling(monkeypatch, script, tiny_collection, tiny_model_dir, tmp_path):
-    from lib import encoder
-
-    monkeypatch.setattr(encoder, "POOLINGS", dict(encoder.POOLINGS))
-    exec(piece("POOLINGS["), vars(encoder))
-    flags = ["--model", tiny_model_dir, "--corpus", tiny_collection.corpus]
-    flags += ["--queries", tiny_collection.queries, "--train", tiny_collection.qrels]
-    flags += ["--max_steps", 2, "--num_workers", 0, "--output_dir", tmp_path / "model"]
-    status, _, errors = script("finetune_biencoder", *flags, "--pooling", "cls_mean")
-    assert status == 0, errors
-    assert (tmp_path / "model" / "done").is_file()
-
-
-def test_my_own_negatives(tmp_path):
-    rows = [
-        {"qid": "a", "pos": ["1"], "neg": list("23456"), "pos_scores": [9.0]},
-        {"qid": "b", "pos": ["2"], "neg": ["3"]},
-    ]
-    rows[0]["neg_scores"] = [5.0, 4.0, 3.0, 2.0, 1.0]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-c", piece("without_the_best")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
-    first, second = map(json.loads, (tmp_path / "mine.jsonl").read_text().splitlines())
-    assert first["neg"] == ["5", "6"] and first["neg_scores"] == [2.0, 1.0]
-    assert second["qid"] == "b" and not second.get("neg")

@@ -11,14 +11,16 @@
 #          --num_processes 8 --mixed_precision fp16" (8 x 256 = 2048 passages). The authors fine-tune on one GPU; the
 #          batch sizes of stages 1 to 3 here are per process, for eight processes: 8 x 3, 8 x 3 and 8 x 2 queries
 # MODEL    model that pre-training starts from; default bert-base-uncased, as published
-# TEACHER  model that the cross-encoder starts from; default bert-base-uncased
+# TEACHER  model that the cross-encoder starts from; default bert-base-uncased. Its training needs sentence-transformers
+#          (pip install sentence-transformers==6.2.0)
 #
 # Every stage starts from the pre-trained model. Deviations from the authors' recipe:
 #   1. A passage without a title has no separator; the authors write "-" as its title.
 #   2. Our BM25 mines the negatives of stage 1 from all passages; they take Tevatron's train.negatives.tsv.
 #   3. Stage 3 draws from the first 100 mined negatives, not from 512: the teacher scores them before the training, and
 #      not while it runs.
-#   4. The authors give no recipe for the cross-encoder. It is trained with RetroMAE's values, on groups of 16, not 65.
+#   4. The authors give no recipe for the cross-encoder. It has RetroMAE's length, batch, learning rate and epochs, and
+#      groups of 16 passages, not 65.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
 data=$(path "${1:-data/msmarco}") out=$(path "${2:-runs/lexmae_msmarco}")
@@ -36,12 +38,12 @@ finetune() { # STAGE TRAINING_FILE DEPTH GROUP BATCH FLOPS [flags ...]
 encode() { # STAGE TEXTS KIND NAME
     "${launch[@]}" encode.py --model "$out/stage$1" --input "$2" --kind "$3" --output_dir "$out/stage$1-$4"
 }
-mine() { # STAGE
+mine() { # STAGE [flags ...]
     encode "$1" "$corpus" passage corpus
     encode "$1" "$queries" query train
     "${launch[@]}" mine_negatives.py --queries_embeddings "$out/stage$1-train" \
         --corpus_embeddings "$out/stage$1-corpus" --corpus "$corpus" --qrels "$qrels" --depth 512 \
-        --output_dir "$out/negatives-stage$1"
+        --output_dir "$out/negatives-stage$1" "${@:2}"
 }
 
 "${launch[@]}" pretrain_mae.py --objective lexmae "${from[@]}" --corpus "$corpus" --title sep --max_length 144 \
@@ -53,17 +55,18 @@ python mine_negatives.py --bm25 --corpus "$corpus" --queries "$queries" --qrels 
 finetune 1 "$out/negatives-bm25/train.jsonl" 1000 16 3 0.002
 mine 1
 finetune 2 "$out/negatives-stage1/train.jsonl" 200 16 3 0.008
-mine 2
+mine 2 --num_negatives 100
 
 teacher=${TEACHER:-bert-base-uncased}
 [ "${SCALE:-}" != tiny ] || teacher=$out/pretrained
 pairs=(--corpus "$corpus" --queries "$queries" --train "$out/negatives-stage2/train.jsonl")
-"${launch[@]}" -m recipes.train_cross_encoder --model "$teacher" "${pairs[@]}" --negatives_depth 200 --title sep \
-    --max_query_length 32 --max_length 200 --passages_per_query 16 --per_device_batch_size 1 \
-    --gradient_accumulation_steps 2 --learning_rate 1e-5 --num_epochs 4 --warmup_steps 1000 --weight_decay 0.01 \
-    --output_dir "$out/teacher" --resume "${short[@]}"
-"${launch[@]}" -m recipes.score_pairs --model "$out/teacher" "${pairs[@]}" --negatives_depth 100 \
-    --output_dir "$out/scores"
+if [ ! -f "$out/teacher/done" ]; then
+    "${launch[@]}" -m recipes.train_cross_encoder --model "$teacher" "${pairs[@]}" --max_length 200 \
+        --passages_per_query 16 --per_device_batch_size 2 --learning_rate 1e-5 --num_epochs 4 \
+        --output_dir "$out/teacher" "${few[@]}"
+    touch "$out/teacher/done"
+fi
+"${launch[@]}" -m recipes.score_pairs --model "$out/teacher" "${pairs[@]}" --max_length 200 --output_dir "$out/scores"
 finetune 3 "$out/scores/train.jsonl" 100 24 2 0.008 --kl_weight 1 --contrastive_weight 0.2
 
 bash recipes/msmarco_eval.sh "$out/stage3" "$data" "$out"

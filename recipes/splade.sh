@@ -9,7 +9,8 @@
 # LAUNCH   how scripts are started, for example "accelerate launch --multi_gpu --num_processes 4 --mixed_precision
 #          fp16"; 4 x 32 = 128 queries is the published batch
 # MODEL    a masked language model; default distilbert-base-uncased
-# TEACHER  model that the cross-encoder starts from; default bert-base-uncased
+# TEACHER  model that the cross-encoder starts from; default bert-base-uncased. Its training needs sentence-transformers
+#          (pip install sentence-transformers==6.2.0)
 #
 # The checkpoint is a SparseEncoder folder: sentence_transformers.SparseEncoder(OUT/model) loads it.
 # Weights, steps and lengths are those of naver/splade: FLOPS weights of 0.01 for queries and 0.008 for passages (its
@@ -35,10 +36,12 @@ fi
 python mine_negatives.py --bm25 --corpus "$corpus" --queries "$queries" --qrels "$qrels" --depth 100 \
     --output_dir "$out/negatives"
 pairs=(--corpus "$corpus" --queries "$queries" --train "$out/negatives/train.jsonl")
-"${launch[@]}" -m recipes.train_cross_encoder --model "$teacher" "${pairs[@]}" --title space --max_query_length 32 \
-    --max_length 256 --passages_per_query 16 --per_device_batch_size 2 --num_epochs 2 --output_dir "$out/teacher" \
-    --resume "${short[@]}"
-"${launch[@]}" -m recipes.score_pairs --model "$out/teacher" "${pairs[@]}" --output_dir "$out/scores"
+if [ ! -f "$out/teacher/done" ]; then
+    "${launch[@]}" -m recipes.train_cross_encoder --model "$teacher" "${pairs[@]}" --max_length 256 \
+        --passages_per_query 16 --per_device_batch_size 2 --num_epochs 2 --output_dir "$out/teacher" "${few[@]}"
+    touch "$out/teacher/done"
+fi
+"${launch[@]}" -m recipes.score_pairs --model "$out/teacher" "${pairs[@]}" --max_length 256 --output_dir "$out/scores"
 "${launch[@]}" finetune_biencoder.py --head sparse --model "$model" --title space --corpus "$corpus" \
     --queries "$queries" --train "$out/scores/train.jsonl" --negatives_depth 100 --passages_per_query 2 \
     --per_device_batch_size 32 --contrastive_weight 1 --margin_mse_weight 1 --flops_queries 0.01 \

@@ -19,16 +19,6 @@ from lib.text import pad, to_ids
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("pretrain_mae", "finetune_biencoder", "mine_negatives", "encode", "evaluate")
-RECIPES = (
-    "import_training_data",
-    "score_pairs",
-    "cluster_queries",
-    "train_cross_encoder",
-    "export_anserini",
-    "generations",
-    "python_docs",
-    "train_tokenizer",
-)
 README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README} | {
     f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))
@@ -61,13 +51,18 @@ def all_flags():
     return set().union(*map(flags_of, modules)) | LAUNCH
 
 
+def commands_of_shell(text):
+    """(script, flags) of the commands in a shell script; lines that end in a backslash are joined."""
+    for line in text.replace("\\\n", " ").splitlines():
+        found = re.search(r"(?:\b(\w+)\.py|-m recipes\.(\w+))\b([^#]*)", line)
+        if found and (found[1] or found[2]) in (*SCRIPTS, *RECIPES):
+            yield found[1] or found[2], re.findall(r"(?<!\S)--\w+", found[3])
+
+
 def commands(text):
-    """(script, flags) of the commands in bash blocks; lines that end in a backslash are joined."""
+    """(script, flags) of the commands in the bash blocks of a page."""
     for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            found = re.search(r"(?:\b(\w+)\.py|-m recipes\.(\w+))\b([^#]*)", line)
-            if found and (found[1] or found[2]) in (*SCRIPTS, *RECIPES):
-                yield found[1] or found[2], re.findall(r"(?<!\S)--\w+", found[3])
+        yield from commands_of_shell(block)
 
 
 def piece(name):
@@ -84,6 +79,18 @@ def test_every_command_uses_flags_of_its_script():
     found = [pair for name in CURRENT for pair in commands(PAGES[name])]
     assert {"finetune_biencoder", "mine_negatives", "encode", "evaluate"} <= dict(found).keys()
     for script, flags in found:
+        unknown = set(flags) - flags_of(module_of(script))
+        assert not unknown, (script, unknown)
+
+
+RECIPES_IN_SHELL = sorted(path.name for path in (ROOT / "recipes").glob("*.sh"))
+
+
+@pytest.mark.parametrize("name", RECIPES_IN_SHELL)
+def test_every_command_of_a_recipe_uses_flags_of_its_script(name):
+    text = (ROOT / "recipes" / name).read_text()
+    assert max(map(len, text.splitlines())) <= 120
+    for script, flags in commands_of_shell(text):
         unknown = set(flags) - flags_of(module_of(script))
         assert not unknown, (script, unknown)
 
@@ -210,7 +217,7 @@ def test_pandas_is_imported_beside_a_clone(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_docstrings_show_three_commands_with_flags_that_exist(script, flags):
+def test_docstrings_show_three_commands_with_flags_that_exist(script):
     text = importlib.import_module(script).__doc__
     assert all(
         f"\n{start} " in text for start in ("Reads ", "Writes ", "CPU toy ", "1 GPU ", "N GPUs ")
@@ -223,65 +230,3 @@ def test_docstrings_show_three_commands_with_flags_that_exist(script, flags):
 def test_every_flag_says_what_it_is_for(script):
     for field in dataclasses.fields(importlib.import_module(script).Args):
         assert len(field.metadata.get("help", "")) > 3, field.name
-
-
-def test_pandas_imports_beside_a_folder_of_our_name(tmp_path):
-    """pandas probes for optional packages; a clone in the current folder must not be taken for one."""
-    (tmp_path / "isthmus" / "lib").mkdir(parents=True)
-    command = [sys.executable, "-c", "import pandas; print(pandas.DataFrame({'a': [1]}).a.sum())"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == "1", done.stderr
-
-
-# the pieces of "Tweak it", as they stand
-def piece(start):
-    (found,) = [block for block in blocks(README, "python") if start in block]
-    return found
-
-
-def test_my_own_loss(monkeypatch, script, tiny_collection, tiny_model_dir, tmp_path):
-    import finetune_biencoder
-
-    original = finetune_biencoder.contrastive_loss
-    exec(piece("def contrastive_loss"), namespace := {})
-    loss = namespace["contrastive_loss"]
-    scores = torch.tensor([[2.0, 1.5, 0.0, 9.0]])
-    mask = torch.tensor([[True, True, True, False]])
-    assert loss(scores, torch.tensor([0]), mask).tolist() == [0.25]  # (0.5 + 0) / 2
-    assert original(scores, torch.tensor([0]), mask).shape == (1,)
-    monkeypatch.setattr(finetune_biencoder, "contrastive_loss", loss)
-    flags = ["--model", tiny_model_dir, "--corpus", tiny_collection.corpus, "--pooling", "cls"]
-    flags += ["--queries", tiny_collection.queries, "--train", tiny_collection.qrels]
-    flags += ["--max_steps", 2, "--num_workers", 0, "--output_dir", tmp_path / "model"]
-    status, _, errors = script("finetune_biencoder", *flags)
-    assert status == 0, errors
-    assert (tmp_path / "model" / "done").is_file()
-
-
-def test_my_own_pooling(monkeypatch, script, tiny_collection, tiny_model_dir, tmp_path):
-    from lib import encoder
-
-    monkeypatch.setattr(encoder, "POOLINGS", dict(encoder.POOLINGS))
-    exec(piece("POOLINGS["), vars(encoder))
-    flags = ["--model", tiny_model_dir, "--corpus", tiny_collection.corpus]
-    flags += ["--queries", tiny_collection.queries, "--train", tiny_collection.qrels]
-    flags += ["--max_steps", 2, "--num_workers", 0, "--output_dir", tmp_path / "model"]
-    status, _, errors = script("finetune_biencoder", *flags, "--pooling", "cls_mean")
-    assert status == 0, errors
-    assert (tmp_path / "model" / "done").is_file()
-
-
-def test_my_own_negatives(tmp_path):
-    rows = [
-        {"qid": "a", "pos": ["1"], "neg": list("23456"), "pos_scores": [9.0]},
-        {"qid": "b", "pos": ["2"], "neg": ["3"]},
-    ]
-    rows[0]["neg_scores"] = [5.0, 4.0, 3.0, 2.0, 1.0]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, "-c", piece("without_the_best")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
-    first, second = map(json.loads, (tmp_path / "mine.jsonl").read_text().splitlines())
-    assert first["neg"] == ["5", "6"] and first["neg_scores"] == [2.0, 1.0]
-    assert second["qid"] == "b" and not second.get("neg")

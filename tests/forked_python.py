@@ -20,7 +20,6 @@ import sys
 
 def serve(path: str) -> None:
     sys.path.insert(0, os.getcwd())
-    import recipes.rerank  # noqa: F401
     import transformers.models.bert.modeling_bert  # noqa: F401
 
     import encode  # noqa: F401
@@ -29,6 +28,8 @@ def serve(path: str) -> None:
     import mine_negatives  # noqa: F401
     import pretrain_mae  # noqa: F401
     import recipes.cluster_queries  # noqa: F401
+    import recipes.import_training_data  # noqa: F401
+    import recipes.score_pairs  # noqa: F401
 
     sys.path.pop(0)
     server = socket.socket(socket.AF_UNIX)

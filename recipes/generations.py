@@ -1,15 +1,19 @@
-"""The miner's side of ANCE: what to mine with and what to mine for, and how the result is published.
+"""The miner's side of ANCE: what to mine with, what to mine for, and how the result is published.
 
-    --task next      waits until --run has a checkpoint that is newer than the newest generation in --generations. Then
-                     it prepares the folder --work/step-00000500 and prints its path. The folder holds a copy of the
-                     checkpoint, because the trainer may remove its own at any time, and one of --slices of the judged
-                     queries (queries.jsonl, qrels.tsv). The slices take turns (ANCE's ann_chunk_factor). As long as
-                     there is no generation, the checkpoint is --initial, of step 0. If a killed miner left a folder,
-                     its path is printed again, so that the work in it is finished. Prints nothing when the run is done
-    --task publish   makes a generation of --work/step-.../negatives/train.jsonl. Its manifest names the checkpoint and
-                     holds the metrics of the development set from evaluation/metrics.json. Then it removes the folder
+    --task next      waits until --run has a checkpoint that is newer than the newest generation in
+                     --generations. Then it prepares the folder --work/step-00000500 and prints its
+                     path. The folder holds a copy of the checkpoint, because the trainer may
+                     remove its own at any time, and one of --slices of the judged queries
+                     (queries.jsonl, qrels.tsv). The slices take turns (ANCE's ann_chunk_factor).
+                     As long as there is no generation, the checkpoint is --initial, of step 0. If
+                     a killed miner left a folder, its path is printed again, so that the work in
+                     it is finished. Prints nothing when the run is done
+    --task publish   makes a generation of --work/step-.../negatives/train.jsonl. Its manifest names
+                     the checkpoint, and holds the metrics of the development set from
+                     evaluation/metrics.json. Then it removes the folder
 
-recipes/ance.sh calls the two in turns. lib/generations.py describes the files that trainer and miner share.
+recipes/ance.sh calls the two in turns. lib/generations.py describes the files that trainer and
+miner share.
 """
 
 import shutil
@@ -74,14 +78,14 @@ def prepare(args: Args) -> None:
 
 
 def take_slice(args: Args, number: int, folder: Path) -> None:
-    """Write queries.jsonl and qrels.tsv of every --slices-th judged query, beginning with the `number`-th.
+    """Write queries.jsonl and qrels.tsv of every --slices-th judged query, from the `number`-th on.
 
     UserError: more slices than judged queries; a judged query without a text."""
     qrels = read_qrels(args.qrels)
     if args.slices > len(qrels):
         raise UserError(
-            f"--slices {args.slices}: {args.qrels} has only {len(qrels)} judged queries — choose a value "
-            f"between 1 and {len(qrels)}"
+            f"--slices {args.slices}: {args.qrels} has only {len(qrels)} judged queries — choose "
+            f"a value between 1 and {len(qrels)}"
         )
     qids = list(qrels)[number % args.slices :: args.slices]
     queries = open_texts(args.queries)
@@ -92,14 +96,15 @@ def take_slice(args: Args, number: int, folder: Path) -> None:
 
 
 def publish(folder, training_file, manifest: dict) -> Path:
-    """Add a generation to a folder: a copy of the training file, and the manifest, which holds `step` at least.
+    """Add a generation to a folder: a copy of the training file, and the manifest, which must hold
+    `step`.
 
     UserError: the folder already has a generation of a later step."""
     before = read_generations(folder)
     if before and manifest["step"] < before[-1].step:
         raise UserError(
-            f"{folder}: it has negatives of step {before[-1].step}, and these are of step {manifest['step']}, so "
-            "the folder is another run's — give each run its own folder"
+            f"{folder}: it has negatives of step {before[-1].step}, and these are of step "
+            f"{manifest['step']}, so the folder is another run's — give each run its own folder"
         )
     number = before[-1].number + 1 if before else 1
     path = Path(folder) / f"generation-{number:04d}"

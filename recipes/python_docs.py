@@ -313,15 +313,15 @@ def main():
     counts["passages"] = len(entries)
     parts = split(one_answer(entries, counts), args.eval_queries)
 
-    write_texts(folder / "corpus.jsonl", ((e.name, e.name, e.passage) for e in entries))
+    write_texts(folder / "corpus.jsonl", ((e.name, (e.name,), e.passage) for e in entries))
     for part, members in parts.items():
         counts[f"{part} queries"] = len(members)
         write_texts(
-            folder / f"queries.{part}.jsonl", ((f"q:{e.name}", "", e.query) for e in members)
+            folder / f"queries.{part}.jsonl", ((f"q:{e.name}", (), e.query) for e in members)
         )
         write_qrels(folder / "qrels" / f"{part}.tsv", {f"q:{e.name}": {e.name: 1} for e in members})
     write_texts(
-        folder / "queries.jsonl", ((f"q:{e.name}", "", e.query) for p in parts.values() for e in p)
+        folder / "queries.jsonl", ((f"q:{e.name}", (), e.query) for p in parts.values() for e in p)
     )
     write_json(
         folder / "stats.json", {"python": sys.version.split()[0], "roots": roots, "counts": counts}

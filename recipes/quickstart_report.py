@@ -48,8 +48,9 @@ def main():
     for qid in qids[:: max(len(qids) // 3, 1)][:3]:
         print(f"\n{shorten(queries[queries.rows([qid])[0]][1])}")
         for rank, pid in enumerate(ranked[qid].pids[:3], 1):
-            title, text = corpus[corpus.rows([pid])[0]]
-            print(f"   {rank}{'*' if pid in qrels[qid] else ' '} {title}: {shorten(text)}")
+            (title,), text = corpus[corpus.rows([pid])[0]]
+            mark = "*" if pid in qrels[qid] else " "
+            print(f"   {rank}{mark} {title}: {shorten(text)}")
     print("   (* = the passage that belongs to the query)")
 
     print("\nfiles")

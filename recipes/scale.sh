@@ -3,14 +3,15 @@
 #            it
 #   from     the flags that name the model to pre-train: $MODEL, by default bert-base-uncased
 #   short    flags for the end of each training command: empty, except with SCALE=tiny
+#   few      the same for recipes/train_cross_encoder.py
 # SCALE=tiny trains a small BERT with a vocabulary of its own for two steps. It tests that the stages fit together.
 read -ra launch <<<"${LAUNCH:-accelerate launch}"
-from=(--model "${MODEL:-bert-base-uncased}") short=()
+from=(--model "${MODEL:-bert-base-uncased}") short=() few=()
 if [ "${SCALE:-}" = tiny ]; then
     python -m recipes.train_tokenizer --corpus "$corpus" --vocab_size 1000 --output_dir "$out/tokenizer"
     cat >"$out/bert.json" <<'END'
 {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 END
     from=(--model_config "$out/bert.json" --tokenizer "$out/tokenizer")
-    short=(--max_steps 2 --per_device_batch_size 4 --num_workers 0)
+    short=(--max_steps 2 --per_device_batch_size 4 --num_workers 0) few=(--max_steps 2 --per_device_batch_size 4)
 fi

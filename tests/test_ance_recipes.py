@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from lib.checkpoint import load_encoder, save_encoder
-from lib.files import read_json, read_negatives, read_qrels
-from lib.generations import publish
+from lib.files import TrainingRow, read_json, read_qrels, write_training_file
+from recipes.generations import publish
 
 pytestmark = pytest.mark.slow
 RATES = (
@@ -21,6 +21,11 @@ TEXTS = "title", "max_query_length", "max_passage_length", "max_characters", "ma
 KIND = "loss", "optimizer", "weight_decay"
 
 
+def negatives_of(collection):
+    rows = (line.split("\t") for line in collection.negatives.read_text().splitlines())
+    return {qid: pids.split(",") for qid, pids in rows}
+
+
 @pytest.fixture
 def data(tiny_msmarco, tiny_collection):
     """What get_msmarco.sh --triples --documents leaves, without the sets of TREC; five documents have two chunks or
@@ -28,10 +33,8 @@ def data(tiny_msmarco, tiny_collection):
     for path in tiny_msmarco.glob("*.dl*"):
         path.unlink()
     passages = [line.split("\t") for line in (tiny_msmarco / "corpus.tsv").read_text().splitlines()]
-    texts, negatives = (
-        {pid: text for pid, _, text in passages},
-        dict(read_negatives(tiny_collection.negatives)),
-    )
+    texts = {pid: text for pid, _, text in passages}
+    negatives = negatives_of(tiny_collection)
     queries = dict(line.split("\t") for line in tiny_collection.queries.read_text().splitlines())
     rows = [
         (q, p, n)
@@ -68,6 +71,8 @@ def asked(folder, *names):
 
 
 def check_warm_up(folder, model, rates, projection):
+    """Trained on the triples of texts, with these values."""
+    assert asked(folder, "train") == (str(folder.parent / "triples" / "train.jsonl"),)
     assert asked(folder, *RATES) == (*rates, None) and asked(folder, *TEXTS) == (
         "none",
         "128",
@@ -85,7 +90,7 @@ def check_part(folder, data, model, rates, *texts):
     assert asked(run, *RATES) == rates and asked(run, *TEXTS) == (texts[0], "64", "512", *texts[1:])
     assert asked(run, "model", "corpus") == (str(model), str(data / "corpus.tsv"))
     assert asked(run, *KIND, "passages_per_query") == ("triplet", "lamb", "0", "2")
-    assert asked(run, "save_every", "keep_checkpoints") == ("10000", "2")
+    assert asked(run, "save_every", "train") == ("10000", str(folder / "generations"))
     assert (run / "generations.tsv").read_text() == "0\t1\n" and not (folder / "mining").exists()
     assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["generation"] == 1
     check_evaluation(folder, "R@100" if texts[0] == "sep" else "R@1000")
@@ -98,8 +103,15 @@ def check_evaluation(folder, recall):
 
 def mined_before(out, collection, *parts):
     """First generations, as if the miner had run elsewhere."""
+    negatives = negatives_of(collection)
+    rows = [
+        TrainingRow(qid, list(judged), negatives[qid])
+        for qid, judged in read_qrels(collection.qrels).items()
+    ]
+    out.mkdir(exist_ok=True)
+    write_training_file(out / "mined.jsonl", rows)
     for part in parts:
-        publish(out / part / "generations", collection.negatives, {"step": 0})
+        publish(out / part / "generations", out / "mined.jsonl", {"step": 0})
 
 
 def test_ance_on_passages(recipe, data, tmp_path):
@@ -171,12 +183,10 @@ def test_coco_dr_by_episodes(recipe, data, tiny_beir, tmp_path):
         assert asked(run, *RATES[1:]) == ("3000", "45000", "64", None)
         assert asked(run, *TEXTS) == (None, "64", "256", None, None)
         assert asked(run, *KIND, "passages_per_query") == ("triplet", "lamb", "0", "2")
-        assert asked(run, "model", "clusters") == (
-            str(model),
-            str(here / "clusters" / "clusters.tsv"),
-        )
-        names = "dro", "dro_form", "dro_alpha", "dro_ema", "dro_rho", "dro_eps"
-        assert asked(run, *names) == ("idro", "official", "0.25", "0.1", "0.05", "0.01")
+        training_file = here / "clusters" / "train.jsonl"
+        assert asked(run, "model", "train") == (str(model), str(training_file))
+        names = "dro", "dro_alpha", "dro_ema", "dro_rho", "dro_eps"
+        assert asked(run, *names) == ("idro", "0.25", "0.1", "0.05", "0.01")
         mining = read_json(here / "negatives" / "args.json")["arguments"]
         assert [mining[name] for name in ("depth", "num_negatives", "sample")] == [
             200,

@@ -9,82 +9,82 @@ import pytest
 
 from lib.files import UserError, read_qrels
 from lib.generations import (
-    Generation,
     Refresh,
     checkpoint_path,
     newest_checkpoint,
-    publish,
     read_generations,
     remove_old_checkpoints,
 )
 from lib.texts import read_texts
 from recipes import generations
+from recipes.generations import publish
 
 MAIN = SimpleNamespace(is_main_process=True)
 
 
+LINE = '{"qid": "q1", "pos": ["p1"], "neg": ["p2", "p3"]}\n'
+
+
 @pytest.fixture
-def negatives(tmp_path):
-    (tmp_path / "negatives.tsv").write_text("q1\tp2,p3\n")
-    return tmp_path / "negatives.tsv"
+def mined(tmp_path):
+    (tmp_path / "mined.jsonl").write_text(LINE)
+    return tmp_path / "mined.jsonl"
 
 
-def refresh(folder, negatives=None):
-    return Refresh(folder / "generations", folder / "generations.tsv", 10, negatives)
+def refresh(folder):
+    return Refresh(folder / "generations", folder / "generations.tsv")
 
 
-def test_generations_are_numbered_and_only_whole_ones_are_seen(tmp_path, negatives):
+def test_generations_are_numbered_and_only_whole_ones_are_seen(tmp_path, mined):
     folder = tmp_path / "generations"
     assert read_generations(folder) == []
     for number, step in enumerate((0, 40, 40), 1):
-        path = publish(folder, negatives, {"step": step})
-        assert (
-            path.name == f"generation-{number:04d}"
-            and (path / "negatives.tsv").read_text() == "q1\tp2,p3\n"
-        )
+        path = publish(folder, mined, {"step": step})
+        assert path.name == f"generation-{number:04d}"
+        assert (path / "train.jsonl").read_text() == LINE
     assert json.loads((path / "manifest.json").read_text()) == {"generation": 3, "step": 40}
     (folder / "generation-0009").mkdir()  # half of one, as a miner without atomic() would leave it
-    (folder / "generation-0009" / "negatives.tsv").write_text("q1\tp2")
+    (folder / "generation-0009" / "train.jsonl").write_text(LINE[:20])
     (folder / ".tmp-77-generation-0010").mkdir()
     assert [(g.number, g.step) for g in read_generations(folder)] == [(1, 0), (2, 40), (3, 40)]
-    with pytest.raises(UserError, match="these are of step 39 — another run's folder"):
-        publish(folder, negatives, {"step": 39})
+    with pytest.raises(UserError, match="of step 40, and these are of step 39"):
+        publish(folder, mined, {"step": 39})
     (folder / "generation-0009" / "manifest.json").write_text('{"step": 7}')
-    with pytest.raises(UserError, match="of step 7, after one of step 40 — two runs"):
+    with pytest.raises(UserError, match="step 7 is below 40 .*, so two runs have written"):
         read_generations(folder)
 
 
-def test_a_run_takes_the_newest_that_its_own_past_has_made(tmp_path, negatives):
-    run = refresh(tmp_path, negatives)
-    assert run.first() == Generation(0, 0, negatives) == run.at(3, MAIN)
-    publish(tmp_path / "generations", negatives, {"step": 0})
-    assert run.at(9, MAIN).number == 0, "looked at step 0, decided until 10"
-    assert run.at(10, MAIN).number == 1
-    publish(tmp_path / "generations", negatives, {"step": 15})
-    publish(tmp_path / "generations", negatives, {"step": 25})
-    assert run.at(20, MAIN) == (2, 15, tmp_path / "generations/generation-0002/negatives.tsv")
+def test_a_run_takes_the_newest_that_its_own_past_has_made(tmp_path, mined):
+    folder = tmp_path / "generations"
+    publish(folder, mined, {"step": 0})
+    run = refresh(tmp_path)
+    assert run.first() == (1, 0, folder / "generation-0001/train.jsonl") == run.at(0, MAIN)
+    publish(folder, mined, {"step": 15})
+    publish(folder, mined, {"step": 25})
+    assert run.at(10, MAIN).number == 1, "the second is of a step that the run has not reached"
+    assert run.at(20, MAIN) == (2, 15, folder / "generation-0002/train.jsonl")
     assert run.at(40, MAIN).number == 3
-    assert (tmp_path / "generations.tsv").read_text() == "0\t0\n10\t1\n20\t2\n40\t3\n"
+    assert (tmp_path / "generations.tsv").read_text() == "0\t1\n10\t1\n20\t2\n40\t3\n"
 
 
-def test_a_resumed_run_repeats_its_decisions(tmp_path, negatives):
-    publish(tmp_path / "generations", negatives, {"step": 0})
+def test_a_resumed_run_repeats_its_decisions(tmp_path, mined):
+    publish(tmp_path / "generations", mined, {"step": 0})
     first = [refresh(tmp_path).at(step, MAIN).number for step in (0, 10, 20)]
-    publish(tmp_path / "generations", negatives, {"step": 10})
+    publish(tmp_path / "generations", mined, {"step": 10})
     with open(tmp_path / "generations.tsv", "a") as stream:
         stream.write("30\t")  # killed while it wrote
     again = refresh(tmp_path)
     assert again.first().number == 1
-    assert [again.at(step, MAIN).number for step in (0, 10, 25)] == first == [1, 1, 1]
+    assert [again.at(step, MAIN).number for step in (0, 10, 20)] == first == [1, 1, 1]
     assert again.at(30, MAIN).number == 2
     assert (tmp_path / "generations.tsv").read_text() == "0\t1\n10\t1\n20\t1\n30\t2\n"
 
 
-def test_what_is_missing_is_said(tmp_path, negatives):
-    with pytest.raises(UserError, match="no generation of negatives for step 0 — publish one"):
+def test_what_is_missing_is_said(tmp_path, mined):
+    with pytest.raises(UserError, match="no generation of training data for step 0 — publish one"):
         refresh(tmp_path).first()
-    publish(tmp_path / "generations", negatives, {"step": 50})  # of another run
-    with pytest.raises(UserError, match="no generation of negatives for step 20"):
+    publish(tmp_path / "generations", mined, {"step": 50})  # of another run
+    with pytest.raises(UserError, match="no generation of training data for step 20"):
         refresh(tmp_path).at(20, MAIN)
     run = refresh(tmp_path)
     assert run.at(50, MAIN).number == 1
@@ -120,7 +120,7 @@ def tool(tmp_path, tiny_collection, tiny_model_dir, capsys, monkeypatch):
             3,
         ]
         how = [
-            "--negatives_dir",
+            "--generations",
             tmp_path / "generations",
             "--work",
             tmp_path / "mining",
@@ -137,10 +137,11 @@ def tool(tmp_path, tiny_collection, tiny_model_dir, capsys, monkeypatch):
     return call
 
 
-def mined(work, qids):
+def mine(work, qids):
     (work / "negatives").mkdir()
     (work / "evaluation").mkdir()
-    (work / "negatives/negatives.tsv").write_text("".join(f"{qid}\tp1\n" for qid in qids))
+    lines = (f'{{"qid": "{qid}", "pos": ["p1"], "neg": []}}\n' for qid in qids)
+    (work / "negatives/train.jsonl").write_text("".join(lines))
     (work / "evaluation/metrics.json").write_text(
         '{"splits": {"dev": {"metrics": {"RR@10": 0.25}}}}'
     )
@@ -160,7 +161,7 @@ def test_the_miner_takes_slices_in_turn_and_finishes_what_it_began(
         for name in ("isthmus.json", "config.json"):
             (checkpoint / name).write_text("{}")
         assert tool("next") == str(work), "a newer checkpoint waits until this one is mined"
-        mined(work, listed)
+        mine(work, listed)
         assert f"of step {8 * number}  RR@10 0.2500" in tool("publish") and not work.exists()
         seen += listed
     assert sorted(seen) == sorted(read_qrels(tiny_collection.qrels)) and len(set(seen)) == len(seen)
@@ -176,12 +177,12 @@ def test_the_miner_takes_slices_in_turn_and_finishes_what_it_began(
     }
     work = Path(tool("next"))
     shutil.copytree(work, tmp_path / "kept")
-    mined(work, listed)
+    mine(work, listed)
     tool("publish")
     shutil.copytree(tmp_path / "kept", work)  # killed before it could be removed
     (tmp_path / "run/done").touch()
     assert tool("next") == ""
-    with pytest.raises(UserError, match="--slices 99: of 20 judged queries"):
+    with pytest.raises(UserError, match="--slices 99: .* has only 20 judged queries"):
         (tmp_path / "run/done").unlink()
         shutil.rmtree(tmp_path / "generations")
         shutil.rmtree(tmp_path / "mining")

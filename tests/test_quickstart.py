@@ -85,8 +85,8 @@ def test_the_collection(package, script, tmp_path):
     assert (
         queries.rows(["q:zplanted.kept", "q:zplanted.twin", "q:zplanted.twins"]) >= 0
     ).tolist() == [True, 0, 0]
-    title, text = corpus[corpus.rows(["zplanted.kept"])[0]]
-    assert title == "zplanted.kept" and text.startswith("The same long explanation")
+    titles, text = corpus[corpus.rows(["zplanted.kept"])[0]]
+    assert titles == ("zplanted.kept",) and text.startswith("The same long explanation")
 
     counts = json.loads((tmp_path / "one" / "stats.json").read_text())["counts"]
     assert (

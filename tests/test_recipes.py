@@ -78,7 +78,7 @@ def test_lexmae_from_pretraining_to_stage_3_with_the_published_values(
     published = {
         1: (0.002, 1000, 16, 1.0, 0.0),
         2: (0.008, 200, 16, 1.0, 0.0),
-        3: (0.008, 100, 24, 0.2, 1.0),
+        3: (0.008, 100, 24, 0.2, 1.0),  # on scores of a cross-encoder
     }
     names = (
         "flops_passages",

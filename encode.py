@@ -1,28 +1,35 @@
 """Encode queries or passages with a bi-encoder: texts in, shards of vectors out.
 
-The corpus is cut into shards of --shard_rows texts whatever the number of processes. Within a shard, windows of
---window texts (the first is shorter) are tokenised by loader workers, ordered by length, and encoded in batches of at
-most --tokens_per_batch tokens; rows keep the order of the input. Neither windows nor batches cross a shard, so any
-number of processes writes the same bytes as one (on the same machine, with the same number of threads each), and
-memory does not grow with the corpus.
-A run that died is finished by the same command: shards that exist are kept, if model, input and settings are the same.
+The corpus is cut into shards of --shard_rows texts whatever the number of processes. Within a
+shard, windows of --window texts (the first is shorter) are tokenised by loader workers, ordered by
+length, and encoded in batches of at most --tokens_per_batch tokens; rows keep the order of the
+input. Neither windows nor batches cross a shard, so any number of processes writes the same bytes
+as one (on the same machine, with the same number of threads each), and memory does not grow with
+the corpus. A run that died is finished by the same command: shards that exist are kept, if model,
+input and settings are the same.
 
-A sparse checkpoint gives CSR shards: one column per term of the vocabulary. --max_terms and --min_weight prune them.
+A sparse checkpoint gives CSR shards: one column per term of the vocabulary. --max_terms and
+--min_weight prune them.
 
-With --max_chunks, a passage gives a vector for each of its chunks (MaxP, see lib/text.py), side by side in its shard;
-its id is on the line of each. A chunk of padding alone is never encoded (ANCE indexes them).
+With --max_chunks, a passage gives a vector for each of its chunks (MaxP, see lib/text.py), side by
+side in its shard; its id is on the line of each. A chunk of padding alone is never encoded (ANCE
+indexes them).
 
-How texts are read (head, pooling, titles, prompts, lengths) belongs to the checkpoint. A flag that differs from what
-the checkpoint states stops the run; --override does it anyway. A plain Hugging Face folder states nothing but
---pooling is needed, or --head sparse; it gets TextFormat's defaults (lib/text.py).
+How texts are read (head, pooling, titles, prompts, lengths) belongs to the checkpoint. A flag that
+differs from what the checkpoint states stops the run; --override does it anyway. A plain Hugging
+Face folder states nothing but --pooling is needed, or --head sparse; it gets TextFormat's defaults
+(lib/text.py).
 
-Reads   --model (our folder, a sentence-transformers folder, dense or sparse, a Hugging Face folder, a hub name);
+Reads   --model (our folder, a sentence-transformers folder, dense or sparse, a Hugging Face folder,
+        a hub name);
         --input in any format of lib/files.py
-Writes  --output_dir: shard-00000.npy (n, D) or .npz (n, V), shard-00000.ids.txt, ..., progress.json while it runs,
+Writes  --output_dir: shard-00000.npy (n, D) or .npz (n, V), shard-00000.ids.txt, ..., progress.json
+        while it runs,
         meta.json last
 
 CPU toy   python encode.py --model ckpt --input corpus.jsonl --kind passage --output_dir vectors
-1 GPU     accelerate launch --mixed_precision bf16 encode.py --model ckpt --input corpus.jsonl --kind passage ...
+1 GPU     accelerate launch --mixed_precision bf16 encode.py --model ckpt --input corpus.jsonl
+          --kind passage ...
 N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 encode.py ...
 """
 
@@ -106,9 +113,10 @@ class Args:
 
 
 class Windows(Dataset):
-    """Span [start, stop) of n texts, m chunks (one for each text, unless passages are cut) -> (the id of each chunk's
-    text, (n,) bool: full, so the text may go on, all tokens in one (T,) int32 array, (m,) lengths): arrays, because
-    lists of lists would cost the main process more to receive than to make."""
+    """Span [start, stop) of n texts, m chunks (one for each text, unless passages are cut) -> (the
+    id of each chunk's text, (n,) bool: full, so the text may go on, all tokens in one (T,) int32
+    array, (m,) lengths): arrays, because lists of lists would cost the main process more to receive
+    than to make."""
 
     def __init__(self, texts, spans: list[tuple[int, int]], kind: str, form: TextFormat, tokenizer):
         self.texts, self.spans, self.kind, self.form, self.tokenizer = (
@@ -139,7 +147,8 @@ class Windows(Dataset):
 
 
 def cut(start: int, stop: int, window: int) -> list[tuple[int, int]]:
-    """Spans of at most `window` texts. The first is short: encoding begins while the others are being tokenised."""
+    """Spans of at most `window` texts. The first is short: encoding begins while the others are
+    being tokenised."""
     edges = [start, *range(min(start + max(window // 16, 1), stop), stop, window), stop]
     return list(zip(edges, edges[1:], strict=False))
 
@@ -258,7 +267,8 @@ def main():
         )
         return
 
-    # ---- the folder: new, complete, or left by a run that died with the same model, input and settings
+    # ---- the folder: new, complete, or left by a run that died with the same model, input and
+    # settings
     ignore = "num_workers", "override", "dry_run"
     complete = claim_output(args, accelerator, last_file="meta.json", ignore=ignore)
     folder = Path(args.output_dir)

@@ -1,11 +1,17 @@
-"""The only door for model folders: bi-encoders, masked LMs with their decoder, cross-encoders; load, save, read back.
+"""The only door for model folders: bi-encoders, masked LMs with their decoder, cross-encoders;
+load, save, read back.
 
-A checkpoint is a Hugging Face folder that is a sentence-transformers folder as well (lib/sentence_files.py):
+A checkpoint is a Hugging Face folder that is a sentence-transformers folder as well
+(lib/sentence_files.py):
 
-    config.json, model.safetensors, tokenizer files   backbone, as AutoModel and AutoTokenizer read it; of a sparse
-                                                      bi-encoder or a masked LM, as AutoModelForMaskedLM does
-    modules.json, 1_Pooling/, ...                     the head of a bi-encoder, for sentence-transformers and for us
-    isthmus.json                                      how titles are joined, how passages are cut, what the tokenizer
+    config.json, model.safetensors, tokenizer files   backbone, as AutoModel and AutoTokenizer read
+                                                      it; of a sparse
+                                                      bi-encoder or a masked LM, as
+                                                      AutoModelForMaskedLM does
+    modules.json, 1_Pooling/, ...                     the head of a bi-encoder, for
+                                                      sentence-transformers and for us
+    isthmus.json                                      how titles are joined, how passages are cut,
+                                                      what the tokenizer
                                                       gave when it was saved
     decoder.safetensors, decoder.json                 the decoder of a pre-training objective
 
@@ -46,9 +52,10 @@ VERSION = 1  # of isthmus.json
 LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
-# The logits of a new LM head are normal, with the norm of the term's embedding for standard deviation: its inputs
-# leave a LayerNorm. So many of these lower, some per cent of the terms have their maximum above zero, as with a
-# trained head, and not all of them, from which training must first find back.
+# The logits of a new LM head are normal, with the norm of the term's embedding for standard
+# deviation: its inputs leave a LayerNorm. So many of these lower, some per cent of the terms have
+# their maximum above zero, as with a trained head, and not all of them, from which training must
+# first find back.
 NEW_HEAD = 3.5
 
 
@@ -104,21 +111,28 @@ def load_encoder(
     exclude_special_tokens: bool = False,
     allow_new_head: bool = False,
 ) -> BiEncoder:
-    """A bi-encoder in fp32 from our folder, any sentence-transformers folder of these two kinds, or a Hugging Face
-    folder with `pooling`, or with `head` sparse. `model` may also be a name on the hub.
+    """A bi-encoder in fp32 from our folder, any sentence-transformers folder of these two kinds, or
+    a Hugging Face folder with `pooling`, or with `head` sparse. `model` may also be a name on the
+    hub.
 
-    overrides    fields of TextFormat in place of what the checkpoint states; None = as it states. With `strict` one
-                 that differs is an error (a stage that only uses the checkpoint), else it is the new checkpoint's
-    projection   add ANCE's head, Linear(H -> projection) + LayerNorm, weights from N(0, 0.02), biases zero, drawn from
-                 torch's generator; a checkpoint that has one of this size keeps it. 0 or None = as the checkpoint is
+    overrides    fields of TextFormat in place of what the checkpoint states; None = as it states.
+                 With `strict` one
+                 that differs is an error (a stage that only uses the checkpoint), else it is the
+                 new checkpoint's
+    projection   add ANCE's head, Linear(H -> projection) + LayerNorm, weights from N(0, 0.02),
+                 biases zero, drawn from
+                 torch's generator; a checkpoint that has one of this size keeps it. 0 or None = as
+                 the checkpoint is
     normalize    add L2 normalisation at the end if there is none
-    head         None = as the folder states. sparse: of anything with an LM head, or with `allow_new_head` a new one,
+    head         None = as the folder states. sparse: of anything with an LM head, or with
+                 `allow_new_head` a new one,
                  drawn from torch's generator
     exclude_special_tokens   of a new sparse head; a folder that states its own keeps it
 
-    UserError: missing weights (but BERT's pooler, which is never kept), a pooling that contradicts the folder, lengths
-    beyond the model's positions, several chunks with a sparse head or a slow tokenizer, a tokenizer that gives other
-    ids than when the checkpoint was saved, modules or settings that cannot be expressed here."""
+    UserError: missing weights (but BERT's pooler, which is never kept), a pooling that contradicts
+    the folder, lengths beyond the model's positions, several chunks with a sparse head or a slow
+    tokenizer, a tokenizer that gives other ids than when the checkpoint was saved, modules or
+    settings that cannot be expressed here."""
     folder = checkpoint_folder(model)
     private = read_json(folder / "isthmus.json") if (folder / "isthmus.json").is_file() else {}
     if private.get("version", VERSION) > VERSION:
@@ -139,7 +153,8 @@ def load_encoder(
         )
     if not modules and not pooling and not sparse:
         raise UserError(
-            f"{folder}: states no pooling (a plain Hugging Face folder) — add --pooling cls, mean or last_token"
+            f"{folder}: states no pooling (a plain Hugging Face folder) — add --pooling cls, mean "
+            "or last_token"
         )
     if modules and not sparse and pooling not in (None, stored_pooling):
         raise UserError(
@@ -161,8 +176,10 @@ def load_encoder(
             }
         if private["tokenizer"]["ids"] != fingerprint(tokenizer):
             raise UserError(
-                f"{folder}: the tokenizer gives other ids than when the checkpoint was saved (tokenizers "
-                f"{private['tokenizer']['version']} then, {tokenizers.__version__} now) — install that version"
+                f"{folder}: the tokenizer gives other ids than when the checkpoint was saved "
+                "(tokenizers "
+                f"{private['tokenizer']['version']} then, {tokenizers.__version__} now) — install "
+                "that version"
             )
     form = TextFormat(**stated)
     for name in ("max_query_length", "max_passage_length"):
@@ -173,7 +190,8 @@ def load_encoder(
             continue
         if strict and stated.get(name, value) != value:
             raise UserError(
-                f"{folder}: its {name} is {stated[name]!r}, not {value!r} — leave it out, or add --override"
+                f"{folder}: its {name} is {stated[name]!r}, not {value!r} — leave it out, or add "
+                "--override"
             )
         if name.endswith("_length") and not 2 < value <= (limit or value):
             raise UserError(
@@ -215,7 +233,8 @@ def load_encoder(
 
 
 def checkpoint_folder(model) -> Path:
-    """The folder of a checkpoint: as given, or fetched from the Hugging Face hub (or its cache) by name."""
+    """The folder of a checkpoint: as given, or fetched from the Hugging Face hub (or its cache) by
+    name."""
     folder = Path(model)
     if not folder.exists() and len(folder.parts) <= 2 and not folder.is_absolute():
         from huggingface_hub import snapshot_download
@@ -243,7 +262,8 @@ def _encoder(config):
 def _masked_lm(config):
     if config.model_type not in ARCHITECTURES:
         raise UserError(
-            f"{config.name_or_path}: the LM head of {config.model_type} is built otherwise than those a sparse head "
+            f"{config.name_or_path}: the LM head of {config.model_type} is built otherwise than "
+            "those a sparse head "
             f"knows — use {', '.join(ARCHITECTURES)}"
         )
     return AutoModelForMaskedLM
@@ -270,7 +290,8 @@ def _load_backbone(base: Path, auto: Callable, allow_new_head: bool, trust_remot
     ):
         if not allow_new_head:
             raise UserError(
-                f"{base}: has no LM head for --head sparse — add --allow_new_head to train a new one"
+                f"{base}: has no LM head for --head sparse — add --allow_new_head to train a new "
+                "one"
             )
         wrong = []
         with torch.no_grad():
@@ -279,7 +300,8 @@ def _load_backbone(base: Path, auto: Callable, allow_new_head: bool, trust_remot
     wrong += [str(key) for key in report.get("mismatched_keys", ())]
     if wrong:
         raise UserError(
-            f"{base}: {len(wrong)} weights are missing or of another shape ({sorted(wrong)[0]}, ...) — give a "
+            f"{base}: {len(wrong)} weights are missing or of another shape ({sorted(wrong)[0]}, "
+            "...) — give a "
             f"complete {config.model_type} checkpoint"
         )
     if getattr(backbone, "pooler", None) is not None:  # it would be a parameter without gradient
@@ -291,26 +313,29 @@ def _load_backbone(base: Path, auto: Callable, allow_new_head: bool, trust_remot
         )
     if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
         raise UserError(
-            f"{base}: the tokenizer has more tokens than the model embeddings — give the two that match"
+            f"{base}: the tokenizer has more tokens than the model embeddings — give the two that "
+            "match"
         )
     return backbone, tokenizer
 
 
 def align(model: nn.Module) -> None:
-    """Copy the weights of a model that from_pretrained has just loaded. In a run of one process they lie in the mapped
-    file, not aligned as those of several processes are, and MKL would add in another order."""
+    """Copy the weights of a model that from_pretrained has just loaded. In a run of one process
+    they lie in the mapped file, not aligned as those of several processes are, and MKL would add in
+    another order."""
     for weight in model.parameters():
         weight.data = weight.data.clone()
 
 
 # save
 def save_encoder(model: BiEncoder, folder, card: dict) -> None:
-    """Write the checkpoint under a temporary name, read it back, and only then give it its name. For the main process
-    alone. card: what the model card says, {"base": ..., "data": [...], "command": [...], "metrics": {...}}.
+    """Write the checkpoint under a temporary name, read it back, and only then give it its name.
+    For the main process alone. card: what the model card says, {"base": ..., "data": [...],
+    "command": [...], "metrics": {...}}.
 
-    A folder that also holds other things (log, resume state) keeps them; the files of the checkpoint are replaced.
-    UserError: the folder, read again, does not give the same vectors for 8 fixed texts; what was written is kept aside
-    as FOLDER.refused."""
+    A folder that also holds other things (log, resume state) keeps them; the files of the
+    checkpoint are replaced. UserError: the folder, read again, does not give the same vectors for 8
+    fixed texts; what was written is kept aside as FOLDER.refused."""
     folder, training = Path(folder), model.training
     refused = folder.with_name(f"{folder.name}.refused")
     with _taking_place_of(folder) as temporary:
@@ -324,22 +349,25 @@ def save_encoder(model: BiEncoder, folder, card: dict) -> None:
             shutil.copytree(temporary, refused)
             gap = (expected - found).abs().max().item()
             raise UserError(
-                f"{folder}: the checkpoint gives other vectors when it is read back (by {gap:.3g}); it is in {refused} — "
-                "look for NaN in training, a full disk, other versions of transformers or tokenizers"
+                f"{folder}: the checkpoint gives other vectors when it is read back (by "
+                f"{gap:.3g}); it is in {refused} — "
+                "look for NaN in training, a full disk, other versions of transformers or "
+                "tokenizers"
             )
 
 
 def check_checkpoint(model: BiEncoder, output_dir) -> None:
-    """Save a model into output_dir, read it back and remove it again: before the first step, so that a model which
-    cannot be kept is refused in the first second and not after hours. For the main process alone."""
+    """Save a model into output_dir, read it back and remove it again: before the first step, so
+    that a model which cannot be kept is refused in the first second and not after hours. For the
+    main process alone."""
     trial = Path(output_dir) / ".tmp-trial"
     save_encoder(model, trial / "model", {})
     shutil.rmtree(trial)
 
 
 def checkpoint_files(folder) -> list[Path]:
-    """What decides the vectors of a checkpoint (weights, tokenizer, head, settings), relative to `folder`, in a fixed
-    order; neither the model card nor what a training run keeps beside it."""
+    """What decides the vectors of a checkpoint (weights, tokenizer, head, settings), relative to
+    `folder`, in a fixed order; neither the model card nor what a training run keeps beside it."""
     folder, found = Path(folder), set()
     for pattern in FILES:
         found |= {path.relative_to(folder) for path in folder.glob(pattern) if path.is_file()}
@@ -365,8 +393,8 @@ def fingerprint(tokenizer) -> str:
 
 @contextlib.contextmanager
 def _taking_place_of(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well; or, if that holds more than a checkpoint,
-    whose entries take the place of the old ones in it."""
+    """A temporary folder that becomes `folder` when the block ends well; or, if that holds more
+    than a checkpoint, whose entries take the place of the old ones in it."""
     old = {path.parts[0] for path in checkpoint_files(folder)} | {"README.md"}
     if not folder.is_dir() or {path.name for path in folder.iterdir()} <= old:
         with atomic(folder) as temporary:
@@ -446,8 +474,8 @@ def _card(model: BiEncoder, card: dict) -> Iterator[str]:
 
 @torch.no_grad()
 def _trial(model: BiEncoder) -> Tensor:
-    """(16, D) vectors of 8 fixed texts, as queries and as passages. By `encode`, as Accelerate wraps `forward` in
-    autocast, and vectors are compared in fp32."""
+    """(16, D) vectors of 8 fixed texts, as queries and as passages. By `encode`, as Accelerate
+    wraps `forward` in autocast, and vectors are compared in fp32."""
     device = next(model.parameters()).device
     found = []
     for kind in ("query", "passage"):
@@ -461,9 +489,10 @@ def _trial(model: BiEncoder) -> Tensor:
 def read_architecture(
     model: str | None, model_config: str | None = None, tokenizer: str | None = None
 ):
-    """(config, tokenizer) of a checkpoint, or of a config file and a tokenizer's folder; reads no weights and no data.
-    UserError for an architecture whose embeddings and LM head the objectives do not know, and for a tokenizer without
-    the special tokens they need."""
+    """(config, tokenizer) of a checkpoint, or of a config file and a tokenizer's folder; reads no
+    weights and no data.
+    UserError for an architecture whose embeddings and LM head the objectives do not know, and for a
+    tokenizer without the special tokens they need."""
     if (model is None) == (model_config is None) or (model_config is None) != (tokenizer is None):
         raise UserError(
             "which model? — give --model, or --model_config and --tokenizer to start from scratch"
@@ -485,17 +514,20 @@ def read_architecture(
         ) from error
     if config.model_type not in ARCHITECTURES:
         raise UserError(
-            f"{model or model_config}: {config.model_type} is not supported, its embeddings and LM head are built "
+            f"{model or model_config}: {config.model_type} is not supported, its embeddings and LM "
+            "head are built "
             f"otherwise — use {', '.join(ARCHITECTURES)}"
         )
     for name in ("cls_token", "sep_token", "mask_token", "pad_token"):
         if getattr(tokenizer, name) is None:
             raise UserError(
-                f"{tokenizer.name_or_path}: the tokenizer has no {name} — use the one of a masked LM"
+                f"{tokenizer.name_or_path}: the tokenizer has no {name} — use the one of a masked "
+                "LM"
             )
     if len(tokenizer) > config.vocab_size:
         raise UserError(
-            f"{model or model_config}: {config.vocab_size} embeddings for {len(tokenizer)} tokens of "
+            f"{model or model_config}: {config.vocab_size} embeddings for {len(tokenizer)} tokens "
+            "of "
             f"{tokenizer.name_or_path} — give the tokenizer that belongs to the model"
         )
     tokenizer.padding_side = "right"  # slot 0 is the bottleneck
@@ -510,8 +542,9 @@ def max_positions(config) -> int:
 
 
 def load_lm(config, model: str | None) -> tuple[nn.Module, str]:
-    """(masked LM in fp32, what the echo says of it): the weights of a checkpoint, or fresh ones if `model` is None. A
-    checkpoint without LM head gets a new one; one that lacks anything else is refused."""
+    """(masked LM in fp32, what the echo says of it): the weights of a checkpoint, or fresh ones if
+    `model` is None. A checkpoint without LM head gets a new one; one that lacks anything else is
+    refused."""
     if model is None:
         return AutoModelForMaskedLM.from_config(config, dtype=torch.float32), "from scratch"
     try:
@@ -526,14 +559,16 @@ def load_lm(config, model: str | None) -> tuple[nn.Module, str]:
     if any(key.startswith(lm.base_model_prefix) for key in missing) or info["mismatched_keys"]:
         example = (missing or [*info["mismatched_keys"]])[0]
         raise UserError(
-            f"{model}: weights are missing or of another shape ({example}) — is the checkpoint complete?"
+            f"{model}: weights are missing or of another shape ({example}) — is the checkpoint "
+            "complete?"
         )
     return lm, f"{model}{', new LM head' if missing else ''}"
 
 
 # on disk: a Hugging Face folder with its LM head, and the decoder in a file of its own
 def load_decoder(model: nn.Module, folder: str | None) -> str:
-    """Go on with the decoder that `folder` holds if it is one of the same objective -> what the echo says of it."""
+    """Go on with the decoder that `folder` holds if it is one of the same objective -> what the
+    echo says of it."""
     settings = Path(folder or "") / "decoder.json"
     if not hasattr(model, "decoder"):
         return "none"
@@ -560,9 +595,10 @@ def stated_title(model: str | None) -> str | None:
 
 
 def save_checkpoint(model: nn.Module, tokenizer, folder, title: str, card: dict) -> None:
-    """The LM for AutoModel and AutoModelForMaskedLM, its tokenizer, decoder.safetensors with decoder.json, how titles
-    were joined, README.md from `card` (base, data, command, metrics). Staged, read back and compared, then moved into
-    `folder`, one rename per file; it is the caller who marks the folder complete."""
+    """The LM for AutoModel and AutoModelForMaskedLM, its tokenizer, decoder.safetensors with
+    decoder.json, how titles were joined, README.md from `card` (base, data, command, metrics).
+    Staged, read back and compared, then moved into `folder`, one rename per file; it is the caller
+    who marks the folder complete."""
     staging = Path(folder) / ".tmp-checkpoint"
     shutil.rmtree(staging, ignore_errors=True)
     model.lm.save_pretrained(staging)
@@ -616,8 +652,8 @@ class PairFormat:
 
 
 class CrossEncoder(nn.Module):
-    """A Hugging Face sequence classifier as a scorer: the logit of its one label, or of two labels (irrelevant,
-    relevant) logit 1 - logit 0, the log-odds of the second."""
+    """A Hugging Face sequence classifier as a scorer: the logit of its one label, or of two labels
+    (irrelevant, relevant) logit 1 - logit 0, the log-odds of the second."""
 
     def __init__(self, classifier: nn.Module, tokenizer, form: PairFormat):
         super().__init__()
@@ -630,8 +666,8 @@ class CrossEncoder(nn.Module):
 
 
 def load_cross_encoder(folder, form: PairFormat) -> CrossEncoder:
-    """In fp32 and eval mode. UserError: missing weights, other than one or two labels, a tokenizer that cannot pad or
-    is not fast, lengths that leave no room for the passage."""
+    """In fp32 and eval mode. UserError: missing weights, other than one or two labels, a tokenizer
+    that cannot pad or is not fast, lengths that leave no room for the passage."""
     how = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
     try:
         classifier, report = AutoModelForSequenceClassification.from_pretrained(folder, **how)
@@ -642,13 +678,15 @@ def load_cross_encoder(folder, form: PairFormat) -> CrossEncoder:
     if report["missing_keys"]:
         key = sorted(report["missing_keys"])[0]
         raise UserError(
-            f"{folder}: the weights of {key} are missing, so it is no cross-encoder — train one with "
+            f"{folder}: the weights of {key} are missing, so it is no cross-encoder — train one "
+            "with "
             "recipes/train_cross_encoder.py"
         )
     labels = classifier.config.num_labels
     if labels > 2:
         raise UserError(
-            f"{folder}: it has {labels} labels — a cross-encoder has one, or two (irrelevant, relevant)"
+            f"{folder}: it has {labels} labels — a cross-encoder has one, or two (irrelevant, "
+            "relevant)"
         )
     if not tokenizer.is_fast or tokenizer.pad_token_id is None:
         raise UserError(f"{folder}: its tokenizer cannot pad, or is not fast — save one that is")
@@ -658,7 +696,8 @@ def load_cross_encoder(folder, form: PairFormat) -> CrossEncoder:
     room = form.max_length - tokenizer.num_special_tokens_to_add(pair=True) - form.max_query_length
     if room < 1 or form.max_length > limit:
         raise UserError(
-            f"{folder}: --max_query_length {form.max_query_length} in --max_length {form.max_length} — the passage "
+            f"{folder}: --max_query_length {form.max_query_length} in --max_length "
+            f"{form.max_length} — the passage "
             f"needs room beside the query, and the model has {limit} positions"
         )
     align(classifier)

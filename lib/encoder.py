@@ -1,7 +1,8 @@
-"""The bi-encoder, dense or sparse: one tower for queries and passages. lib/checkpoint.py reads and writes it.
+"""The bi-encoder, dense or sparse: one tower for queries and passages. lib/checkpoint.py reads and
+writes it.
 
-B texts, L tokens, H hidden size, V vocabulary, D dimensions of a vector: V of a sparse one. attention_mask 1 = keep.
-"""
+B texts, L tokens, H hidden size, V vocabulary, D dimensions of a vector: V of a sparse one.
+attention_mask 1 = keep."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -76,7 +77,8 @@ def mean_of_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 class Pooling(NamedTuple):
-    """hidden (B, L, H), mask (B, L), 1 = counts -> (B, H) fp32; and its names in the files of sentence-transformers."""
+    """hidden (B, L, H), mask (B, L), 1 = counts -> (B, H) fp32; and its names in the files of
+    sentence-transformers."""
 
     function: Callable[[Tensor, Tensor], Tensor]
     mode: str  # pooling_mode, since version 5.3
@@ -93,8 +95,9 @@ POOLINGS = {
 class BiEncoder(nn.Module):
     """Dense: backbone -> pooling (an entry of POOLINGS) -> head modules -> vector.
 
-    `format` is how the checkpoint wants its texts; `stated` holds those of its settings that the folder really names
-    (a plain Hugging Face folder names none). Pooling and head run in fp32 under autocast."""
+    `format` is how the checkpoint wants its texts; `stated` holds those of its settings that the
+    folder really names (a plain Hugging Face folder names none). Pooling and head run in fp32 under
+    autocast."""
 
     def __init__(
         self,
@@ -126,13 +129,14 @@ class BiEncoder(nn.Module):
 
     @property
     def portable(self) -> bool:
-        """Whether sentence-transformers can express it: it cuts a passage to one chunk of tokens only. (How titles are
-        joined is the business of its caller.)"""
+        """Whether sentence-transformers can express it: it cuts a passage to one chunk of tokens
+        only. (How titles are joined is the business of its caller.)"""
         return self.format.max_chunks == 1 and not self.format.max_characters
 
     def encode(self, batch: dict) -> Tensor:
-        """{"input_ids": (B, L), "attention_mask": (B, L)} -> (B, D) fp32. Or {"chunks": a list of these, each padded to
-        its own longest text, "order": (n,) places among their rows} -> (n, D), encoded chunk by chunk."""
+        """{"input_ids": (B, L), "attention_mask": (B, L)} -> (B, D) fp32. Or {"chunks": a list of
+        these, each padded to its own longest text, "order": (n,) places among their rows} -> (n,
+        D), encoded chunk by chunk."""
         if "chunks" in batch:
             return torch.cat([self.encode(chunk) for chunk in batch["chunks"]])[batch["order"]]
         return self.vectors(batch["input_ids"], batch["attention_mask"])
@@ -149,17 +153,20 @@ class BiEncoder(nn.Module):
         return reps
 
     def forward(self, query=None, passage=None) -> tuple[Tensor | None, Tensor | None]:
-        """(q_reps, p_reps) of two batches as `encode` takes them, either of which may be None. Both sides in one call,
-        so that one DDP forward covers both."""
+        """(q_reps, p_reps) of two batches as `encode` takes them, either of which may be None. Both
+        sides in one call, so that one DDP forward covers both."""
         return tuple(None if side is None else self.encode(side) for side in (query, passage))
 
 
 class SparseBiEncoder(BiEncoder):
-    """Sparse: a weight for every term of the vocabulary, log(1 + relu(max over positions of the masked LM's logits)):
-    SPLADE-max (arXiv 2109.10086), LexMAE (2208.14754). The backbone is the LM with its head.
+    """Sparse: a weight for every term of the vocabulary, log(1 + relu(max over positions of the
+    masked LM's logits)): SPLADE-max (arXiv 2109.10086), LexMAE (2208.14754). The backbone is the LM
+    with its head.
 
-    exclude_special_tokens   LexMAE: no maximum over the positions of [CLS] and [SEP], whatever their number; else only
-                             padding is excluded (SPLADE, sentence-transformers). No term is ever excluded.
+    exclude_special_tokens   LexMAE: no maximum over the positions of [CLS] and [SEP], whatever
+                             their number; else only
+                             padding is excluded (SPLADE, sentence-transformers). No term is ever
+                             excluded.
     A text without a position that counts is the zero vector."""
 
     def __init__(
@@ -203,7 +210,8 @@ class SparseBiEncoder(BiEncoder):
 
 
 def positions(backbone: nn.Module) -> int | None:
-    """How many tokens the backbone takes; RoBERTa counts positions from padding_idx + 1. None = no bound."""
+    """How many tokens the backbone takes; RoBERTa counts positions from padding_idx + 1. None = no
+    bound."""
     limit = getattr(backbone.config, "max_position_embeddings", None)
     if limit is None or limit < 1:
         return None
@@ -220,7 +228,8 @@ def extend_head(
     sizes = [module.linear.out_features for module in head if isinstance(module, Dense)]
     if projection and sizes and sizes[-1] != projection:
         raise UserError(
-            f"{folder}: projects to {sizes[-1]} dimensions, not {projection} — leave --projection out"
+            f"{folder}: projects to {sizes[-1]} dimensions, not {projection} — leave --projection "
+            "out"
         )
     if projection and not sizes:
         dense = Dense(hidden, projection)

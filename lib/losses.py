@@ -25,7 +25,8 @@ def score_batch(
     mask (B, N), True = the column counts.
 
     batch: of lib/groups.py    q_reps: (B, D)    p_reps: (B·P·M, D), query-major
-    The score of a passage is that of its best chunk. Raises an AssertionError if a label does not point at its positive."""
+    The score of a passage is that of its best chunk. Raises an AssertionError if a label does not
+    point at its positive."""
     B = len(q_reps)
     mine = torch.stack([batch["passage_rows"], batch["passage_keys"]], 1)
     rows, keys = all_gather(mine).unbind(1)  # (N,) each

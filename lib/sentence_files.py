@@ -1,14 +1,16 @@
-"""How sentence-transformers spells a bi-encoder: its modules, pooling, prompts and lengths, in the files of any version.
+"""How sentence-transformers spells a bi-encoder: its modules, pooling, prompts and lengths, in the
+files of any version.
 
-    modules.json                           Transformer, Pooling, then Dense, LayerNorm, Normalize if used; of a sparse
+    modules.json                           Transformer, Pooling, then Dense, LayerNorm, Normalize if
+                                           used; of a sparse
                                            one MLMTransformer, SpladePooling
     1_Pooling/, 2_Dense/, 3_LayerNorm/     their settings and weights
     sentence_bert_config.json              passage length; the query length where it differs
     config_sentence_transformers.json      prompts
 
-The older spelling is written, which newer versions read too; only a query length of its own needs version 6. A folder
-that sentence-transformers cannot express ends in a module named UNPORTABLE, which it fails to import.
-"""
+The older spelling is written, which newer versions read too; only a query length of its own needs
+version 6. A folder that sentence-transformers cannot express ends in a module named UNPORTABLE,
+which it fails to import."""
 
 from pathlib import Path
 
@@ -41,7 +43,8 @@ def _refuse(place, what: str):
 
 
 def read_head(folder: Path, modules: list[dict]) -> tuple[Path, str, list[nn.Module]]:
-    """(folder of the backbone, pooling, the modules behind the pooling); the pooling of a sparse head is max."""
+    """(folder of the backbone, pooling, the modules behind the pooling); the pooling of a sparse
+    head is max."""
     path = folder / "modules.json"
     modules = [one for one in modules if one["type"] != UNPORTABLE]
     names = [one["type"].rsplit(".", 1)[-1] for one in modules]
@@ -137,7 +140,8 @@ def stated_format(folder: Path, base: Path, stored: str, tokenizer, limit: int |
         _refuse(general, f"vectors cut to {config['max_active_dims']} terms (max_active_dims)")
     if config.get("truncate_dim"):
         _refuse(general, f"vectors cut to {config['truncate_dim']} dimensions (truncate_dim)")
-    # sentence-transformers 6 adds an empty "document" prompt, which hides the others there: take the first not empty
+    # sentence-transformers 6 adds an empty "document" prompt, which hides the others there: take
+    # the first not empty
     prompts, default = config.get("prompts") or {}, config.get("default_prompt_name")
     query = prompts.get("query") or prompts.get(default) or ""
     passage = next(filter(None, map(prompts.get, ("document", "passage", "corpus", default))), "")

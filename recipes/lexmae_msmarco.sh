@@ -11,16 +11,14 @@
 #          --num_processes 8 --mixed_precision fp16" (8 x 256 = 2048 passages). The authors fine-tune on one GPU; the
 #          batch sizes of stages 1 to 3 here are per process, for eight processes: 8 x 3, 8 x 3 and 8 x 2 queries
 # MODEL    model that pre-training starts from; default bert-base-uncased, as published
-# TEACHER  model that the cross-encoder starts from; default bert-base-uncased. Its training needs sentence-transformers
-#          (pip install sentence-transformers==6.2.0)
+# TEACHER  model that the cross-encoder starts from; default bert-base-uncased
 #
 # Every stage starts from the pre-trained model. Deviations from the authors' recipe:
 #   1. A passage without a title has no separator; the authors write "-" as its title.
 #   2. Our BM25 mines the negatives of stage 1 from all passages; they take Tevatron's train.negatives.tsv.
 #   3. Stage 3 draws from the first 100 mined negatives, not from 512: the teacher scores them before the training, and
 #      not while it runs.
-#   4. The authors give no recipe for the cross-encoder. It has RetroMAE's length, batch, learning rate and epochs, and
-#      groups of 16 passages, not 65.
+#   4. The authors give no recipe for the cross-encoder. It is trained with RetroMAE's values, on groups of 16, not 65.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
 data=$(path "${1:-data/msmarco}") out=$(path "${2:-runs/lexmae_msmarco}")
@@ -43,7 +41,7 @@ mine() { # STAGE [flags ...]
     encode "$1" "$queries" query train
     "${launch[@]}" mine_negatives.py "${@:2}" --queries_embeddings "$out/stage$1-train" \
         --corpus_embeddings "$out/stage$1-corpus" --corpus "$corpus" --qrels "$qrels" --depth 512 \
-        --output_dir "$out/negatives-stage$1" "${@:2}"
+        --output_dir "$out/negatives-stage$1"
 }
 
 "${launch[@]}" pretrain_mae.py --objective lexmae "${from[@]}" --corpus "$corpus" --title sep --max_length 144 \

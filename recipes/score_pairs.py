@@ -1,21 +1,28 @@
-"""Score pairs with a cross-encoder, which reads query and passage together: a teacher, or a re-ranker.
+"""Score pairs with a cross-encoder, which reads query and passage together: a teacher, or a
+re-ranker.
 
-    --train FILE   every (query, positive) and (query, negative) of a training file; it is written back with the
-                   scores, for distillation (--kl_weight, --margin_mse_weight of finetune_biencoder.py)
+    --train FILE   every (query, positive) and (query, negative) of a training file; it is written
+                   back with the
+                   scores, for distillation (--kl_weight, --margin_mse_weight of
+                   finetune_biencoder.py)
     --run FILE     the first --depth passages of each query of a run (or of top1000.dev), re-ranked
 
-Any AutoModelForSequenceClassification with one label, or two (irrelevant, relevant), is a scorer: its score is
-the logit of the one label, or logit 1 - logit 0. recipes/train_cross_encoder.py trains one. The query is cut
-first, to --max_query_length tokens; then the passage alone gives way to --max_length. Pairs are scored in shards,
-and batches of like length do not cross them, so that any number of processes writes the same bytes (on one
-machine, with the same number of threads each), and the same command finishes a run that was killed.
+Any AutoModelForSequenceClassification with one label, or two (irrelevant, relevant), is a scorer:
+its score is the logit of the one label, or logit 1 - logit 0. recipes/train_cross_encoder.py trains
+one. The query is cut first, to --max_query_length tokens; then the passage alone gives way to
+--max_length. Pairs are scored in shards, and batches of like length do not cross them, so that any
+number of processes writes the same bytes (on one machine, with the same number of threads each),
+and the same command finishes a run that was killed.
 
 Reads   --model (a folder or a name on the hub), --corpus, --queries, and --train or --run
-Writes  --output_dir: train.jsonl with pos_scores and neg_scores, or run.trec, best first; meta.json last
+Writes  --output_dir: train.jsonl with pos_scores and neg_scores, or run.trec, best first; meta.json
+        last
 
-CPU toy   python -m recipes.score_pairs --model T --train train.jsonl --corpus C --queries Q --output_dir S
+CPU toy   python -m recipes.score_pairs --model T --train train.jsonl --corpus C --queries Q
+          --output_dir S
 1 GPU     accelerate launch --mixed_precision bf16 -m recipes.score_pairs ...
-N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 -m recipes.score_pairs ...
+N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 -m
+          recipes.score_pairs ...
 """
 
 import os
@@ -89,8 +96,9 @@ class Pairs:
         self.tokenizer, self.form = model.tokenizer, model.format
 
     def ids(self, query_row: int, rows: np.ndarray) -> list[tuple[list[int], list[int]]]:
-        """(ids, token types) of a query with each of some passages, in the tokenizer's own template: what
-        tokenizer(query, passage, truncation="only_second", max_length=max_length) gives once the query is cut."""
+        """(ids, token types) of a query with each of some passages, in the tokenizer's own
+        template: what tokenizer(query, passage, truncation="only_second", max_length=max_length)
+        gives once the query is cut."""
         backend, form = self.tokenizer.backend_tokenizer, self.form
         backend.no_truncation()  # of whatever the tokenizer was asked before
         backend.no_padding()
@@ -105,8 +113,8 @@ class Pairs:
         return [(pair.ids, pair.type_ids) for pair in pairs]
 
     def pad(self, pairs: list, width: int = 0) -> dict[str, Tensor]:
-        """What `ids` gave for n pairs -> input_ids, attention_mask and, if the model has them, token_type_ids: (n, L)
-        int64, padded to the longest, or to `width` if that is more."""
+        """What `ids` gave for n pairs -> input_ids, attention_mask and, if the model has them,
+        token_type_ids: (n, L) int64, padded to the longest, or to `width` if that is more."""
         ids, types = zip(*pairs, strict=True)
         batch = pad(ids, self.tokenizer, width)
         if "token_type_ids" in self.tokenizer.model_input_names:  # `pad` puts the id of [PAD] there
@@ -117,7 +125,8 @@ class Pairs:
 
 @dataclass
 class Shards(Dataset):
-    """Item s: Pairs.ids of the pairs from spans[s][0] to spans[s][1]; those of a query stand together."""
+    """Item s: Pairs.ids of the pairs from spans[s][0] to spans[s][1]; those of a query stand
+    together."""
 
     pairs: Pairs
     query_rows: np.ndarray
@@ -134,7 +143,8 @@ class Shards(Dataset):
 
 
 def read_lists(args) -> dict[str, list[str]]:
-    """{qid: passages to score}: positives and negatives of a training file, or the best of a run."""
+    """{qid: passages to score}: positives and negatives of a training file, or the best of a
+    run."""
     if args.train:
         return {row.qid: [*row.pos, *row.neg] for _, row in read_training_file(args.train)}
     lists = {}

@@ -9,8 +9,7 @@
 # LAUNCH   how scripts are started, for example "accelerate launch --multi_gpu --num_processes 4 --mixed_precision
 #          fp16"; 4 x 32 = 128 queries is the published batch
 # MODEL    a masked language model; default distilbert-base-uncased
-# TEACHER  model that the cross-encoder starts from; default bert-base-uncased. Its training needs sentence-transformers
-#          (pip install sentence-transformers==6.2.0)
+# TEACHER  model that the cross-encoder starts from; default bert-base-uncased
 #
 # The checkpoint is a SparseEncoder folder: sentence_transformers.SparseEncoder(OUT/model) loads it.
 # Weights, steps and lengths are those of naver/splade: FLOPS weights of 0.01 for queries and 0.008 for passages (its

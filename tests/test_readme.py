@@ -51,18 +51,13 @@ def all_flags():
     return set().union(*map(flags_of, modules)) | LAUNCH
 
 
-def commands_of_shell(text):
-    """(script, flags) of the commands in a shell script; lines that end in a backslash are joined."""
-    for line in text.replace("\\\n", " ").splitlines():
-        found = re.search(r"(?:\b(\w+)\.py|-m recipes\.(\w+))\b([^#]*)", line)
-        if found and (found[1] or found[2]) in (*SCRIPTS, *RECIPES):
-            yield found[1] or found[2], re.findall(r"(?<!\S)--\w+", found[3])
-
-
 def commands(text):
-    """(script, flags) of the commands in the bash blocks of a page."""
+    """(script, flags) of the commands in bash blocks; lines that end in a backslash are joined."""
     for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL):
-        yield from commands_of_shell(block)
+        for line in block.replace("\\\n", " ").splitlines():
+            found = re.search(r"(?:\b(\w+)\.py|-m recipes\.(\w+))\b([^#]*)", line)
+            if found and (found[1] or found[2]) in (*SCRIPTS, *RECIPES):
+                yield found[1] or found[2], re.findall(r"(?<!\S)--\w+", found[3])
 
 
 def piece(name):

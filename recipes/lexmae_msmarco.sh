@@ -61,12 +61,13 @@ teacher=${TEACHER:-bert-base-uncased}
 [ "${SCALE:-}" != tiny ] || teacher=$out/pretrained
 pairs=(--corpus "$corpus" --queries "$queries" --train "$out/negatives-stage2/train.jsonl")
 if [ ! -f "$out/teacher/done" ]; then
-    "${launch[@]}" -m recipes.train_cross_encoder --model "$teacher" "${pairs[@]}" --max_length 200 \
+    "${launch[@]}" -m recipes.train_cross_encoder --model "$teacher" "${pairs[@]}" --title sep --max_length 200 \
         --passages_per_query 16 --per_device_batch_size 2 --learning_rate 1e-5 --num_epochs 4 \
         --output_dir "$out/teacher" "${few[@]}"
     touch "$out/teacher/done"
 fi
-"${launch[@]}" -m recipes.score_pairs --model "$out/teacher" "${pairs[@]}" --max_length 200 --output_dir "$out/scores"
+"${launch[@]}" -m recipes.score_pairs --model "$out/teacher" "${pairs[@]}" --title sep --max_query_length 32 \
+    --max_length 200 --output_dir "$out/scores"
 finetune 3 "$out/scores/train.jsonl" 100 24 2 0.008 --kl_weight 1 --contrastive_weight 0.2
 
 bash recipes/msmarco_eval.sh "$out/stage3" "$data" "$out"

@@ -41,7 +41,8 @@ if [ ! -f "$out/teacher/done" ]; then
         --passages_per_query 16 --per_device_batch_size 2 --num_epochs 2 --output_dir "$out/teacher" "${few[@]}"
     touch "$out/teacher/done"
 fi
-"${launch[@]}" -m recipes.score_pairs --model "$out/teacher" "${pairs[@]}" --max_length 256 --output_dir "$out/scores"
+"${launch[@]}" -m recipes.score_pairs --model "$out/teacher" "${pairs[@]}" --max_query_length 32 --max_length 256 \
+    --output_dir "$out/scores"
 "${launch[@]}" finetune_biencoder.py --head sparse --model "$model" --title space --corpus "$corpus" \
     --queries "$queries" --train "$out/scores/train.jsonl" --negatives_depth 100 --passages_per_query 2 \
     --per_device_batch_size 32 --contrastive_weight 1 --margin_mse_weight 1 --flops_queries 0.01 \

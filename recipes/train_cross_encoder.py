@@ -7,15 +7,16 @@ pip install 'sentence-transformers==6.2.0'
 Reads   --model, an encoder; --train, --corpus, --queries
 Writes  --output_dir: a folder for recipes/score_pairs.py, AutoModelForSequenceClassification and CrossEncoder
 
-    python -m recipes.train_cross_encoder --model bert-base-uncased --train train.jsonl --corpus C --queries Q \\
-        --output_dir teacher
+    python -m recipes.train_cross_encoder --model M --train T --corpus C --queries Q --output_dir O
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lib.arguments import arg, parse_args
 from lib.files import UserError, read_training_file
 from lib.launch import run
+from lib.text import join_title
 from lib.texts import open_texts, require_rows
 
 POSITIVE = 20.0  # ListNet's target is the softmax of the labels: with this one 1 for the positive
@@ -28,7 +29,8 @@ class Args:
     corpus: str = arg(help="passages")
     queries: str = arg(help="queries")
     output_dir: str = arg(help="folder for the checkpoint")
-    passages_per_query: int = arg(16, least=2, help="1 positive + n negatives (RetroMAE 65)")
+    title: Literal["none", "space", "sep"] = arg("space", help="how titles are joined to passages")
+    passages_per_query: int = arg(16, least=2, help="1 positive, the rest negatives (RetroMAE 65)")
     max_length: int = arg(256, least=8, help="tokens of a pair (RetroMAE 200)")
     per_device_batch_size: int = arg(4, least=1, help="queries per process (RetroMAE 1)")
     learning_rate: float = arg(1e-5, above=0, help="peak learning rate (RetroMAE 1e-5)")
@@ -37,7 +39,7 @@ class Args:
     seed: int = arg(42, least=0, help="decides data order, new head and dropout")
 
 
-def examples(args) -> dict[str, list]:
+def examples(args, tokenizer) -> dict[str, list]:
     """Columns of the trainer's data set: query, its passages (the positive first), and their labels."""
     queries, corpus = open_texts(args.queries), open_texts(args.corpus)
     columns = {"query": [], "docs": [], "labels": []}
@@ -47,7 +49,7 @@ def examples(args) -> dict[str, list]:
         found = [corpus[at] for at in require_rows(corpus, pids, args.train, "passage")]
         if row.neg:
             columns["query"].append(queries[query][1])
-            columns["docs"].append([" ".join([*titles, text]) for titles, text in found])
+            columns["docs"].append([join_title(*one, args.title, tokenizer) for one in found])
             columns["labels"].append([POSITIVE] + [0.0] * (len(pids) - 1))
     if not columns["query"]:
         raise UserError(f"{args.train}: no line has negatives — mine some with mine_negatives.py")
@@ -73,7 +75,7 @@ def main():
         report_to=[],
     )
     loss = st.losses.ListNetLoss(model)
-    data = Dataset.from_dict(examples(args))
+    data = Dataset.from_dict(examples(args, model.tokenizer))
     st.CrossEncoderTrainer(model=model, args=settings, train_dataset=data, loss=loss).train()
     model.save_pretrained(args.output_dir)
 

@@ -21,12 +21,20 @@ python evaluate.py --bm25 "${texts[@]}" --queries "$data/queries.test.jsonl" --q
     --bm25_index "$out/index" --output_dir "$out/candidates"
 awk 'NR == FNR { listed[$3]; next } match($0, /"_id": "[^"]*"/) && substr($0, RSTART + 8, RLENGTH - 9) in listed' \
     "$out/candidates/run.trec" "$data/corpus.jsonl" >"$out/candidates.jsonl"
+python - "$out/negatives/train.jsonl" "$data/clusters.tsv" "$out/train.jsonl" <<'END'
+import sys
+from lib.files import lines, read_training_file, write_training_file
+mined, clusters, output = sys.argv[1:]
+of = dict(line.split("\t") for _, line in lines(clusters))
+rows = (row._replace(cluster=int(of[row.qid])) for _, row in read_training_file(mined))
+write_training_file(output, rows)
+END
 for seed in ${SEEDS:-0 1 2}; do
     for kind in plain robust; do
         here=$out/$kind-$seed more=()
-        if [ $kind = robust ]; then more=("${robust[@]}" --clusters "$data/clusters.tsv"); fi
-        python finetune_biencoder.py --model "$model" "${texts[@]}" "${train[@]}" --negatives "$out/negatives/negatives.tsv" \
-            --passages_per_query 2 --negatives_depth 30 --loss triplet --seed $seed "${flags[@]}" "${more[@]}" --output_dir "$here" --resume
+        if [ $kind = robust ]; then more=("${robust[@]}"); fi
+        python finetune_biencoder.py --model "$model" "${texts[@]}" --queries "$data/queries.train.jsonl" \
+            --train "$out/train.jsonl" --passages_per_query 2 --negatives_depth 30 --loss triplet --seed $seed "${flags[@]}" "${more[@]}" --output_dir "$here" --resume
         python encode.py --model "$here" --input "$out/candidates.jsonl" --kind passage --output_dir "$here-corpus"
         python encode.py --model "$here" --input "$data/queries.test.jsonl" --kind query --output_dir "$here-queries"
         python evaluate.py --queries_embeddings "$here-queries" --corpus_embeddings "$here-corpus" --candidates "$out/candidates/run.trec" \

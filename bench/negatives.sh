@@ -12,11 +12,12 @@ set -euo pipefail
 [ $# -ge 3 ] || usage 4,9
 data=$(path "$1") model=$(model "$2") out=$(path "$3") flags=("${@:4}")
 file() { ls "$data/$1".* | head -1; }
-corpus=$(file corpus) train=(--queries "$(file queries.train)" --qrels "$(file qrels.train)")
-python mine_negatives.py --bm25 "${train[@]}" --corpus "$corpus" --depth "${DEPTH:-200}" --output_dir "$out/negatives"
-finetune=(python finetune_biencoder.py --model "$model" --corpus "$corpus" "${train[@]}" "${flags[@]}" --resume)
-"${finetune[@]}" --passages_per_query 1 --output_dir "$out/batch"
-"${finetune[@]}" --passages_per_query 2 --negatives "$out/negatives/negatives.tsv" --output_dir "$out/bm25"
+corpus=$(file corpus) queries=$(file queries.train) qrels=$(file qrels.train)
+python mine_negatives.py --bm25 --queries "$queries" --qrels "$qrels" --corpus "$corpus" --depth "${DEPTH:-200}" \
+    --output_dir "$out/negatives"
+finetune=(python finetune_biencoder.py --model "$model" --corpus "$corpus" --queries "$queries" "${flags[@]}" --resume)
+"${finetune[@]}" --passages_per_query 1 --train "$qrels" --output_dir "$out/batch"
+"${finetune[@]}" --passages_per_query 2 --train "$out/negatives/train.jsonl" --output_dir "$out/bm25"
 LAUNCH=python bash recipes/ance.sh both "$data" "$model" "$out/ance" --passages_per_query 2 "${flags[@]}"
 for name in batch bm25 ance; do
     checkpoint=$out/$name

@@ -46,7 +46,7 @@ for seed in "${seeds[@]}"; do
             --max_steps "${PRETRAIN:-800}" --learning_rate "${RATE:-1e-3}" "${shape[@]}" --seed "$seed" --probe_every 100 \
             --output_dir "$here/pretrained" --resume "${flags[@]}"
         python finetune_biencoder.py --model "$here/pretrained" --corpus "$corpus" --queries "$queries" \
-            --qrels "$data/qrels/train.tsv" --negatives "$out/negatives/negatives.tsv" --passages_per_query 2 \
+            --train "$out/negatives/train.jsonl" --passages_per_query 2 \
             --per_device_batch_size 64 --max_steps "${FINETUNE:-100}" --learning_rate "${FINETUNE_RATE:-5e-4}" \
             "${head[@]}" --max_query_length 32 --max_passage_length "${LENGTH:-64}" --seed "$seed" \
             --output_dir "$here/model$as" --resume

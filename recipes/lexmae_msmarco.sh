@@ -39,7 +39,7 @@ encode() { # STAGE TEXTS KIND NAME
 mine() { # STAGE [flags ...]
     encode "$1" "$corpus" passage corpus
     encode "$1" "$queries" query train
-    "${launch[@]}" mine_negatives.py "${@:2}" --queries_embeddings "$out/stage$1-train" \
+    "${launch[@]}" mine_negatives.py --queries_embeddings "$out/stage$1-train" \
         --corpus_embeddings "$out/stage$1-corpus" --corpus "$corpus" --qrels "$qrels" --depth 512 \
         --output_dir "$out/negatives-stage$1"
 }
@@ -58,10 +58,12 @@ mine 2 --num_negatives 100
 teacher=${TEACHER:-bert-base-uncased}
 [ "${SCALE:-}" != tiny ] || teacher=$out/pretrained
 pairs=(--corpus "$corpus" --queries "$queries" --train "$out/negatives-stage2/train.jsonl")
-[ -f "$out/teacher/config.json" ] ||
+if [ ! -f "$out/teacher/done" ]; then
     "${launch[@]}" -m recipes.train_cross_encoder --model "$teacher" "${pairs[@]}" --title sep --max_length 200 \
-        --passages_per_query 16 --per_device_batch_size 1 --learning_rate 1e-5 --num_epochs 4 \
-        --output_dir "$out/teacher" "${short[@]:0:4}"
+        --passages_per_query 16 --per_device_batch_size 2 --learning_rate 1e-5 --num_epochs 4 \
+        --output_dir "$out/teacher" "${few[@]}"
+    touch "$out/teacher/done"
+fi
 "${launch[@]}" -m recipes.score_pairs --model "$out/teacher" "${pairs[@]}" --title sep --max_query_length 32 \
     --max_length 200 --output_dir "$out/scores"
 finetune 3 "$out/scores/train.jsonl" 100 24 2 0.008 --kl_weight 1 --contrastive_weight 0.2

@@ -35,9 +35,11 @@ fi
 python mine_negatives.py --bm25 --corpus "$corpus" --queries "$queries" --qrels "$qrels" --depth 100 \
     --output_dir "$out/negatives"
 pairs=(--corpus "$corpus" --queries "$queries" --train "$out/negatives/train.jsonl")
-[ -f "$out/teacher/config.json" ] ||
+if [ ! -f "$out/teacher/done" ]; then
     "${launch[@]}" -m recipes.train_cross_encoder --model "$teacher" "${pairs[@]}" --max_length 256 \
-        --passages_per_query 16 --per_device_batch_size 2 --num_epochs 2 --output_dir "$out/teacher" "${short[@]:0:4}"
+        --passages_per_query 16 --per_device_batch_size 2 --num_epochs 2 --output_dir "$out/teacher" "${few[@]}"
+    touch "$out/teacher/done"
+fi
 "${launch[@]}" -m recipes.score_pairs --model "$out/teacher" "${pairs[@]}" --max_query_length 32 --max_length 256 \
     --output_dir "$out/scores"
 "${launch[@]}" finetune_biencoder.py --head sparse --model "$model" --title space --corpus "$corpus" \

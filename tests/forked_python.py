@@ -28,6 +28,7 @@ def serve(path: str) -> None:
     import mine_negatives  # noqa: F401
     import pretrain_mae  # noqa: F401
     import recipes.cluster_queries  # noqa: F401
+    import recipes.import_training_data  # noqa: F401
     import recipes.score_pairs  # noqa: F401
 
     sys.path.pop(0)

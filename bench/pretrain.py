@@ -66,7 +66,7 @@ class PlainCollator:
         self.collate, self.objective, self.ratio = collate, objective, ratio
 
     def __call__(self, items):
-        batch, tokenizer = self.collate(items), self.collate.tokenizer
+        batch, tokenizer = self.collate(items), self.collate.cut.tokenizer
         ids, (B, L) = batch["input_ids"], batch["input_ids"].shape
         masks, views = torch.zeros(B, L, dtype=torch.bool), torch.zeros(B, L, L, dtype=torch.bool)
         bags = torch.zeros(B, len(tokenizer)) if self.objective == "dupmae" else torch.zeros(0)
@@ -156,7 +156,7 @@ def run_one(args) -> None:
     cut = Cut(tokenizer, args.length, span_tokens=args.length // 2 if pairs else 0)
     blocks = open_corpora([args.corpus], cut, seed=0)
     torch.manual_seed(0)
-    collate = BlockCollator(tokenizer, args.length)
+    collate = BlockCollator(cut)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     lm, _ = load_lm(config, args.model)
     model = OBJECTIVES[args.run](lm, tokenizer)

@@ -97,15 +97,13 @@ class MLM(nn.Module):
 
     def words(self, batch: dict) -> Tensor:
         """(B, L) number of each token's word; -1 at special tokens and padding."""
-        return masking.word_index(
-            batch["input_ids"], batch["attention_mask"], self.starts, self.special
-        )
+        ids, keep = batch["input_ids"], batch["attention_mask"]
+        return masking.word_index(ids, keep, self.starts, self.special)
 
     def noise(self, batch: dict, seed: int, stream: int, *shape: int) -> Tensor:
         """(B, *shape) random numbers in [0, 1), a function of (seed, stream, micro-step, row)."""
-        return masking.counter_uniform(
-            step_seed(seed, stream), batch["micro_step"], batch["rows"], shape
-        )
+        seed = step_seed(seed, stream)
+        return masking.counter_uniform(seed, batch["micro_step"], batch["rows"], shape)
 
     def budget(self, words: Tensor, attention_mask: Tensor) -> Tensor:
         """(B,) tokens to hide from the encoder: max(1, round(n * ratio)) of a text of n tokens,
@@ -136,14 +134,12 @@ class MLM(nn.Module):
         return cross_entropy_term(states, output.weight, output.bias, labels)
 
     def pooled_logits(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """(B, V) the highest logit of each term. hidden: (B, L, D)   mask: (B, L) bool, True =
-        take."""
+        """(B, V) highest logit of each term. hidden: (B, L, D)   mask: (B, L) bool, True = take"""
         output = self.lm.get_output_embeddings()
         return max_pooled_logits(head_transform(self.lm, hidden), output.weight, output.bias, mask)
 
     def represent(self, batch: dict) -> Tensor:
-        """(B, d) vectors of clean texts that retrieval would compare by dot product, for the
-        probe."""
+        """For the probe: (B, d) vectors that retrieval would compare by dot product."""
         return self.encode(batch["input_ids"], batch["attention_mask"])[:, 0]
 
     def rebuild(self, batch: dict) -> Term | None:
@@ -217,8 +213,7 @@ class RetroMAE(MLM):
         return self.decoder(self.queries(h, input_ids.shape[1]), keys, view, places)
 
     def queries(self, h: Tensor, length: int) -> Tensor:
-        """(B, D) -> (B, L, D): h + the embedding of each position, as in the RetroMAE
-        repository."""
+        """(B, D) -> (B, L, D): h + the embedding of each position."""
         config = self.lm.config
         first = config.pad_token_id + 1 if config.model_type == "roberta" else 0
         positions = torch.arange(first, first + length, device=h.device)
@@ -237,22 +232,20 @@ class RetroMAE(MLM):
 
 
 class DupMAE(RetroMAE):
-    """RetroMAE, and the set of the text's tokens predicted from the highest logit of each term, so
-    that ordinary tokens carry the text too: DupMAE (arXiv 2305.02564), code `modeling_duplex.py`
-    of RetroMAE.
+    """RetroMAE, and the bag of words of the text predicted from the highest logit of each term, so
+    that ordinary tokens carry the text too: DupMAE (arXiv 2305.02564), code `modeling_duplex.py`.
 
         (1/N) sum_{v in T} -log softmax(mu)[v]      weight 0.1
 
-    mu (B, V) is the maximum of the encoder's logits of the masked text over all positions but
-    [CLS], T the set of the text's N ordinary tokens. The mean is over texts that have a token;
-    `correct` counts those whose highest term is in T. (The paper, eq. 6 to 9: no 1/N, weight 1, a
-    linear layer of its own.)"""
+    mu (B, V) = the encoder's logits of the masked text, maximum over all positions but [CLS]; T =
+    the distinct tokens of the text's N ordinary ones. Mean over the texts that have a token;
+    `correct` counts those whose highest term is in T. (Paper, eq. 6 to 9: no 1/N, weight 1, its
+    own layer.)"""
 
     name = decoder_of = "dupmae"
 
     def queries(self, h: Tensor, length: int) -> Tensor:
-        """(B, D) -> (B, L, D): h through the embedding layer (position, token type, norm,
-        dropout)."""
+        """(B, D) -> (B, L, D): h + position and token type, norm, dropout, as in FlagEmbedding."""
         everywhere = h[:, None].expand(-1, length, -1)
         return self.lm.base_model.embeddings(input_ids=None, inputs_embeds=everywhere)
 
@@ -277,13 +270,13 @@ class DupMAE(RetroMAE):
 
 class LexMAE(MLM):
     """MLM, and a decoder over [b ; masked embeddings] that predicts what is hidden from it, where
-    the bottleneck b is a mixture of word embeddings: LexMAE (arXiv 2208.14754), code `proj_sparse`.
+    the bottleneck b mixes word embeddings: LexMAE (arXiv 2208.14754), code `proj_sparse`.
 
     a = softmax over the vocabulary of the encoder's logits of the masked text, their maximum over
-    all positions but those of special tokens;  b = a @ E. Through this product no gradient reaches
-    the embeddings E; all of it goes through a. The decoder's mask contains the encoder's and as
-    many other tokens as its own ratio needs; its 80/10/10 is drawn anew. Its LM head has its own
-    transform and bias, and the encoder's output matrix."""
+    all positions but those of special tokens;  b = a @ E. This product passes no gradient to the
+    embeddings E, all of it to a. The decoder's mask contains the encoder's and as many other tokens
+    as its own ratio needs; its 80/10/10 is drawn anew. Its LM head has a transform and bias of its
+    own, and the encoder's output matrix."""
 
     name = decoder_of = "lexmae"
 
@@ -327,8 +320,7 @@ class LexMAE(MLM):
         return masking.corrupt(ids, mask, noise[:, 1:], self.mask_id, self.ordinary_ids), mask
 
     def lexicon(self, hidden: Tensor, batch: dict) -> Tensor:
-        """(B, V) the highest logit of each term over the positions of ordinary tokens, also those
-        that are hidden."""
+        """(B, V) highest logit of each term over ordinary tokens, also those that are hidden."""
         return self.pooled_logits(hidden, self.words(batch) >= 0)
 
     def bottleneck(self, lexicon: Tensor) -> Tensor:
@@ -360,11 +352,9 @@ class LexMAE(MLM):
 
 class SEED(MLM):
     """MLM, and a causal decoder that is too weak to do without h: it predicts each token from h and
-    the few tokens before. SEED-Encoder (arXiv 2102.09206); the model is that of the repository,
-    task and loss those of the authors' fairseq fork.
-
-    Input [CLS] x1 ... xn, target x1 ... xn [SEP], both clean; loss 0.5 MLM + 0.5 decoder.
-    attention_window: tokens that a position reads, its own input among them."""
+    the few tokens before. SEED-Encoder (arXiv 2102.09206): model of the repository, task and loss
+    of the authors' fairseq fork. Input [CLS] x1 ... xn, target x1 ... xn [SEP], both clean; loss
+    0.5 MLM + 0.5 decoder. attention_window: tokens that a position reads, its own among them."""
 
     name = decoder_of = "seed"
 
@@ -406,11 +396,10 @@ class SEED(MLM):
 
 
 class Condenser(MLM):
-    """MLM by a head of a few layers over [last state at position 0 ; states of the middle layer
-    elsewhere], so that late layers can pass on what they know through h only, beside the MLM of the
-    encoder itself with the same mask and LM head: Condenser (arXiv 2104.08253), code `modeling.py`.
-    The middle layer is half way (6 of 12), as in all recipes. The mask ratio is of the tokens
-    without [CLS] and [SEP]."""
+    """MLM, and MLM of the same mask by a head of a few layers over [last state at position 0 ;
+    states of the middle layer elsewhere], so that late layers can pass on what they know through h
+    only: Condenser (arXiv 2104.08253), code `modeling.py`. The middle layer is half way (6 of 12),
+    as in all recipes. The mask ratio is of the tokens without [CLS] and [SEP]."""
 
     name = decoder_of = "condenser"
 
@@ -443,19 +432,17 @@ class Condenser(MLM):
         return found.last_hidden_state, found.hidden_states[self.middle]
 
     def rebuild(self, batch: dict) -> Term:
-        """The middle states are those of a text of [MASK] only."""
         ids, keep = batch["input_ids"], batch["attention_mask"]
         ordinary = self.words(batch) >= 0
-        middle = self.states(ids.masked_fill(ordinary, self.mask_id), keep)[1]
+        middle = self.states(ids.masked_fill(ordinary, self.mask_id), keep)[1]  # of [MASK] only
         places = flat(ordinary)
         return self.predict(self.decoder(self.represent(batch), middle, keep, places), places, ids)
 
 
 class CoCondenser(Condenser):
-    """Condenser on two spans of one document, and a contrastive loss: which of the spans of all
-    processes is of the same document? coCondenser (arXiv 2108.05540); on the target corpora it is
-    the pre-training of COCO-DR (2210.15212). Rows 2i and 2i + 1 of a batch are the spans of a
-    document."""
+    """Condenser on two spans of each document, rows 2i and 2i + 1 of a batch, and a contrastive
+    loss: which of the spans of all processes is of the same document? coCondenser (arXiv
+    2108.05540); on the target corpora it is the pre-training of COCO-DR (2210.15212)."""
 
     name = "cocondenser"  # continues the head of condenser
 
@@ -495,11 +482,11 @@ def span_backward(
     Each chunk's share of the MLM means needs the labels of all chunks and processes, counted
     first."""
     chunks = []
-    for part in torch.arange(len(batch["rows"])).split(size):
+    for start in range(0, len(batch["rows"]), size):
+        part = slice(start, start + size)
         width = int(batch["attention_mask"][part].sum(1).max())
         texts = {name: batch[name][part, :width] for name in ("input_ids", "attention_mask")}
-        place = {"rows": batch["rows"][part], "micro_step": batch["micro_step"]}
-        chunks.append(texts | place)
+        chunks.append(batch | texts | {"rows": batch["rows"][part]})
     labels = accelerator.unwrap_model(model).corrupt(batch, seed)[1].sum()
     labels = accelerator.reduce(labels, "sum").clamp(min=1)
     W = accelerator.num_processes
@@ -517,8 +504,7 @@ def span_backward(
 
     dropout_seed = step_seed(seed, DROPOUT, batch["micro_step"], accelerator.process_index)
     _, term = cached_backward(accelerator, model, encode, len(chunks), contrast, dropout_seed)
-    sums = {name: map(sum, zip(*terms, strict=True)) for name, terms in found.items()}
-    sums = {name: Term(*column)._replace(weight=1.0) for name, column in sums.items()}
+    sums = {name: Term(*(sum(t[i] for t in found[name]) for i in range(3))) for name in found}
     return {**sums, "contrast": term}
 
 

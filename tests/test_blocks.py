@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lib.blocks import SENTENCE_END, BlockCollator, Blocks, Corpora, Cut, Cutter, open_corpora
+from lib import blocks as module
+from lib.blocks import SENTENCE_END, BlockCollator, Blocks, Corpora, Cut, open_corpora
 from lib.files import UserError
 from lib.loader import StepSampler
 from lib.text import to_ids
@@ -152,7 +153,7 @@ def test_batches(corpus, tiny_model_dir):
     assert places == next(iter(StepSampler(len(blocks), 3, rank=1, world=2, seed=0, start=5))), (
         "one order for both"
     )
-    batch = BlockCollator(tokenizer, 20)([examples[place] for place in places])
+    batch = BlockCollator(blocks.cut)([examples[place] for place in places])
     assert batch["micro_step"] == 5 and batch["rows"].tolist() == [3, 4, 5]
     assert batch["tokens"] == batch["attention_mask"].sum() and batch["input_ids"].shape[1] <= 20
     rows = [int(blocks.table[example, 0]) for example, _, _ in places]
@@ -204,7 +205,7 @@ def test_spans_are_whole_sentences(documents, tiny_model_dir, monkeypatch):
     assert max(lengths) <= size and 2 <= count < 12
     again = Blocks(open_texts(documents), cut)
     assert np.array_equal(again.table, blocks.table)
-    monkeypatch.setattr(Cutter, "AT_ONCE", 1)  # four texts, so four parts, by workers
+    monkeypatch.setattr(module, "AT_ONCE", 1)  # four texts, so four parts, by workers
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     shutil.rmtree(blocks.texts.folder)
     again = Blocks(open_texts(documents), cut)

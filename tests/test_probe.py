@@ -21,7 +21,7 @@ def setting(tiny_model_dir, tiny_collection):
         AutoModelForMaskedLM.from_pretrained(tiny_model_dir),
         tokenizer,
         corpora,
-        BlockCollator(tokenizer, 64),
+        BlockCollator(Cut(tokenizer, 64)),
     )
 
 

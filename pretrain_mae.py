@@ -225,7 +225,9 @@ def main():
 
     def preview():
         first = collate([blocks[index, 0, index] for index in range(min(B, len(blocks)))])
-        return model.preview(first, args.seed, tokenizer)
+        length = int(first["attention_mask"][0].sum())
+        shown = model.preview(first, args.seed)
+        return {name: tokenizer.decode(ids[0, :length]) for name, ids in shown.items()}
 
     numbers = weights * 4  # the checkpoint, and a state with two moments
     ignore = ("probe_every", "probe_queries", "probe_qrels")

@@ -175,10 +175,11 @@ class Blocks:
 
     def strings(self, index: int, seed: int) -> list[str]:
         """The block, or two spans of the document drawn by the seed."""
-        if not self.cut.span_tokens:
-            return [self.string(index)]
-        pair = np.random.default_rng(seed).choice(self.counts[index], 2, replace=False)
-        return [self.string(int(self.first[index] + line)) for line in pair]
+        lines = [index]
+        if self.cut.span_tokens:
+            draw = np.random.default_rng(seed)
+            lines = self.first[index] + draw.choice(self.counts[index], 2, replace=False)
+        return [self.string(line) for line in lines]
 
 
 class Corpora(Dataset):

@@ -90,8 +90,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, dropout, seed):
         ctx.save_for_backward(q, k, v, mask)
-        ctx.dropout = dropout
-        ctx.seed = seed
+        ctx.dropout, ctx.seed = dropout, seed
         out = torch.empty_like(q)
         for part, probs, dropped, kept in _pieces(q, k, mask, dropout, seed):
             torch.matmul(probs.masked_fill_(dropped, 0.0).to(v.dtype), v[part], out=out[part])

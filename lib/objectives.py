@@ -9,8 +9,6 @@ A batch holds input_ids, attention_mask (B, L); rows (B,), the numbers of the te
 all processes; micro_step (int).
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -21,7 +19,7 @@ from lib.decoders import CausalDecoder, SlotDecoder, Transform, TwoStreamLayer, 
 from lib.dist import all_gather_with_grad, world
 from lib.files import UserError
 from lib.gradcache import cached_backward
-from lib.lm_head import head_transform, linear_cross_entropy, max_pooled_logits
+from lib.lm_head import Term, head_transform, linear_cross_entropy, max_pooled_logits
 from lib.text import step_seed
 
 # The options of each objective with their defaults, which pretrain_mae.py has as flags
@@ -41,16 +39,6 @@ OPTIONS = {
 DROPOUT, ENCODER_MASK, DECODER_MASK, DECODER_ROW = 2, 3, 4, 5
 DECODER_MASKS = 256  # RetroMAE's decoder chooses one of so many masks for each row of a text
 BAG_WEIGHT = 0.1  # of DupMAE's bag of words
-
-
-class Term(NamedTuple):
-    """One loss term of a batch. It is a sum, so that the caller can divide by the labels of all
-    processes."""
-
-    loss: Tensor  # sum over the labels
-    labels: int
-    correct: Tensor  # number of labels that scored highest
-    weight: float = 1.0  # of the mean in the total loss
 
 
 def flat(mask: Tensor) -> Tensor:
@@ -131,7 +119,7 @@ class MLM(nn.Module):
         output = self.lm.get_output_embeddings()
         states = head_transform(self.lm, hidden)
         labels = input_ids.flatten()[places]
-        return cross_entropy_term(states, output.weight, output.bias, labels)
+        return linear_cross_entropy(states, output.weight, output.bias, labels)
 
     def pooled_logits(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """(B, V) highest logit of each term. hidden: (B, L, D)   mask: (B, L) bool, True = take"""
@@ -147,24 +135,9 @@ class MLM(nn.Module):
         text alone, its context hidden. None without a decoder."""
         return None
 
-    def decoder_context(self, batch: dict, seed: int) -> Tensor:
-        """(B, L) ids that the decoder reads beside the bottleneck, [MASK] for those it does not
-        see; where its rows differ, those that the middle of the first text sees."""
-        return self.corrupt(batch, seed)[0]
-
-    def preview(self, batch: dict, seed: int, tokenizer) -> dict[str, str]:
-        """The first text of a batch as the models see it."""
-        shown = {"first text": batch["input_ids"], "encoder reads": self.corrupt(batch, seed)[0]}
-        if hasattr(self, "decoder"):
-            shown["decoder sees h and"] = self.decoder_context(batch, seed)
-        length = int(batch["attention_mask"][0].sum())
-        return {name: tokenizer.decode(ids[0, :length]) for name, ids in shown.items()}
-
-
-def cross_entropy_term(states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Term:
-    """states: (n, D)   weight: (V, D)   bias: (V,) or None   labels: (n,)"""
-    loss, correct = linear_cross_entropy(states, weight, bias, labels)
-    return Term(loss, len(labels), correct)
+    def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
+        """(B, L) ids that a dry run shows of the first text."""
+        return {"first text": batch["input_ids"], "encoder reads": self.corrupt(batch, seed)[0]}
 
 
 class RetroMAE(MLM):
@@ -226,9 +199,10 @@ class RetroMAE(MLM):
         h_only[..., 0] = True
         return self.predict(self.decode(self.represent(batch), ids, h_only, targets), targets, ids)
 
-    def decoder_context(self, batch: dict, seed: int) -> Tensor:
+    def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
         row = int(batch["attention_mask"][0].sum()) // 2
-        return batch["input_ids"].where(self.view(batch, seed)[:, row], self.mask_id)
+        seen = batch["input_ids"].where(self.view(batch, seed)[:, row], self.mask_id)
+        return super().preview(batch, seed) | {"decoder sees h and": seen}  # in the middle row
 
 
 class DupMAE(RetroMAE):
@@ -332,7 +306,7 @@ class LexMAE(MLM):
         states = self.decoder["layers"](b, rest, batch["attention_mask"], places)
         weight = self.lm.get_output_embeddings().weight
         labels = batch["input_ids"].flatten()[places]
-        return cross_entropy_term(self.decoder["head"](states), weight, self.decoder.bias, labels)
+        return linear_cross_entropy(self.decoder["head"](states), weight, self.decoder.bias, labels)
 
     def represent(self, batch: dict) -> Tensor:
         """Weights of the terms as in sparse retrieval, log(1 + relu(logits))."""
@@ -346,8 +320,9 @@ class LexMAE(MLM):
         b = self.bottleneck(self.lexicon(hidden, batch))
         return self.decode(b, hidden_ids, flat(ordinary), batch)
 
-    def decoder_context(self, batch: dict, seed: int) -> Tensor:
-        return self.corrupt_again(batch, self.corrupt(batch, seed)[1], seed)[0]
+    def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
+        seen = self.corrupt_again(batch, self.corrupt(batch, seed)[1], seed)[0]
+        return super().preview(batch, seed) | {"decoder sees b and": seen}
 
 
 class SEED(MLM):
@@ -367,32 +342,29 @@ class SEED(MLM):
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:
         corrupted, mask = self.corrupt(batch, seed)
         masked = flat(mask)
-        targets = self.targets(batch)
+        targets = flat(batch["attention_mask"][:, 1:].bool())  # of flat (B·(L - 1)) inputs
         hidden = self.encode(corrupted, batch["attention_mask"])
         encoder = self.predict(hidden, masked, batch["input_ids"])
         decoder = self.decode(hidden[:, 0], batch["input_ids"], targets, batch)
         return {"encoder": encoder._replace(weight=0.5), "decoder": decoder._replace(weight=0.5)}
-
-    def targets(self, batch: dict) -> Tensor:
-        """(n,) places, of the flat (B·(L - 1)) inputs, that a token follows."""
-        return flat(batch["attention_mask"][:, 1:].bool())
 
     def decode(self, h: Tensor, decoder_ids: Tensor, places: Tensor, batch: dict) -> Term:
         """h: (B, D)   decoder_ids: (B, L), the last of which is not read."""
         embedding = self.lm.get_input_embeddings()
         states = self.decoder(embedding(decoder_ids[:, :-1]), h, places)
         labels = batch["input_ids"][:, 1:].flatten()[places]
-        return cross_entropy_term(states, embedding.weight, None, labels)
+        return linear_cross_entropy(states, embedding.weight, None, labels)
 
     def rebuild(self, batch: dict) -> Term:
         ordinary = self.words(batch) >= 0
         hidden_ids = batch["input_ids"].masked_fill(ordinary, self.mask_id)
         return self.decode(self.represent(batch), hidden_ids, flat(ordinary[:, 1:]), batch)
 
-    def decoder_context(self, batch: dict, seed: int) -> Tensor:
-        ids = batch["input_ids"]
+    def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
         row = int(batch["attention_mask"][0].sum()) // 2
-        return ids.where(self.decoder.view(ids.shape[1], ids.device)[row], self.mask_id)
+        view = self.decoder.view(batch["input_ids"].shape[1])[row]
+        seen = batch["input_ids"].where(view, self.mask_id)
+        return super().preview(batch, seed) | {"decoder sees h and": seen}  # in the middle row
 
 
 class Condenser(MLM):

@@ -52,9 +52,11 @@ from lib.blocks import BlockCollator, Cut, open_corpora
 from lib.cpu import speed_up_attention
 from lib.files import UserError
 from lib.loader import StepSampler, load
-from lib.objectives import DROPOUT, OBJECTIVES, OPTIONS, span_backward
+from lib.masking import DROPOUT
+from lib.objectives import OBJECTIVES, OPTIONS
 from lib.optim import descend, lr_at, parameter_groups, recompute_activations
 from lib.probe import Probe
+from lib.spans import span_backward
 from lib.text import step_seed
 
 
@@ -127,14 +129,11 @@ class Args:
 
 def objective_options(args: Args) -> dict:
     """The options of the objective, by default those of OPTIONS."""
-    options = dict(OPTIONS[args.objective])
-    for name in {name for known in OPTIONS.values() for name in known}:
-        value = getattr(args, name)
-        if value is not None and name not in options:
-            raise UserError(f"--{name}: {args.objective} has no such option — leave it out")
-        if value is not None:
-            options[name] = value
-    return options
+    names = {name for options in OPTIONS.values() for name in options}
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for name in given.keys() - OPTIONS[args.objective].keys():
+        raise UserError(f"--{name}: {args.objective} has no such option — leave it out")
+    return OPTIONS[args.objective] | given
 
 
 def check(args: Args, positions: int, processes: int) -> None:

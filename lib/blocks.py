@@ -103,8 +103,8 @@ def split(text: str, offsets: list, room: int, size: int, draw=None) -> list[tup
 
 
 def cut_texts(texts: Texts, cut: Cut, first: int) -> np.ndarray:
-    """(n, 3) int32 (row, first character, end) of the pieces of AT_ONCE texts, from row `first`
-    on."""
+    """(n, 3) int32 (row, first character, end) of the pieces of the AT_ONCE texts from row
+    `first`."""
     strings = [cut.join(title, text) for _, title, text in texts.stream(first, first + AT_ONCE)]
     backend = cut.tokenizer.backend_tokenizer
     backend.no_truncation()

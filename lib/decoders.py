@@ -55,17 +55,20 @@ def initialize(module: nn.Module, std: float) -> None:
 
 
 class Layer(nn.Module):
-    """What the two kinds of decoder layers share: multi-head attention and the feed-forward
-    part."""
+    """What the two kinds of decoder layers share: multi-head attention and the feed-forward part.
+    more: names of further linear maps (D, D)"""
 
-    def __init__(self, sizes: Sizes):
+    def __init__(self, sizes: Sizes, *more: str):
         super().__init__()
+        D = sizes.hidden
         self.heads = sizes.heads
         self.attention_dropout = sizes.attention_dropout
         self.dropout = nn.Dropout(sizes.dropout)
         self.activation = ACT2FN[sizes.activation]
-        for name in ("query", "key", "value", "attention_output"):
-            self.add_module(name, nn.Linear(sizes.hidden, sizes.hidden))
+        for name in ("query", "key", "value", "attention_output", *more):
+            self.add_module(name, nn.Linear(D, D))
+        self.up, self.down = nn.Linear(D, sizes.inner), nn.Linear(sizes.inner, D)
+        self.attention_norm, self.output_norm = (nn.LayerNorm(D, eps=sizes.eps) for _ in range(2))
 
     def attend(self, queries: Tensor, keys: Tensor, view: Tensor) -> Tensor:
         """queries, keys: (B, L, D)   view: bool, True = visible, to (B, heads, L, L)   -> (B, L,
@@ -88,10 +91,6 @@ class TwoStreamLayer(Layer):
 
     def __init__(self, sizes: Sizes):
         super().__init__(sizes)
-        self.up = nn.Linear(sizes.hidden, sizes.inner)
-        self.down = nn.Linear(sizes.inner, sizes.hidden)
-        self.attention_norm = nn.LayerNorm(sizes.hidden, eps=sizes.eps)
-        self.output_norm = nn.LayerNorm(sizes.hidden, eps=sizes.eps)
         initialize(self, sizes.std)
 
     def forward(self, queries: Tensor, keys: Tensor, view: Tensor, places: Tensor) -> Tensor:
@@ -162,13 +161,7 @@ class CausalLayer(Layer):
     head; its query and key projections would never have a gradient and are left out."""
 
     def __init__(self, sizes: Sizes):
-        super().__init__(sizes)
-        self.bottleneck_value = nn.Linear(sizes.hidden, sizes.hidden)
-        self.bottleneck_output = nn.Linear(sizes.hidden, sizes.hidden)
-        self.up = nn.Linear(sizes.hidden, sizes.inner)
-        self.down = nn.Linear(sizes.inner, sizes.hidden)
-        self.attention_norm = nn.LayerNorm(sizes.hidden, eps=sizes.eps)
-        self.feed_forward_norm = nn.LayerNorm(sizes.hidden, eps=sizes.eps)
+        super().__init__(sizes, "bottleneck_value", "bottleneck_output")
 
     def forward(self, x: Tensor, h: Tensor, view: Tensor) -> Tensor:
         """x: (B, T, D)   h: (B, D)   view: (T, T) bool, True = visible   ->   (B, T, D)"""
@@ -179,7 +172,7 @@ class CausalLayer(Layer):
         kept = F.dropout(kept, self.attention_dropout, self.training)
         value = self.bottleneck_value(h).view(B, 1, self.heads, -1)
         x = x + self.dropout(self.bottleneck_output((kept * value).flatten(2)))
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        return x + self.feed_forward(self.output_norm(x))
 
 
 class Transform(nn.Module):

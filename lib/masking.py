@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lib.text import step_seed
 
+# Streams of random numbers in pre-training. 0 is the order of the data, 1 negatives in fine-tuning.
+DROPOUT, ENCODER_MASK, DECODER_MASK, DECODER_ROW = 2, 3, 4, 5
 ROUNDS = 4  # of whole_word_mask
 
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # constants of splitmix64, as signed integers

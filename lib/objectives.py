@@ -4,22 +4,21 @@ has one, its decoder; it turns a batch into loss terms.
 Legend: B texts, L tokens of the longest, D hidden size, V vocabulary, n positions with a label.
 attention_mask 1 = keep; other masks True = hidden, unless said otherwise. h (B, D), the bottleneck,
 is the encoder's last hidden state at position 0, except in LexMAE. `places` (n,) are the positions
-with a label as indices of the flat (B·L) positions; an LM head runs nowhere else.
-A batch holds input_ids, attention_mask (B, L); rows (B,), the numbers of the texts in the batch of
-all processes; micro_step (int).
+with a label as indices of the flat (B·L) positions; an LM head runs nowhere else. A batch holds
+input_ids, attention_mask (B, L); rows (B,), the texts' numbers in the batch of all processes;
+micro_step (int).
 """
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lib import masking
 from lib.decoders import CausalDecoder, SlotDecoder, Transform, TwoStreamLayer, sizes_of
-from lib.dist import all_gather_with_grad, world
 from lib.files import UserError
-from lib.gradcache import cached_backward
 from lib.lm_head import Term, head_transform, linear_cross_entropy, max_pooled_logits
+from lib.masking import DECODER_MASK, DECODER_ROW, ENCODER_MASK
+from lib.spans import span_contrast
 from lib.text import step_seed
 
 # The options of each objective with their defaults, which pretrain_mae.py has as flags
@@ -35,8 +34,6 @@ OPTIONS = {
         encoder_mask_ratio=0.15, mask="whole_word", decoder_layers=2, span_tokens=30, chunk_size=0
     ),
 }
-# Streams of random numbers. 0 is the order of the data, 1 the negatives of fine-tuning.
-DROPOUT, ENCODER_MASK, DECODER_MASK, DECODER_ROW = 2, 3, 4, 5
 DECODER_MASKS = 256  # RetroMAE's decoder chooses one of so many masks for each row of a text
 BAG_WEIGHT = 0.1  # of DupMAE's bag of words
 
@@ -153,10 +150,6 @@ class RetroMAE(MLM):
         self.decoder = TwoStreamLayer(sizes_of(lm.config))
 
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:
-        return self.auto_encode(batch, seed)[0]
-
-    def auto_encode(self, batch: dict, seed: int) -> tuple[dict[str, Term], Tensor]:
-        """(loss terms, (B, L, D) hidden states)."""
         ids = batch["input_ids"]
         corrupted, mask = self.corrupt(batch, seed)
         view = self.view(batch, seed)
@@ -164,8 +157,13 @@ class RetroMAE(MLM):
         targets = flat(self.words(batch) >= 0)
         hidden = self.encode(corrupted, batch["attention_mask"])
         decoded = self.decode(hidden[:, 0], ids, view, targets)
-        encoder = self.predict(hidden, masked, ids)
-        return {"encoder": encoder, "decoder": self.predict(decoded, targets, ids)}, hidden
+        terms = {"encoder": self.predict(hidden, masked, ids)}
+        terms["decoder"] = self.predict(decoded, targets, ids)
+        return terms | self.more_terms(hidden, batch)
+
+    def more_terms(self, hidden: Tensor, batch: dict) -> dict[str, Term]:
+        """Terms that a subclass adds. hidden: (B, L, D)"""
+        return {}
 
     @torch.no_grad()
     def view(self, batch: dict, seed: int) -> Tensor:
@@ -223,12 +221,7 @@ class DupMAE(RetroMAE):
         everywhere = h[:, None].expand(-1, length, -1)
         return self.lm.base_model.embeddings(input_ids=None, inputs_embeds=everywhere)
 
-    def forward(self, batch: dict, seed: int) -> dict[str, Term]:
-        terms, hidden = self.auto_encode(batch, seed)
-        return {**terms, "bow": self.bag_of_words(hidden, batch)}
-
-    def bag_of_words(self, hidden: Tensor, batch: dict) -> Term:
-        """hidden: (B, L, D)"""
+    def more_terms(self, hidden: Tensor, batch: dict) -> dict[str, Term]:
         ordinary = self.words(batch) >= 0
         keep = batch["attention_mask"].bool()
         keep = keep & (torch.arange(keep.shape[1], device=keep.device) > 0)
@@ -239,7 +232,7 @@ class DupMAE(RetroMAE):
         loss = ((mu.logsumexp(1, keepdim=True) - found) * distinct).sum(1)
         loss = loss / ordinary.sum(1).clamp(min=1)
         correct = ((found == mu.amax(1, keepdim=True)) & distinct).any(1).sum()
-        return Term(loss.sum(), int(ordinary.any(1).sum()), correct, BAG_WEIGHT)
+        return {"bow": Term(loss.sum(), int(ordinary.any(1).sum()), correct, BAG_WEIGHT)}
 
 
 class LexMAE(MLM):
@@ -425,59 +418,6 @@ class CoCondenser(Condenser):
             return {}, self.encode(self.corrupt(batch, seed)[0], batch["attention_mask"])[:, 0]
         terms, h = self.condense(batch, seed)
         return (terms, h) if chunk else {**terms, "contrast": span_contrast(h)}
-
-
-def span_contrast(h: Tensor) -> Term:
-    """Cross-entropy of each span over all others of all processes; its partner, row r XOR 1, is
-    right.
-
-    loss_r = -log( exp(s[r, r ^ 1]) / sum_{j != r} exp(s[r, j]) ),  s = h @ h_all.T in fp32
-    h: (n, D), n even, the same n on all processes   ->   the sum over the n local rows
-    Spans of a copy of the document are negatives too."""
-    n = len(h)
-    everyone = all_gather_with_grad(h.float())  # (W·n, D)
-    rows = world()[0] * n + torch.arange(n, device=h.device)
-    with torch.autocast(h.device.type, enabled=False):
-        scores = h.float() @ everyone.T
-    scores = scores.scatter(1, rows[:, None], float("-inf"))
-    loss = F.cross_entropy(scores, rows ^ 1, reduction="sum")
-    return Term(loss, n, (scores.argmax(1) == rows ^ 1).sum())
-
-
-def span_backward(
-    accelerator: Accelerator, model: nn.Module, batch: dict, seed: int, size: int
-) -> dict[str, Term]:
-    """The training step of coCondenser with `size` spans encoded at a time (GradCache). It adds the
-    gradients of the plain step and returns its loss terms, detached.
-
-    model: the prepared CoCondenser. The MLM losses belong to a chunk, the contrast to all chunks.
-    Each chunk's share of the MLM means needs the labels of all chunks and processes, counted
-    first."""
-    chunks = []
-    for start in range(0, len(batch["rows"]), size):
-        part = slice(start, start + size)
-        width = int(batch["attention_mask"][part].sum(1).max())
-        texts = {name: batch[name][part, :width] for name in ("input_ids", "attention_mask")}
-        chunks.append(batch | texts | {"rows": batch["rows"][part]})
-    labels = accelerator.unwrap_model(model).corrupt(batch, seed)[1].sum()
-    labels = accelerator.reduce(labels, "sum").clamp(min=1)
-    W = accelerator.num_processes
-    found = {"encoder": [], "decoder": []}  # terms of each chunk
-
-    def encode(index: int) -> tuple[Tensor, Tensor | float]:
-        terms, h = model(chunks[index], seed, chunk=True)
-        for name, term in terms.items():
-            found[name].append(term._replace(loss=term.loss.detach()))
-        return h, sum(W * term.loss / labels for term in terms.values())
-
-    def contrast(reps: list[Tensor]) -> tuple[Tensor, Term]:
-        term = span_contrast(torch.cat(reps))
-        return term.loss / term.labels, term._replace(loss=term.loss.detach())
-
-    dropout_seed = step_seed(seed, DROPOUT, batch["micro_step"], accelerator.process_index)
-    _, term = cached_backward(accelerator, model, encode, len(chunks), contrast, dropout_seed)
-    sums = {name: Term(*(sum(t[i] for t in found[name]) for i in range(3))) for name in found}
-    return {**sums, "contrast": term}
 
 
 OBJECTIVES = {

@@ -11,7 +11,7 @@ recall@100   share of the positives of untrained queries among the 100 best of a
 import random
 
 import torch
-from torch import Tensor
+from accelerate.utils import send_to_device
 
 from lib.blocks import BlockCollator, Corpora
 from lib.files import UserError, read_qrels
@@ -67,8 +67,7 @@ class Probe:
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
             batch = self.collate([(0, [strings[row]], 0, row) for row in rows])
-            on_device = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in batch.items()}
-            yield rows, on_device
+            yield rows, send_to_device(batch, device)
 
     @torch.no_grad()
     def __call__(self, model, device) -> dict[str, float]:

@@ -17,8 +17,8 @@ from lib.text import to_ids
 from lib.texts import open_texts
 
 TRICKY = (
-    'Dr. Smith et al. fought in the U.S. Army. "Is it?" Yes! See e.g. Fig. 3 or No. 5. Version 2.0 is out... and so '
-    "on. J. K. Rowling (author). (An aside.) Then 这是一句。那是另一句！「好。」\n\n"
+    'Dr. Smith et al. fought in the U.S. Army. "Is it?" Yes! See e.g. Fig. 3 or No. 5. '
+    "Version 2.0 is out... and so on. J. K. Rowling (author). (An aside.) Then 这是一句。那是另一句！「好。」\n\n"
     "A title\n\nIt cost 3.14 at 5 p.m. We left"
 )
 SENTENCES = [
@@ -70,9 +70,11 @@ def byte_level_bpe(texts):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Texts that fit, one of many sentences, one of a long sentence, one of a long word, one without any token."""
+    """Texts that fit, one of many sentences, one of a long sentence, one of a long word, one
+    without any token."""
     path = tmp_path_factory.mktemp("blocks") / "corpus.jsonl"
-    sentence = "Queen ants and their larvae trail along the lava of a volcano, under ice and snow; the bridge holds"
+    sentence = "Queen ants and their larvae trail along the lava of a volcano, under ice and snow"
+    sentence += "; the bridge holds"
     rows = [
         ("A title", "Short text."),
         ("", f"{sentence}. " * 6 + TRICKY),
@@ -170,7 +172,7 @@ def test_a_corpus_without_tokens_stops(tmp_path, tiny_model_dir):
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ----
 # spans and several corpora
 
 

@@ -1,4 +1,5 @@
-"""pytest tests/test_pretrain.py — the script: from scratch, chained, killed and resumed, on two processes, misused."""
+"""pytest tests/test_pretrain.py — the script: from scratch, chained, killed and resumed, on two
+processes, misused."""
 
 import json
 import os
@@ -153,7 +154,8 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, tiny_model_dir, tiny_co
 
 @pytest.fixture(scope="module")
 def sentences(tmp_path_factory, tiny_collection):
-    """The passages of the collection, each sentence of a few words, so that every text has several spans."""
+    """The passages of the collection, each sentence of a few words, so that every text has several
+    spans."""
     path = tmp_path_factory.mktemp("sentences") / "corpus.jsonl"
     rows = [json.loads(line) for line in tiny_collection.corpus.read_text().splitlines()]
     for row in rows:

@@ -1,4 +1,5 @@
-"""pytest tests/test_probe.py — what the probe measures, by naive loops; that a rebuilt text has no context left."""
+"""pytest tests/test_probe.py — what the probe measures, by naive loops; that a rebuilt text has no
+context left."""
 
 import pytest
 import torch

@@ -73,13 +73,13 @@ class Args:
         None, help="how title and text are joined (default: as in the checkpoint, else a space)"
     )
     max_length: int = arg(512, least=4, help="tokens of a block (RetroMAE 150, LexMAE 144)")
-    model: str | None = arg(None, group="model", help="checkpoint to start from; its decoder too")
-    model_config: str | None = arg(
-        None, help="instead: JSON with model_type and sizes, new weights"
-    )
+    model: str | None = arg(None, group="model", help="checkpoint to start from")
+    model_config: str | None = arg(None, help="JSON of a new model (model_type and sizes)")
     tokenizer: str | None = arg(None, help="tokenizer of --model_config")
     encoder_dropout: bool = arg(True, help="switch dropout in the encoder off, as COCO-DR does")
-    objective: Literal[tuple(OPTIONS)] = arg("retromae", group="objective", help="see above")
+    objective: Literal[tuple(OPTIONS)] = arg(
+        "retromae", group="objective", help="method, see above"
+    )
     encoder_mask_ratio: float | None = arg(
         None, above=0, below=1, help="share hidden from the encoder (0.3; seed, [co]condenser 0.15)"
     )

@@ -56,17 +56,16 @@ def linear_cross_entropy(
     twice. The gradient of the *sum* is of order 1, so fp16 needs no loss scale inside; GradScaler's
     scale arrives in the backward pass, in fp32."""
     assert hidden.shape[1:] == weight.shape[1:] and labels.shape == hidden.shape[:1]
-    dtype = _product_dtype(hidden)
     with_grad = torch.is_grad_enabled()
-    loss, correct = _LinearCrossEntropy.apply(hidden, weight, bias, labels, dtype, with_grad)
+    loss, correct = _LinearCrossEntropy.apply(hidden, weight, bias, labels, with_grad)
     return Term(loss, len(labels), correct)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, dtype, with_grad):
-        n = len(hidden)
-        w = weight.to(dtype)
+    def forward(ctx, hidden, weight, bias, labels, with_grad):
+        dtype = _product_dtype(hidden)
+        n, w = len(hidden), weight.to(dtype)
         loss = torch.zeros((), device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         needs = [need and with_grad for need in ctx.needs_input_grad[:3]]
@@ -115,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream, _):
         pairs = zip(ctx.grads, ctx.dtypes, strict=True)
         grads = [None if grad is None else (grad * upstream).to(dtype) for grad, dtype in pairs]
-        return *grads, None, None, None
+        return *grads, None, None
 
 
 def max_pooled_logits(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
@@ -127,13 +126,14 @@ def max_pooled_logits(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor
     through this position alone: at most B·V weighted rows in place of two products as large as the
     forward pass."""
     assert hidden.shape[:2] == mask.shape and mask.dtype == torch.bool
-    pooled = _MaxPooledLogits.apply(hidden, weight, bias, mask, _product_dtype(hidden))
+    pooled = _MaxPooledLogits.apply(hidden, weight, bias, mask)
     return pooled.masked_fill(~mask.any(1, keepdim=True), 0.0)
 
 
 class _MaxPooledLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, mask, dtype):
+    def forward(ctx, hidden, weight, bias, mask):
+        dtype = _product_dtype(hidden)
         B, L, D = hidden.shape
         V = len(weight)
         h = hidden.to(dtype).flatten(0, 1)
@@ -171,7 +171,7 @@ class _MaxPooledLogits(torch.autograd.Function):
         order = place.argsort()
         rows = _sum_rows(weight.float(), term[order], share[order], place[order], len(flat))
         to_hidden = rows.view_as(hidden).to(hidden.dtype)
-        return to_hidden, to_weight.to(weight.dtype), grad.sum(0), None, None
+        return to_hidden, to_weight.to(weight.dtype), grad.sum(0), None
 
 
 def _sum_rows(rows: Tensor, index: Tensor, factor: Tensor, group: Tensor, groups: int) -> Tensor:

@@ -77,9 +77,7 @@ class Args:
     model_config: str | None = arg(None, help="JSON of a new model (model_type and sizes)")
     tokenizer: str | None = arg(None, help="tokenizer of --model_config")
     encoder_dropout: bool = arg(True, help="switch dropout in the encoder off, as COCO-DR does")
-    objective: Literal[tuple(OPTIONS)] = arg(
-        "retromae", group="objective", help="method, see above"
-    )
+    objective: Literal[tuple(OPTIONS)] = arg("retromae", group="objective", help="the method")
     encoder_mask_ratio: float | None = arg(
         None, above=0, below=1, help="share hidden from the encoder (0.3; seed, [co]condenser 0.15)"
     )

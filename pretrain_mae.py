@@ -13,23 +13,18 @@
                  and on the target corpora COCO-DR (2210.15212)
 
 Deliberate deviations from the official code:
-  1. Each loss term is a mean over the labels of all processes (SEED does so too; the others take
-  the
-     mean of the means per device). Under gradient accumulation every micro-batch weighs the same.
+  1. Each loss term is a mean over the labels of all processes (SEED: too; others: mean of the means
+     per device). Under gradient accumulation every micro-batch weighs the same.
   2. A corrupted token becomes [MASK], an ordinary token or itself, 80/10/10; never a special token.
-  3. Blocks end with a sentence and fit --max_length (RetroMAE's exceed it by up to a sentence,
-  which
-     is cut off). Sentences longer than a block or span are cut, and no text is lost.
+  3. Blocks end with a sentence and fit --max_length (RetroMAE cuts off up to a sentence of each).
+     Sentences longer than a block or span are cut, and no text is lost.
   4. The decoder is saved; the next stage of the same objective continues it (RetroMAE: a new one).
-  5. Special tokens inside a text, such as the [SEP] of --title sep, are neither masked nor
-  predicted.
-     Only SEED's decoder predicts them, because [SEP] ends its text.
-  6. Token masks hide exactly their share of each text (BERT and RoBERTa draw each token
-  independently). 7. SEED's cross-attention to its one key has no query and key projections: they
-  would change nothing. 8. coCondenser's spans are cut by COCO-DR's rule, and a span is never
-  paired with itself. 9. COCO-DR pre-trains without dropout in the encoder but with dropout in the
-  head, perhaps by
-     mistake: --no_encoder_dropout.
+  5. Special tokens in a text, such as the [SEP] of --title sep, are neither masked nor predicted;
+     only SEED's decoder predicts them, because [SEP] ends its text.
+  6. Token masks hide exactly their share of a text (BERT, RoBERTa: each token independently).
+  7. SEED's cross-attention has no query and key projections: with one key they change nothing.
+  8. coCondenser's spans are cut by COCO-DR's rule, and a span is never paired with itself.
+  9. COCO-DR has no dropout in the encoder but in the head, maybe by mistake: --no_encoder_dropout.
 Masks and spans are functions of (seed, micro-step, row in the batch of all processes).
 
 Reads   --model (Hugging Face), or --model_config and --tokenizer to start from scratch; corpora
@@ -57,9 +52,11 @@ from lib.blocks import BlockCollator, Cut, open_corpora
 from lib.cpu import speed_up_attention
 from lib.files import UserError
 from lib.loader import StepSampler, load
-from lib.objectives import DROPOUT, OBJECTIVES, OPTIONS, span_backward
+from lib.masking import DROPOUT
+from lib.objectives import OBJECTIVES, OPTIONS
 from lib.optim import descend, lr_at, parameter_groups, recompute_activations, steps_of
 from lib.probe import Probe
+from lib.spans import span_backward
 from lib.text import step_seed
 
 
@@ -70,25 +67,17 @@ class Args:
     )
     output_dir: str = arg(help="folder for the checkpoint")
     balance: float = arg(
-        1.0,
-        above=0,
-        help="sampling temperature of several corpora: 1 is by size, large is equal shares",
+        1.0, least=1, help="mix corpora by their size (1) to equally (large values)"
     )
     title: Literal["none", "space", "sep"] | None = arg(
         None, help="how title and text are joined (default: as in the checkpoint, else a space)"
     )
-    max_length: int = arg(
-        512, least=4, help="tokens of a block (RetroMAE on MS MARCO 150, LexMAE 144)"
-    )
-    model: str | None = arg(
-        None, group="model", help="checkpoint to start from; its decoder is continued if it fits"
-    )
-    model_config: str | None = arg(
-        None, help="JSON of a new model (model_type, sizes), not --model"
-    )
-    tokenizer: str | None = arg(None, help="tokenizer of the new model")
+    max_length: int = arg(512, least=4, help="tokens of a block (RetroMAE 150, LexMAE 144)")
+    model: str | None = arg(None, group="model", help="checkpoint to start from")
+    model_config: str | None = arg(None, help="JSON of a new model (model_type and sizes)")
+    tokenizer: str | None = arg(None, help="tokenizer of --model_config")
     encoder_dropout: bool = arg(True, help="switch dropout in the encoder off, as COCO-DR does")
-    objective: Literal[tuple(OPTIONS)] = arg("retromae", group="objective", help="see above")
+    objective: Literal[tuple(OPTIONS)] = arg("retromae", group="objective", help="the method")
     encoder_mask_ratio: float | None = arg(
         None, above=0, below=1, help="share hidden from the encoder (0.3; seed, [co]condenser 0.15)"
     )
@@ -102,13 +91,11 @@ class Args:
         None, least=1, help="lexmae, [co]condenser (2), seed (3, or 1 with a window of 8 or more)"
     )
     attention_window: int | None = arg(
-        None,
-        least=1,
-        help="seed: number of tokens that the decoder sees, the current one included (2)",
+        None, least=1, help="seed: tokens that the decoder sees, the current one included (2)"
     )
     span_tokens: int | None = arg(None, least=1, help="cocondenser: maximum tokens of a span (30)")
     chunk_size: int | None = arg(
-        None, least=0, help="cocondenser: documents encoded at a time by GradCache; 0 is all (0)"
+        None, least=0, help="cocondenser: documents encoded at a time (GradCache); 0 is all (0)"
     )
     per_device_batch_size: int = arg(
         32, least=1, group="optimisation", help="blocks, or documents, per process and micro-step"
@@ -124,46 +111,37 @@ class Args:
     )
     num_epochs: float = arg(8.0, above=0, help="passes over the corpus (RetroMAE on MS MARCO 20)")
     max_steps: int = arg(0, least=0, help="optimizer steps; if given, --num_epochs is not used")
-    warmup_steps: float = arg(
-        0.1, least=0, help="steps of linear warm-up; below 1, a share of all steps"
-    )
+    warmup_steps: float = arg(0.1, least=0, help="steps of warm-up; below 1, a share of all steps")
     seed: int = arg(42, group="runtime", help="seed of data order, masks, dropout and new weights")
-    probe_every: int = arg(
-        0, least=0, help="probe the bottleneck every N steps (lib/probe.py); 0 is never"
-    )
+    probe_every: int = arg(0, least=0, help="probe the bottleneck every N steps; 0 is never")
     probe_queries: str | None = arg(None, help="queries for the probe's recall@100")
     probe_qrels: str | None = arg(None, help="judgments of --probe_queries")
     save_every: int = arg(1000, least=1, help="save a state for --resume every N steps")
     log_every: int = arg(20, least=1, help="write a log line every N steps")
     resume: bool = arg(False, help="continue from the last saved state")
     num_workers: int = arg(2, least=0, help="loader processes that turn text into ids")
-    report_to: Literal["none", "tensorboard", "wandb"] = arg(
-        "none", help="also log to this tracker"
-    )
+    report_to: Literal["none", "tensorboard", "wandb"] = arg("none", help="also log to a tracker")
     deterministic: bool = arg(False, help="make reruns on CUDA bit-identical")
     dry_run: bool = arg(False, help="show the first inputs, batch, steps and disk space, then stop")
 
 
 def objective_options(args: Args) -> dict:
     """The options of the objective, by default those of OPTIONS."""
-    options = dict(OPTIONS[args.objective])
-    for name in {name for known in OPTIONS.values() for name in known}:
-        value = getattr(args, name)
-        if value is not None and name not in options:
-            raise UserError(f"--{name}: {args.objective} has no such option — leave it out")
-        if value is not None:
-            options[name] = value
-    return options
+    names = {name for options in OPTIONS.values() for name in options}
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for name in given.keys() - OPTIONS[args.objective].keys():
+        raise UserError(f"--{name}: {args.objective} has no such option — leave it out")
+    return OPTIONS[args.objective] | given
 
 
 def check(args: Args, positions: int, processes: int) -> None:
     """UserError where arguments do not fit together."""
-    probe_files = (args.probe_queries, args.probe_qrels)
+    files = args.probe_queries, args.probe_qrels
     if args.max_length > positions:
         raise UserError(
             f"--max_length {args.max_length}: the model has {positions} positions — lower it"
         )
-    if any(probe_files) and not (all(probe_files) and args.probe_every):
+    if any(files) and not (all(files) and args.probe_every):
         raise UserError("give all of --probe_every, --probe_queries and --probe_qrels, or no files")
     if args.objective == "cocondenser" and processes * args.per_device_batch_size < 2:
         raise UserError("--per_device_batch_size 1: the contrast needs another document — raise it")
@@ -173,10 +151,11 @@ def mean_loss(accelerator, terms):
     """(loss to backpropagate, sums over all processes: a row of loss, labels, correct for each
     term). DDP averages the gradients of W processes. So W times the local sum, divided by the
     labels of all processes, gives the gradient of the mean over the whole batch."""
-    columns = [
-        (t.loss.detach(), t.loss.new_tensor(t.labels), t.correct.float()) for t in terms.values()
+    rows = [
+        torch.stack([t.loss.detach(), t.loss.new_tensor(t.labels), t.correct.float()])
+        for t in terms.values()
     ]
-    sums = accelerator.reduce(torch.stack([torch.stack(c) for c in columns]), "sum")  # (terms, 3)
+    sums = accelerator.reduce(torch.stack(rows), "sum")  # (terms, 3)
     labels = sums[:, 1].clamp(min=1)  # texts without ordinary tokens have no label
     W = accelerator.num_processes
     loss = sum(t.weight * W * t.loss / n for t, n in zip(terms.values(), labels, strict=True))
@@ -211,10 +190,8 @@ def main():
     title = args.title or checkpoint.stated_title(args.model) or "space"
     cut = Cut(tokenizer, args.max_length, title, options.get("span_tokens", 0))
     with accelerator.main_process_first():
-        blocks = open_corpora(
-            args.corpus, cut, args.seed, args.balance, accelerator.is_main_process
-        )
-        collate = BlockCollator(tokenizer, args.max_length)
+        blocks = open_corpora(args.corpus, cut, args.seed, args.balance)
+        collate = BlockCollator(cut)
         probe = None
         if args.probe_every:
             probe = Probe(blocks, collate, args.probe_queries, args.probe_qrels)
@@ -229,34 +206,33 @@ def main():
     if args.gradient_checkpointing:
         recompute_activations(lm)
     model = OBJECTIVES[args.objective](lm, tokenizer, **options)
-    decoder = checkpoint.load_decoder(model, args.model)
     weights = sum(p.numel() for p in model.parameters())
     unit = "documents" if args.objective == "cocondenser" else "blocks"
-    shown_options = [f"{name} {value}" for name, value in model.options.items()]
     facts = {
         "model": f"{origin}, {config.model_type}, {weights / 1e6:.1f} M weights",
-        "decoder": decoder,
-        "objective": ", ".join([args.objective, *shown_options]),
+        "decoder": checkpoint.load_decoder(model, args.model),
+        "objective": f"{args.objective}, {model.options}",
         "running on": launch.describe(accelerator),
         "batch": f"{B} {unit} x {W} process(es) x {accumulation} accumulated = {texts_per_step}",
         unit: f"{len(blocks)} of at most {args.max_length} tokens, title: {title}",
         **blocks.shares(),
         "steps": f"{max_steps}, {warmup_steps} of warm-up",
-        "steps per epoch": f"{len(blocks) / texts_per_step:.2f}",
+        "epochs": f"{max_steps * texts_per_step / len(blocks):.2f}",
     }
 
     def preview():
         first = collate([blocks[index, 0, index] for index in range(min(B, len(blocks)))])
-        return model.preview(first, args.seed, tokenizer)
+        length = int(first["attention_mask"][0].sum())
+        shown = model.preview(first, args.seed)
+        return {name: tokenizer.decode(ids[0, :length]) for name, ids in shown.items()}
 
     # the checkpoint, and a state with two moments
     facts["disk"] = f"{4 * weights * 4 / 1e9:.2f} GB"
     facts["inputs"] = {name: part.texts.fingerprint for name, part in blocks.parts.items()}
     if not launch.begin(accelerator, args, "pre-training", facts, preview):
         return
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True
-    )
+    groups = parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     objective = accelerator.unwrap_model(model)
 
@@ -294,15 +270,12 @@ def main():
                 loss, sums = mean_loss(accelerator, terms)
                 accelerator.backward(loss)
             lr = lr_at(step, args.learning_rate, warmup_steps, max_steps)
-            norm, finite = descend(
-                accelerator, model, optimizer, loss.detach(), lr, args.max_grad_norm
-            )
+            loss = loss.detach()
+            norm, finite = descend(accelerator, model, optimizer, loss, lr, args.max_grad_norm)
             if not finite:
                 pids = ", ".join(blocks.ids(batch["examples"].tolist()))
-                raise UserError(
-                    f"step {step + 1}: loss or gradient not finite for texts {pids} — "
-                    "lower --learning_rate"
-                )
+                wrong = f"step {step + 1}: loss or gradient not finite for texts {pids}"
+                raise UserError(f"{wrong} — lower --learning_rate")
         # ---- log and save, once per optimizer step
         micro_step += 1
         totals = totals + sums.double()  # on the device until it is logged
@@ -328,12 +301,8 @@ def main():
 
     # ---- save
     if accelerator.is_main_process:
-        card = {
-            "base": origin,
-            "data": ", ".join(args.corpus),
-            "command": " ".join(sys.argv),
-            "metrics": {"steps": step, **values},
-        }
+        card = {"base": origin, "data": ", ".join(args.corpus), "command": " ".join(sys.argv)}
+        card["metrics"] = {"steps": step, **values}
         checkpoint.save_checkpoint(objective, tokenizer, args.output_dir, title, card)
     launch.finish(accelerator, args.output_dir)
 

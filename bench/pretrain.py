@@ -1,12 +1,16 @@
-"""Speed and memory of a pre-training step: lib/objectives.py against a straightforward form of the official recipes.
+"""Speed and memory of a pre-training step: lib/objectives.py against a straightforward form of the
+official recipes.
 
-    python -m bench.pretrain --model DIR --corpus FILE [--objectives retromae lexmae ...] [--precision bf16]
+    python -m bench.pretrain --model DIR --corpus FILE [--objectives retromae lexmae ...]
+    [--precision bf16]
 
-The other side has the same weights, blocks, optimizer and loop, but computes as the official code does: logits of all
-positions, (B, L, V), for encoder and decoder, a cross-entropy that ignores most of them, and masks drawn word by word
-in the collator (for RetroMAE and DupMAE up to 256 per text). Two loader workers each. Each run is a process of its
-own, in turns. Printed: the median time of a step without the first two, the share of it spent waiting for data, and
-the peak of resident memory beyond what is there before the model is. MiniLM is the encoder of 6 layers of 384 meant.
+The other side has the same weights, blocks, optimizer and loop, but computes as the official code
+does: logits of all positions, (B, L, V), for encoder and decoder, a cross-entropy that ignores
+most of them, and masks drawn word by word in the collator (for RetroMAE and DupMAE up to 256 per
+text). Two loader workers each. Each run is a process of its own, in turns. Printed: the median
+time of a step without the first two, the share of it spent waiting for data, and the peak of
+resident memory beyond what is there before the model is. MiniLM is the encoder of 6 layers of 384
+meant.
 """
 
 import argparse
@@ -32,8 +36,9 @@ from lib.cpu import speed_up_attention
 from lib.files import read_json, write_json
 from lib.lm_head import head_transform
 from lib.loader import StepSampler
-from lib.objectives import OBJECTIVES, span_contrast
+from lib.objectives import OBJECTIVES
 from lib.optim import parameter_groups, recompute_activations
+from lib.spans import span_contrast
 from lib.text import step_seed
 from pretrain_mae import mean_loss
 
@@ -59,14 +64,14 @@ def whole_words(tokens: list[str], ratio: float) -> list[bool]:
 
 
 class PlainCollator:
-    """What BlockCollator gives, and the masks: input_ids corrupted, clean ids, labels, and by objective the decoder's
-    (B, L, L) attention or the (B, V) bag of words."""
+    """What BlockCollator gives, and the masks: input_ids corrupted, clean ids, labels, and by
+    objective the decoder's (B, L, L) attention or the (B, V) bag of words."""
 
     def __init__(self, collate: BlockCollator, objective: str, ratio: float):
         self.collate, self.objective, self.ratio = collate, objective, ratio
 
     def __call__(self, items):
-        batch, tokenizer = self.collate(items), self.collate.tokenizer
+        batch, tokenizer = self.collate(items), self.collate.cut.tokenizer
         ids, (B, L) = batch["input_ids"], batch["input_ids"].shape
         masks, views = torch.zeros(B, L, dtype=torch.bool), torch.zeros(B, L, L, dtype=torch.bool)
         bags = torch.zeros(B, len(tokenizer)) if self.objective == "dupmae" else torch.zeros(0)
@@ -156,7 +161,7 @@ def run_one(args) -> None:
     cut = Cut(tokenizer, args.length, span_tokens=args.length // 2 if pairs else 0)
     blocks = open_corpora([args.corpus], cut, seed=0)
     torch.manual_seed(0)
-    collate = BlockCollator(tokenizer, args.length)
+    collate = BlockCollator(cut)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     lm, _ = load_lm(config, args.model)
     model = OBJECTIVES[args.run](lm, tokenizer)
@@ -240,7 +245,8 @@ def main():
         print(
             f"{objective:<12} step {step['ours']:.2f} s, plain {step['plain']:.2f} s: {faster:.2f}x"
             f"   memory {peak['ours']:,.0f} MB, plain {peak['plain']:,.0f} MB: {smaller:.2f}"
-            f"   waited {wait['ours']:.1%}, plain {wait['plain']:.1%}   loss {loss['ours']:.3f}, {loss['plain']:.3f}"
+            f"   waited {wait['ours']:.1%}, plain {wait['plain']:.1%}"
+            f"   loss {loss['ours']:.3f}, {loss['plain']:.3f}"
             f"   {tokens:.0f} tokens",
             flush=True,
         )

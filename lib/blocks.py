@@ -1,13 +1,12 @@
-"""The texts of pre-training: a corpus cut into blocks of whole sentences, or into the short spans
-of whole sentences that coCondenser pairs.
-
-Text becomes ids here, in the loader workers; every draw is a function of (seed, step, row).
-"""
+"""The texts of pre-training: a corpus cut into blocks, or into the short spans that coCondenser
+pairs, both of whole sentences. Text becomes ids in the loader workers; every draw is a function of
+(seed, step, row)."""
 
 import json
 import os
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,8 +20,9 @@ from lib.loader import permutation
 from lib.text import join_title, pad, step_seed, to_ids
 from lib.texts import Texts, open_texts
 
+AT_ONCE = 2000  # texts that are cut at a time
 BLOCKS_VERSION = 2  # part of the cache key: raise it when the code below cuts differently
-SHORT = 0.1  # probability that a span of COCO-DR ends early before a sentence
+SHORT = 0.1  # probability that a span of COCO-DR ends before the next sentence although it fits
 
 SENTENCE_END = re.compile(
     r"""(?: (?<!\b[A-Z])                              # no initial: J. Smith, the U.S. Army
@@ -38,17 +38,15 @@ SENTENCE_END = re.compile(
 
 @dataclass
 class Cut:
-    """How texts are cut. title: how it is joined to the text, before the first block; span_tokens:
-    0 = blocks of at most max_length tokens; else COCO-DR's spans of about so many tokens."""
+    """How texts are cut."""
 
     tokenizer: object
-    max_length: int  # special tokens included
-    title: str = "space"
-    span_tokens: int = 0
+    max_length: int  # of a block with its special tokens
+    title: str = "space"  # how it is joined to the text; it begins the first block
+    span_tokens: int = 0  # 0 = blocks; else spans of at most so many tokens
 
-    @property
-    def room(self) -> int:
-        return self.max_length - self.tokenizer.num_special_tokens_to_add()
+    def join(self, titles: tuple[str, ...], text: str) -> str:
+        return join_title(titles, text, self.title, self.tokenizer)
 
     def key(self) -> str:
         """Hash of everything that decides where a text is cut."""
@@ -57,53 +55,46 @@ class Cut:
         key = [BLOCKS_VERSION, state, self.max_length, self.title, self.span_tokens]
         return xxhash.xxh3_64_hexdigest(json.dumps(key).encode())
 
-    def join(self, titles: tuple[str, ...], text: str) -> str:
-        return join_title(titles, text, self.title, self.tokenizer)
-
     def pieces(self, string: str, offsets: list[tuple[int, int]], row: int) -> list:
-        """(first character, end) of the blocks or spans of a text. offsets: those of its tokens.
+        """(first character, end) of each block or span of a text whose tokens have these offsets.
 
-        Blocks: a text that fits stays whole. Spans, by COCO-DR's rule: a text of one sentence, or
-        whose first span has at most two tokens, has none; random numbers depend on the row."""
+        A text that fits into a block stays whole. Spans follow COCO-DR: a text of one sentence, or
+        with a first span of at most two tokens, has none. Their random numbers depend on the
+        row."""
+        room = self.max_length - self.tokenizer.num_special_tokens_to_add()
         if not offsets:
             return []
         if not self.span_tokens:
-            whole = [(0, len(string))]
-            return whole if len(offsets) <= self.room else split(string, offsets, self.room)
+            fits = len(offsets) <= room
+            return [(0, len(string))] if fits else split(string, offsets, room, room)
         end = len(string.rstrip())
         if not any(match.end() < end for match in SENTENCE_END.finditer(string)):
             return []
         draw = np.random.default_rng(step_seed(0, row))
-        spans = split(string, offsets, self.room, self.span_tokens, draw)
-        few = sum(end <= spans[0][1] for _, end in offsets[:3]) <= 2
-        return [] if few else spans
+        spans = split(string, offsets, room, min(self.span_tokens, room), draw)
+        return spans if len(offsets) > 2 and offsets[2][1] <= spans[0][1] else []
 
 
-def split(
-    text: str, offsets: list[tuple[int, int]], room: int, size: int = 0, draw=None
-) -> list[tuple[int, int]]:
-    """(first character, end) of pieces with as many whole sentences as fit into `room` tokens.
+def split(text: str, offsets: list, room: int, size: int, draw=None) -> list[tuple[int, int]]:
+    """(first character, end) of pieces that hold as many whole sentences as fit into `size` tokens,
+    but at least one. offsets: (start, end) of each token.
 
-    offsets: (start, end) of each token. Sentences end where SENTENCE_END says. A sentence that is
-    too long is cut before the last word that begins in the room; its rest is packed with what
-    follows. A piece begins where the one before it ended, white space included, so that it has the
-    same tokens as in its text.
-    size, draw: COCO-DR's spans of at most `size` tokens, but at least one sentence; `draw`, a
-    random Generator, ends one in ten (SHORT) before the next sentence."""
+    Sentences end where SENTENCE_END says. One longer than `room` is cut before the last word that
+    begins in the room, and its rest is packed with what follows. A piece begins where the previous
+    one ended, white space included, so that it has the same tokens as in its text.
+    draw: a random Generator that ends a piece before one sentence in ten (SHORT)"""
     starts, ends = np.array(offsets).T
     word = np.append(True, starts[1:] > ends[:-1])  # token i follows white space, so a word begins
     sentence_ends = [match.end() for match in SENTENCE_END.finditer(text)]
-    target = room if draw is None else min(size, room)
-    pieces = []  # of tokens
+    pieces = []  # in tokens
     first = last = 0  # the open piece is [first, last)
     for stop in [*np.searchsorted(starts, sentence_ends), len(starts)]:  # of each sentence
-        if last > first and (stop - first > target or (draw is not None and draw.random() < SHORT)):
+        if last > first and (stop - first > size or (draw and draw.random() < SHORT)):
             pieces.append((first, last))
             first = last
         while stop - first > room:
-            cut = first + room
-            inside = np.flatnonzero(word[first + 1 : cut + 1])
-            cut = first + 1 + inside[-1] if len(inside) else cut
+            inside = np.flatnonzero(word[first + 1 : first + room + 1])
+            cut = first + 1 + inside[-1] if len(inside) else first + room
             pieces.append((first, cut))
             first = cut
         last = stop
@@ -111,49 +102,50 @@ def split(
     return [(int(ends[a - 1]) if a else 0, int(ends[b - 1])) for a, b in pieces if b > a]
 
 
-@dataclass
-class Cutter(Dataset):
-    """Item n: the table (row, first character, end) of the pieces of the n-th AT_ONCE texts."""
+def cut_texts(texts: Texts, cut: Cut, first: int) -> np.ndarray:
+    """(n, 3) int32 (row, first character, end) of the pieces of the AT_ONCE texts from row
+    `first`."""
+    strings = [cut.join(*row[1:]) for row in texts.stream(first, first + AT_ONCE)]
+    backend = cut.tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    encoded = backend.encode_batch(strings, add_special_tokens=False)
+    table = []
+    for row, (string, one) in enumerate(zip(strings, encoded, strict=True), first):
+        table += [(row, *piece) for piece in cut.pieces(string, one.offsets, row)]
+    return np.array(table, dtype=np.int32).reshape(-1, 3)
 
-    texts: Texts
-    cut: Cut
-    AT_ONCE = 2000
 
-    def __len__(self) -> int:
-        return -(-len(self.texts) // self.AT_ONCE)
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        first = number * self.AT_ONCE
-        rows = self.texts.stream(first, first + self.AT_ONCE)
-        strings = [self.cut.join(titles, text) for _, titles, text in rows]
-        backend = self.cut.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        encoded = backend.encode_batch(strings, add_special_tokens=False)
-        table = []
-        for row, (string, one) in enumerate(zip(strings, encoded, strict=True), first):
-            table += [(row, *piece) for piece in self.cut.pieces(string, one.offsets, row)]
-        return np.array(table, dtype=np.int32).reshape(-1, 3)
+def write_table(path, texts: Texts, cut: Cut) -> None:
+    """The table of all texts, in bounded memory, by all cores if the corpus is large."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    firsts = range(0, len(texts), AT_ONCE)
+    workers = min(cores, 16) if len(firsts) > 2 * cores else 0  # tokenizers has its own threads
+    if workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns at every fork
+    options = {"num_workers": workers, "worker_init_fn": end_with_parent}
+    parts = DataLoader(firsts, None, collate_fn=partial(cut_texts, texts, cut), **options)
+    with open(path, "wb") as stream:
+        for part in tqdm(parts, desc="blocks", unit_scale=AT_ONCE, total=len(firsts)):
+            np.asarray(part).tofile(stream)
 
 
 class Blocks:
     """The examples of a corpus: its blocks, or two spans of a document, drawn anew at every visit.
-    Documents with fewer than two spans are left out (COCO-DR pairs a span with itself).
+    Documents with fewer than two spans are left out (COCO-DR pairs a span with itself). The corpus
+    is cut once; the table is kept beside its Arrow copy and mapped by all processes and workers.
+    Call it under accelerator.main_process_first()."""
 
-    Cutting takes one pass over the corpus in bounded memory, on all cores if the corpus is large.
-    The table (N, 3) of (row, first character, end) is kept beside the corpus' Arrow copy and
-    mapped by all processes and workers. Call it under accelerator.main_process_first()."""
-
-    def __init__(self, texts: Texts, cut: Cut, progress: bool = False):
+    def __init__(self, texts: Texts, cut: Cut):
         self.texts = texts
         self.cut = cut
         path = texts.folder / f"blocks-{cut.key()}.int32"
         if not path.is_file():
             with atomic(path) as temporary:
-                write_table(temporary, Cutter(texts, cut), progress)
+                write_table(temporary, texts, cut)
         empty = path.stat().st_size == 0  # such a file cannot be mapped
         table = np.zeros(0, np.int32) if empty else np.memmap(path, dtype=np.int32, mode="r")
-        self.table = table.reshape(-1, 3)
+        self.table = table.reshape(-1, 3)  # (N, 3): row, first character, end
         if cut.span_tokens:
             first = np.flatnonzero(np.diff(self.table[:, 0], prepend=-1))
             counts = np.diff(first, append=len(self.table))
@@ -183,30 +175,17 @@ class Blocks:
 
     def strings(self, index: int, seed: int) -> list[str]:
         """The block, or two spans of the document drawn by the seed."""
-        if not self.cut.span_tokens:
-            return [self.string(index)]
-        pair = np.random.default_rng(seed).choice(self.counts[index], 2, replace=False)
-        return [self.string(int(self.first[index] + line)) for line in pair]
-
-
-def write_table(path, cutter: Cutter, progress: bool) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(cores, 16) if len(cutter) > 2 * cores else 0  # tokenizers has its own threads
-    if workers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns at every fork
-    parts = DataLoader(cutter, batch_size=None, num_workers=workers, worker_init_fn=end_with_parent)
-    bar = tqdm(desc="blocks", total=len(cutter.texts), unit="text", disable=not progress)
-    with open(path, "wb") as stream, bar:
-        for part in parts:
-            np.asarray(part).tofile(stream)
-            bar.update(min(cutter.AT_ONCE, bar.total - bar.n))
+        lines = [index]
+        if self.cut.span_tokens:
+            draw = np.random.default_rng(seed)
+            lines = self.first[index] + draw.choice(self.counts[index], 2, replace=False)
+        return [self.string(line) for line in lines]
 
 
 class Corpora(Dataset):
-    """The examples of one or several corpora, {name: Blocks}, one after the other. Batches mix
-    them by their number of examples, or more equally by a temperature: corpus c of n_c examples
-    has a share ~ n_c ** (1 / temperature) of an epoch; 1 = proportional, large = equal. A small
-    corpus then repeats, and a large one continues in the next epoch where it stopped."""
+    """The examples of one or several corpora, {name: Blocks}, one after the other. A corpus of n_c
+    examples has a share ~ n_c ** (1 / temperature) of an epoch: 1 = proportional, large = equal. A
+    small corpus then repeats; a large one continues in the next epoch where it stopped."""
 
     def __init__(self, parts: dict[str, Blocks], seed: int, temperature: float = 1.0):
         self.parts = parts
@@ -214,12 +193,8 @@ class Corpora(Dataset):
         self.sizes = np.array([len(part) for part in parts.values()])
         self.starts = np.append(0, self.sizes.cumsum())
         shares = (self.sizes / self.sizes.max()) ** (1 / temperature)
-        exact = shares / shares.sum() * len(self)
-        self.quotas = np.maximum(np.floor(exact).astype(np.int64), 1)
-        missing = max(len(self) - self.quotas.sum(), 0)
-        self.quotas[np.argsort(self.quotas - exact, kind="stable")[:missing]] += 1
-        # takes back what rounding up to 1 added
-        self.quotas[self.quotas.argmax()] -= self.quotas.sum() - len(self)
+        bounds = len(self) * shares.cumsum() / shares.sum()
+        self.quotas = np.diff(np.floor(bounds + 0.5).astype(np.int64), prepend=0)  # of an epoch
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -256,26 +231,24 @@ class Corpora(Dataset):
         return [part.texts.id(part.row(index)) for part, index in map(self.place, examples)]
 
     def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, list[str], int, int]:
-        """An item of StepSampler (example, micro-step, global row) -> (example, its strings,
-        micro-step, global row)."""
+        """(example, micro-step, row in the batch) of StepSampler -> (example, its strings, the
+        rest)."""
         example, micro_step, row = place
         part, index = self.place(example)
         strings = part.strings(index, step_seed(self.seed, 6, micro_step, row))
         return example, strings, micro_step, row
 
 
-def open_corpora(
-    given: list[str], cut: Cut, seed: int, balance: float = 1.0, progress: bool = False
-) -> Corpora:
-    """given: FILE or NAME=FILE of each corpus   balance: the temperature of Corpora"""
+def open_corpora(given: list[str], cut: Cut, seed: int, temperature: float = 1.0) -> Corpora:
+    """given: FILE or NAME=FILE of each corpus"""
     parts = {}
     for item in given:
         named = "=" in item and not os.path.exists(item)
         name, path = item.split("=", 1) if named else (item, item)
         if name in parts:
             raise UserError(f"--corpus {item}: there are two corpora {name} — rename one of them")
-        parts[name] = Blocks(open_texts(path), cut, progress)
-    return Corpora(parts, seed, balance)
+        parts[name] = Blocks(open_texts(path), cut)
+    return Corpora(parts, seed, temperature)
 
 
 @dataclass
@@ -284,15 +257,13 @@ class BlockCollator:
     the batch of all processes; examples (B,), or (B / 2,) if each has two strings, which then are
     rows 2i and 2i + 1; micro_step and tokens, ints."""
 
-    tokenizer: object
-    max_length: int
+    cut: Cut
 
     def __call__(self, items: list[tuple[int, list[str], int, int]]) -> dict:
         examples, strings, micro_steps, rows = zip(*items, strict=True)
         each = len(strings[0])
-        flat = [string for some in strings for string in some]
-        ids = to_ids(flat, self.tokenizer, self.max_length)
-        return pad(ids, self.tokenizer) | {
+        ids = to_ids(sum(strings, []), self.cut.tokenizer, self.cut.max_length)
+        return pad(ids, self.cut.tokenizer) | {
             "rows": torch.tensor([each * row + number for row in rows for number in range(each)]),
             "examples": torch.tensor(examples),
             "micro_step": micro_steps[0],

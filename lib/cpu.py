@@ -1,10 +1,6 @@
 """What makes a run on a CPU fast. None of it is used on a GPU, and without it results are the same
 apart from rounding and the dropout that is drawn.
 
-  pack_linears         products with constant weights in oneDNN's memory layout, for inference
-  attention            attention with dropout that never holds all probabilities, for training
-  max_over_positions   the maxima of the logits of a text
-
 oneDNN keeps about half a megabyte of code for each number of rows it meets. Give it few different
 ones (blocks of one size, lengths in steps), or memory grows.
 """
@@ -83,17 +79,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
     probabilities for the backward pass; here they are computed again, a piece at a time."""
     if q.device.type != "cpu" or not dropout:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    return _Attention.apply(q, k, v, mask, dropout, int(torch.randint(2**62, ())))
+    return _Attention.apply(q, k, v, mask, dropout)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, mask, dropout, seed):
+    def forward(ctx, q, k, v, mask, dropout):
         ctx.save_for_backward(q, k, v, mask)
         ctx.dropout = dropout
-        ctx.seed = seed
+        ctx.seed = int(torch.randint(2**62, ()))
         out = torch.empty_like(q)
-        for part, probs, dropped, kept in _pieces(q, k, mask, dropout, seed):
+        for part, probs, dropped, kept in _pieces(q, k, mask, dropout, ctx.seed):
             torch.matmul(probs.masked_fill_(dropped, 0.0).to(v.dtype), v[part], out=out[part])
             out[part] /= kept
         return out
@@ -111,7 +107,7 @@ class _Attention(torch.autograd.Function):
             to_scores = to_probs.mul_(probs).mul_(q.shape[-1] ** -0.5).to(q.dtype)
             torch.matmul(to_scores, k[part], out=to_q[part])
             torch.matmul(to_scores.transpose(-1, -2), q[part], out=to_k[part])
-        return to_q, to_k, to_v, None, None, None
+        return to_q, to_k, to_v, None, None
 
 
 def _pieces(q, k, mask, dropout, seed):

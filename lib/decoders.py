@@ -1,9 +1,7 @@
-"""The weak decoders: each rebuilds a text from the bottleneck vector h and the context that its
-objective leaves it.
+"""The weak decoders: each rebuilds a text from the bottleneck vector h and little context.
 
 Legend: B texts, L tokens of the longest, T positions of a shifted text, D hidden size, n positions
-with a label. h (B, D) = the bottleneck. `places` (n,) are the positions with a label as indices of
-the flat (B·L) positions; what no label needs is not computed.
+with a label. `places` (n,) are these as indices of the flat (B·L): nothing else is computed.
 """
 
 from typing import NamedTuple
@@ -57,28 +55,28 @@ def initialize(module: nn.Module, std: float) -> None:
 
 
 class Layer(nn.Module):
-    """What the two kinds of decoder layers share: multi-head attention and the feed-forward
-    part."""
+    """What the two kinds of decoder layers share: multi-head attention and the feed-forward part.
+    more: names of further linear maps (D, D)"""
 
-    def __init__(self, sizes: Sizes):
+    def __init__(self, sizes: Sizes, *more: str):
         super().__init__()
+        D = sizes.hidden
         self.heads = sizes.heads
         self.attention_dropout = sizes.attention_dropout
         self.dropout = nn.Dropout(sizes.dropout)
         self.activation = ACT2FN[sizes.activation]
-        for name in ("query", "key", "value", "attention_output"):
-            self.add_module(name, nn.Linear(sizes.hidden, sizes.hidden))
-
-    def split(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, heads, L, D / heads)"""
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        for name in ("query", "key", "value", "attention_output", *more):
+            self.add_module(name, nn.Linear(D, D))
+        self.up, self.down = nn.Linear(D, sizes.inner), nn.Linear(sizes.inner, D)
+        self.attention_norm, self.output_norm = (nn.LayerNorm(D, eps=sizes.eps) for _ in range(2))
 
     def attend(self, queries: Tensor, keys: Tensor, view: Tensor) -> Tensor:
         """queries, keys: (B, L, D)   view: bool, True = visible, to (B, heads, L, L)   -> (B, L,
         D)"""
-        q = self.split(self.query(queries))
-        k = self.split(self.key(keys))
-        v = self.split(self.value(keys))
+        q, k, v = (
+            x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, D / heads)
+            for x in (self.query(queries), self.key(keys), self.value(keys))
+        )
         dropout = self.attention_dropout if self.training else 0.0
         return attention(q, k, v, view, dropout).transpose(1, 2).flatten(2)
 
@@ -88,16 +86,11 @@ class Layer(nn.Module):
 
 class TwoStreamLayer(Layer):
     """A BERT layer whose queries and keys may come from different streams. The residual is on the
-    QUERY stream: on the other one, a token would reach its own prediction past RetroMAE's mask.
-    This protects one layer only; a second layer would see token i through its neighbours. With one
-    stream for both it is BERT's layer."""
+    QUERY stream: on the other, a token would reach its own prediction past RetroMAE's mask. In a
+    second layer it would reach it through its neighbours. With one stream it is BERT's layer."""
 
     def __init__(self, sizes: Sizes):
         super().__init__(sizes)
-        self.up = nn.Linear(sizes.hidden, sizes.inner)
-        self.down = nn.Linear(sizes.inner, sizes.hidden)
-        self.attention_norm = nn.LayerNorm(sizes.hidden, eps=sizes.eps)
-        self.output_norm = nn.LayerNorm(sizes.hidden, eps=sizes.eps)
         initialize(self, sizes.std)
 
     def forward(self, queries: Tensor, keys: Tensor, view: Tensor, places: Tensor) -> Tensor:
@@ -111,9 +104,8 @@ class TwoStreamLayer(Layer):
 
 
 class SlotDecoder(nn.Module):
-    """A few BERT layers over [slot 0 ; rest]. The method decides what is in the slot and where the
-    rest comes from: the lexicon bottleneck and masked embeddings (LexMAE), or h and the states of a
-    middle layer (Condenser)."""
+    """A few BERT layers over [slot 0 ; rest]: the lexicon bottleneck and masked embeddings
+    (LexMAE), or h and the states of a middle layer (Condenser)."""
 
     def __init__(self, sizes: Sizes, num_layers: int):
         super().__init__()
@@ -132,9 +124,8 @@ class SlotDecoder(nn.Module):
 
 class CausalDecoder(nn.Module):
     """SEED-Encoder's weak decoder (arXiv 2102.09206; `TransformerDecoder` of the repository):
-    position i reads h, the token in slot 0, and K tokens that end with its own. Pre-LN layers and
-    positions of its own. The token embeddings are the encoder's; they are also the output matrix,
-    without bias or transform (the caller applies it)."""
+    position i reads h, the token in slot 0, and K tokens that end with its own. Pre-LN layers,
+    positions of its own. The caller applies the output matrix, the encoder's token embeddings."""
 
     def __init__(self, sizes: Sizes, num_layers: int, window: int):
         super().__init__()
@@ -170,13 +161,7 @@ class CausalLayer(Layer):
     head; its query and key projections would never have a gradient and are left out."""
 
     def __init__(self, sizes: Sizes):
-        super().__init__(sizes)
-        self.bottleneck_value = nn.Linear(sizes.hidden, sizes.hidden)
-        self.bottleneck_output = nn.Linear(sizes.hidden, sizes.hidden)
-        self.up = nn.Linear(sizes.hidden, sizes.inner)
-        self.down = nn.Linear(sizes.inner, sizes.hidden)
-        self.attention_norm = nn.LayerNorm(sizes.hidden, eps=sizes.eps)
-        self.feed_forward_norm = nn.LayerNorm(sizes.hidden, eps=sizes.eps)
+        super().__init__(sizes, "bottleneck_value", "bottleneck_output")
 
     def forward(self, x: Tensor, h: Tensor, view: Tensor) -> Tensor:
         """x: (B, T, D)   h: (B, D)   view: (T, T) bool, True = visible   ->   (B, T, D)"""
@@ -187,7 +172,7 @@ class CausalLayer(Layer):
         kept = F.dropout(kept, self.attention_dropout, self.training)
         value = self.bottleneck_value(h).view(B, 1, self.heads, -1)
         x = x + self.dropout(self.bottleneck_output((kept * value).flatten(2)))
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        return x + self.feed_forward(self.output_norm(x))
 
 
 class Transform(nn.Module):

@@ -1,10 +1,11 @@
-"""The head of a masked language model without its logits, which would be gigabytes: the tokens of a
-batch times a vocabulary of 30,000.
+"""The head of a masked language model without its logits, which would take gigabytes.
 
-Legend: B texts, L tokens of the longest, D hidden size, V vocabulary, n labelled positions.
+Legend: B texts, L tokens of the longest, D hidden size, V vocabulary, n positions with a label.
 `hidden` is what the transform of the LM head returns; `weight` (V, D) and `bias` (V,) are its
 output layer. Products are in autocast's precision; maxima, softmaxes and losses in fp32.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,21 @@ from torch import Tensor, nn
 
 from lib.cpu import max_over_positions
 
-# config.model_type of the models whose LM head is known here
-ARCHITECTURES = ("bert", "roberta", "distilbert")
+ARCHITECTURES = ("bert", "roberta", "distilbert")  # config.model_type of known LM heads
 # fp32 logits that linear_cross_entropy holds at a time: 64 MB on a CPU, 256 MB on a GPU
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 # logits that max_pooled_logits holds at a time: it reads them once, fastest from a CPU's cache
 POOLED_LOGITS = {"cpu": 2**21, "cuda": 2**26}
+
+
+class Term(NamedTuple):
+    """One loss term of a batch: a sum, so that the caller can divide by the labels of all
+    processes."""
+
+    loss: Tensor  # sum over the labels
+    labels: int
+    correct: Tensor  # number of labels that scored highest
+    weight: float = 1.0  # of the mean in the total loss
 
 
 def head_transform(lm: nn.Module, hidden: Tensor) -> Tensor:
@@ -36,25 +46,26 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(sum of the cross-entropies, number of labels that score highest) of a large output layer.
+) -> Term:
+    """Cross-entropy of a large output layer.
 
     loss = sum_i -log softmax(hidden[i] @ weight.T + bias)[labels[i]]
-    hidden: (n, D), n >= 0   weight: (V, D)   bias: (V,) or None   labels: (n,) int64   ->   scalars
+    hidden: (n, D), n >= 0   weight: (V, D)   bias: (V,) or None   labels: (n,) int64
     The gradient of the logits is known as soon as they are. So the forward pass multiplies it with
     both factors chunk by chunk, and the backward pass only scales: no logits are kept or computed
     twice. The gradient of the *sum* is of order 1, so fp16 needs no loss scale inside; GradScaler's
     scale arrives in the backward pass, in fp32."""
     assert hidden.shape[1:] == weight.shape[1:] and labels.shape == hidden.shape[:1]
-    dtype = _product_dtype(hidden)
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, dtype, torch.is_grad_enabled())
+    with_grad = torch.is_grad_enabled()
+    loss, correct = _LinearCrossEntropy.apply(hidden, weight, bias, labels, with_grad)
+    return Term(loss, len(labels), correct)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, dtype, with_grad):
-        n = len(hidden)
-        w = weight.to(dtype)
+    def forward(ctx, hidden, weight, bias, labels, with_grad):
+        dtype = _product_dtype(hidden)
+        n, w = len(hidden), weight.to(dtype)
         loss = torch.zeros((), device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         needs = [need and with_grad for need in ctx.needs_input_grad[:3]]
@@ -71,8 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             h = hidden[part].to(dtype)
             y = labels[part, None]
             logits = buffer[: len(h)]
-            low = products[: len(h)]  # the logits in autocast's precision
-            torch.mm(h, w.T, out=low)
+            low = torch.mm(h, w.T, out=products[: len(h)])  # in autocast's precision
             if dtype != torch.float32:
                 logits.copy_(low)
             if bias is not None:
@@ -104,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, upstream, _):
         pairs = zip(ctx.grads, ctx.dtypes, strict=True)
         grads = [None if grad is None else (grad * upstream).to(dtype) for grad, dtype in pairs]
-        return *grads, None, None, None
+        return *grads, None, None
 
 
 def max_pooled_logits(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
@@ -116,13 +126,14 @@ def max_pooled_logits(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor
     through this position alone: at most B·V weighted rows in place of two products as large as the
     forward pass."""
     assert hidden.shape[:2] == mask.shape and mask.dtype == torch.bool
-    pooled = _MaxPooledLogits.apply(hidden, weight, bias, mask, _product_dtype(hidden))
+    pooled = _MaxPooledLogits.apply(hidden, weight, bias, mask)
     return pooled.masked_fill(~mask.any(1, keepdim=True), 0.0)
 
 
 class _MaxPooledLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, mask, dtype):
+    def forward(ctx, hidden, weight, bias, mask):
+        dtype = _product_dtype(hidden)
         B, L, D = hidden.shape
         V = len(weight)
         h = hidden.to(dtype).flatten(0, 1)
@@ -160,7 +171,7 @@ class _MaxPooledLogits(torch.autograd.Function):
         order = place.argsort()
         rows = _sum_rows(weight.float(), term[order], share[order], place[order], len(flat))
         to_hidden = rows.view_as(hidden).to(hidden.dtype)
-        return to_hidden, to_weight.to(weight.dtype), grad.sum(0), None, None
+        return to_hidden, to_weight.to(weight.dtype), grad.sum(0), None
 
 
 def _sum_rows(rows: Tensor, index: Tensor, factor: Tensor, group: Tensor, groups: int) -> Tensor:

@@ -10,17 +10,18 @@ from torch import Tensor
 
 from lib.text import step_seed
 
+# Streams of random numbers in pre-training. 0 is the order of the data, 1 negatives in fine-tuning.
+DROPOUT, ENCODER_MASK, DECODER_MASK, DECODER_ROW = 2, 3, 4, 5
 ROUNDS = 4  # of whole_word_mask
 
-# constants of splitmix64 as signed integers
-GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # constants of splitmix64, as signed integers
 MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def special_table(tokenizer) -> Tensor:
-    """(V,) bool, True for the ids of special tokens ([CLS], [SEP], [PAD], ...). [UNK] is not one of
-    them: it stands for ordinary text."""
+    """(V,) bool, True for special tokens ([CLS], [SEP], ...) but not for [UNK], an ordinary
+    word."""
     table = torch.zeros(len(tokenizer), dtype=torch.bool)
     table[[i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id]] = True
     return table

@@ -4,25 +4,21 @@ has one, its decoder; it turns a batch into loss terms.
 Legend: B texts, L tokens of the longest, D hidden size, V vocabulary, n positions with a label.
 attention_mask 1 = keep; other masks True = hidden, unless said otherwise. h (B, D), the bottleneck,
 is the encoder's last hidden state at position 0, except in LexMAE. `places` (n,) are the positions
-with a label as indices of the flat (B·L) positions; an LM head runs nowhere else.
-A batch holds input_ids, attention_mask (B, L); rows (B,), the numbers of the texts in the batch of
-all processes; micro_step (int).
+with a label as indices of the flat (B·L) positions; an LM head runs nowhere else. A batch holds
+input_ids, attention_mask (B, L); rows (B,), the texts' numbers in the batch of all processes;
+micro_step (int).
 """
-
-from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from lib import masking
 from lib.decoders import CausalDecoder, SlotDecoder, Transform, TwoStreamLayer, sizes_of
-from lib.dist import all_gather_with_grad, world
 from lib.files import UserError
-from lib.gradcache import cached_backward
-from lib.lm_head import head_transform, linear_cross_entropy, max_pooled_logits
+from lib.lm_head import Term, head_transform, linear_cross_entropy, max_pooled_logits
+from lib.masking import DECODER_MASK, DECODER_ROW, ENCODER_MASK
+from lib.spans import span_contrast
 from lib.text import step_seed
 
 # The options of each objective with their defaults, which pretrain_mae.py has as flags
@@ -38,20 +34,8 @@ OPTIONS = {
         encoder_mask_ratio=0.15, mask="whole_word", decoder_layers=2, span_tokens=30, chunk_size=0
     ),
 }
-# Streams of random numbers. 0 is the order of the data, 1 the negatives of fine-tuning.
-DROPOUT, ENCODER_MASK, DECODER_MASK, DECODER_ROW = 2, 3, 4, 5
 DECODER_MASKS = 256  # RetroMAE's decoder chooses one of so many masks for each row of a text
 BAG_WEIGHT = 0.1  # of DupMAE's bag of words
-
-
-class Term(NamedTuple):
-    """One loss term of a batch. It is a sum, so that the caller can divide by the labels of all
-    processes."""
-
-    loss: Tensor  # sum over the labels
-    labels: int
-    correct: Tensor  # number of labels that scored highest
-    weight: float = 1.0  # of the mean in the total loss
 
 
 def flat(mask: Tensor) -> Tensor:
@@ -98,15 +82,13 @@ class MLM(nn.Module):
 
     def words(self, batch: dict) -> Tensor:
         """(B, L) number of each token's word; -1 at special tokens and padding."""
-        return masking.word_index(
-            batch["input_ids"], batch["attention_mask"], self.starts, self.special
-        )
+        ids, keep = batch["input_ids"], batch["attention_mask"]
+        return masking.word_index(ids, keep, self.starts, self.special)
 
     def noise(self, batch: dict, seed: int, stream: int, *shape: int) -> Tensor:
         """(B, *shape) random numbers in [0, 1), a function of (seed, stream, micro-step, row)."""
-        return masking.counter_uniform(
-            step_seed(seed, stream), batch["micro_step"], batch["rows"], shape
-        )
+        seed = step_seed(seed, stream)
+        return masking.counter_uniform(seed, batch["micro_step"], batch["rows"], shape)
 
     def budget(self, words: Tensor, attention_mask: Tensor) -> Tensor:
         """(B,) tokens to hide from the encoder: max(1, round(n * ratio)) of a text of n tokens,
@@ -134,17 +116,15 @@ class MLM(nn.Module):
         output = self.lm.get_output_embeddings()
         states = head_transform(self.lm, hidden)
         labels = input_ids.flatten()[places]
-        return cross_entropy_term(states, output.weight, output.bias, labels)
+        return linear_cross_entropy(states, output.weight, output.bias, labels)
 
     def pooled_logits(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """(B, V) the highest logit of each term. hidden: (B, L, D)   mask: (B, L) bool, True =
-        take."""
+        """(B, V) highest logit of each term. hidden: (B, L, D)   mask: (B, L) bool, True = take"""
         output = self.lm.get_output_embeddings()
         return max_pooled_logits(head_transform(self.lm, hidden), output.weight, output.bias, mask)
 
     def represent(self, batch: dict) -> Tensor:
-        """(B, d) vectors of clean texts that retrieval would compare by dot product, for the
-        probe."""
+        """For the probe: (B, d) vectors that retrieval would compare by dot product."""
         return self.encode(batch["input_ids"], batch["attention_mask"])[:, 0]
 
     def rebuild(self, batch: dict) -> Term | None:
@@ -152,24 +132,9 @@ class MLM(nn.Module):
         text alone, its context hidden. None without a decoder."""
         return None
 
-    def decoder_context(self, batch: dict, seed: int) -> Tensor:
-        """(B, L) ids that the decoder reads beside the bottleneck, [MASK] for those it does not
-        see; where its rows differ, those that the middle of the first text sees."""
-        return self.corrupt(batch, seed)[0]
-
-    def preview(self, batch: dict, seed: int, tokenizer) -> dict[str, str]:
-        """The first text of a batch as the models see it."""
-        shown = {"first text": batch["input_ids"], "encoder reads": self.corrupt(batch, seed)[0]}
-        if hasattr(self, "decoder"):
-            shown["decoder sees h and"] = self.decoder_context(batch, seed)
-        length = int(batch["attention_mask"][0].sum())
-        return {name: tokenizer.decode(ids[0, :length]) for name, ids in shown.items()}
-
-
-def cross_entropy_term(states: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Term:
-    """states: (n, D)   weight: (V, D)   bias: (V,) or None   labels: (n,)"""
-    loss, correct = linear_cross_entropy(states, weight, bias, labels)
-    return Term(loss, len(labels), correct)
+    def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
+        """(B, L) ids that a dry run shows of the first text."""
+        return {"first text": batch["input_ids"], "encoder reads": self.corrupt(batch, seed)[0]}
 
 
 class RetroMAE(MLM):
@@ -185,10 +150,6 @@ class RetroMAE(MLM):
         self.decoder = TwoStreamLayer(sizes_of(lm.config))
 
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:
-        return self.auto_encode(batch, seed)[0]
-
-    def auto_encode(self, batch: dict, seed: int) -> tuple[dict[str, Term], Tensor]:
-        """(loss terms, (B, L, D) hidden states)."""
         ids = batch["input_ids"]
         corrupted, mask = self.corrupt(batch, seed)
         view = self.view(batch, seed)
@@ -196,8 +157,13 @@ class RetroMAE(MLM):
         targets = flat(self.words(batch) >= 0)
         hidden = self.encode(corrupted, batch["attention_mask"])
         decoded = self.decode(hidden[:, 0], ids, view, targets)
-        encoder = self.predict(hidden, masked, ids)
-        return {"encoder": encoder, "decoder": self.predict(decoded, targets, ids)}, hidden
+        terms = {"encoder": self.predict(hidden, masked, ids)}
+        terms["decoder"] = self.predict(decoded, targets, ids)
+        return terms | self.more_terms(hidden, batch)
+
+    def more_terms(self, hidden: Tensor, batch: dict) -> dict[str, Term]:
+        """Terms that a subclass adds. hidden: (B, L, D)"""
+        return {}
 
     @torch.no_grad()
     def view(self, batch: dict, seed: int) -> Tensor:
@@ -218,8 +184,7 @@ class RetroMAE(MLM):
         return self.decoder(self.queries(h, input_ids.shape[1]), keys, view, places)
 
     def queries(self, h: Tensor, length: int) -> Tensor:
-        """(B, D) -> (B, L, D): h + the embedding of each position, as in the RetroMAE
-        repository."""
+        """(B, D) -> (B, L, D): h + the embedding of each position."""
         config = self.lm.config
         first = config.pad_token_id + 1 if config.model_type == "roberta" else 0
         positions = torch.arange(first, first + length, device=h.device)
@@ -232,37 +197,31 @@ class RetroMAE(MLM):
         h_only[..., 0] = True
         return self.predict(self.decode(self.represent(batch), ids, h_only, targets), targets, ids)
 
-    def decoder_context(self, batch: dict, seed: int) -> Tensor:
+    def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
         row = int(batch["attention_mask"][0].sum()) // 2
-        return batch["input_ids"].where(self.view(batch, seed)[:, row], self.mask_id)
+        seen = batch["input_ids"].where(self.view(batch, seed)[:, row], self.mask_id)
+        return super().preview(batch, seed) | {"decoder sees h and": seen}  # in the middle row
 
 
 class DupMAE(RetroMAE):
-    """RetroMAE, and the set of the text's tokens predicted from the highest logit of each term, so
-    that ordinary tokens carry the text too: DupMAE (arXiv 2305.02564), code `modeling_duplex.py`
-    of RetroMAE.
+    """RetroMAE, and the bag of words of the text predicted from the highest logit of each term, so
+    that ordinary tokens carry the text too: DupMAE (arXiv 2305.02564), code `modeling_duplex.py`.
 
         (1/N) sum_{v in T} -log softmax(mu)[v]      weight 0.1
 
-    mu (B, V) is the maximum of the encoder's logits of the masked text over all positions but
-    [CLS], T the set of the text's N ordinary tokens. The mean is over texts that have a token;
-    `correct` counts those whose highest term is in T. (The paper, eq. 6 to 9: no 1/N, weight 1, a
-    linear layer of its own.)"""
+    mu (B, V) = the encoder's logits of the masked text, maximum over all positions but [CLS]; T =
+    the distinct tokens of the text's N ordinary ones. Mean over the texts that have a token;
+    `correct` counts those whose highest term is in T. (Paper, eq. 6 to 9: no 1/N, weight 1, its
+    own layer.)"""
 
     name = decoder_of = "dupmae"
 
     def queries(self, h: Tensor, length: int) -> Tensor:
-        """(B, D) -> (B, L, D): h through the embedding layer (position, token type, norm,
-        dropout)."""
+        """(B, D) -> (B, L, D): h + position and token type, norm, dropout, as in FlagEmbedding."""
         everywhere = h[:, None].expand(-1, length, -1)
         return self.lm.base_model.embeddings(input_ids=None, inputs_embeds=everywhere)
 
-    def forward(self, batch: dict, seed: int) -> dict[str, Term]:
-        terms, hidden = self.auto_encode(batch, seed)
-        return {**terms, "bow": self.bag_of_words(hidden, batch)}
-
-    def bag_of_words(self, hidden: Tensor, batch: dict) -> Term:
-        """hidden: (B, L, D)"""
+    def more_terms(self, hidden: Tensor, batch: dict) -> dict[str, Term]:
         ordinary = self.words(batch) >= 0
         keep = batch["attention_mask"].bool()
         keep = keep & (torch.arange(keep.shape[1], device=keep.device) > 0)
@@ -273,18 +232,18 @@ class DupMAE(RetroMAE):
         loss = ((mu.logsumexp(1, keepdim=True) - found) * distinct).sum(1)
         loss = loss / ordinary.sum(1).clamp(min=1)
         correct = ((found == mu.amax(1, keepdim=True)) & distinct).any(1).sum()
-        return Term(loss.sum(), int(ordinary.any(1).sum()), correct, BAG_WEIGHT)
+        return {"bow": Term(loss.sum(), int(ordinary.any(1).sum()), correct, BAG_WEIGHT)}
 
 
 class LexMAE(MLM):
     """MLM, and a decoder over [b ; masked embeddings] that predicts what is hidden from it, where
-    the bottleneck b is a mixture of word embeddings: LexMAE (arXiv 2208.14754), code `proj_sparse`.
+    the bottleneck b mixes word embeddings: LexMAE (arXiv 2208.14754), code `proj_sparse`.
 
     a = softmax over the vocabulary of the encoder's logits of the masked text, their maximum over
-    all positions but those of special tokens;  b = a @ E. Through this product no gradient reaches
-    the embeddings E; all of it goes through a. The decoder's mask contains the encoder's and as
-    many other tokens as its own ratio needs; its 80/10/10 is drawn anew. Its LM head has its own
-    transform and bias, and the encoder's output matrix."""
+    all positions but those of special tokens;  b = a @ E. This product passes no gradient to the
+    embeddings E, all of it to a. The decoder's mask contains the encoder's and as many other tokens
+    as its own ratio needs; its 80/10/10 is drawn anew. Its LM head has a transform and bias of its
+    own, and the encoder's output matrix."""
 
     name = decoder_of = "lexmae"
 
@@ -328,8 +287,7 @@ class LexMAE(MLM):
         return masking.corrupt(ids, mask, noise[:, 1:], self.mask_id, self.ordinary_ids), mask
 
     def lexicon(self, hidden: Tensor, batch: dict) -> Tensor:
-        """(B, V) the highest logit of each term over the positions of ordinary tokens, also those
-        that are hidden."""
+        """(B, V) highest logit of each term over ordinary tokens, also those that are hidden."""
         return self.pooled_logits(hidden, self.words(batch) >= 0)
 
     def bottleneck(self, lexicon: Tensor) -> Tensor:
@@ -341,7 +299,7 @@ class LexMAE(MLM):
         states = self.decoder["layers"](b, rest, batch["attention_mask"], places)
         weight = self.lm.get_output_embeddings().weight
         labels = batch["input_ids"].flatten()[places]
-        return cross_entropy_term(self.decoder["head"](states), weight, self.decoder.bias, labels)
+        return linear_cross_entropy(self.decoder["head"](states), weight, self.decoder.bias, labels)
 
     def represent(self, batch: dict) -> Tensor:
         """Weights of the terms as in sparse retrieval, log(1 + relu(logits))."""
@@ -355,17 +313,16 @@ class LexMAE(MLM):
         b = self.bottleneck(self.lexicon(hidden, batch))
         return self.decode(b, hidden_ids, flat(ordinary), batch)
 
-    def decoder_context(self, batch: dict, seed: int) -> Tensor:
-        return self.corrupt_again(batch, self.corrupt(batch, seed)[1], seed)[0]
+    def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
+        seen = self.corrupt_again(batch, self.corrupt(batch, seed)[1], seed)[0]
+        return super().preview(batch, seed) | {"decoder sees b and": seen}
 
 
 class SEED(MLM):
     """MLM, and a causal decoder that is too weak to do without h: it predicts each token from h and
-    the few tokens before. SEED-Encoder (arXiv 2102.09206); the model is that of the repository,
-    task and loss those of the authors' fairseq fork.
-
-    Input [CLS] x1 ... xn, target x1 ... xn [SEP], both clean; loss 0.5 MLM + 0.5 decoder.
-    attention_window: tokens that a position reads, its own input among them."""
+    the few tokens before. SEED-Encoder (arXiv 2102.09206): model of the repository, task and loss
+    of the authors' fairseq fork. Input [CLS] x1 ... xn, target x1 ... xn [SEP], both clean; loss
+    0.5 MLM + 0.5 decoder. attention_window: tokens that a position reads, its own among them."""
 
     name = decoder_of = "seed"
 
@@ -378,40 +335,36 @@ class SEED(MLM):
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:
         corrupted, mask = self.corrupt(batch, seed)
         masked = flat(mask)
-        targets = self.targets(batch)
+        targets = flat(batch["attention_mask"][:, 1:].bool())  # of flat (B·(L - 1)) inputs
         hidden = self.encode(corrupted, batch["attention_mask"])
         encoder = self.predict(hidden, masked, batch["input_ids"])
         decoder = self.decode(hidden[:, 0], batch["input_ids"], targets, batch)
         return {"encoder": encoder._replace(weight=0.5), "decoder": decoder._replace(weight=0.5)}
-
-    def targets(self, batch: dict) -> Tensor:
-        """(n,) places, of the flat (B·(L - 1)) inputs, that a token follows."""
-        return flat(batch["attention_mask"][:, 1:].bool())
 
     def decode(self, h: Tensor, decoder_ids: Tensor, places: Tensor, batch: dict) -> Term:
         """h: (B, D)   decoder_ids: (B, L), the last of which is not read."""
         embedding = self.lm.get_input_embeddings()
         states = self.decoder(embedding(decoder_ids[:, :-1]), h, places)
         labels = batch["input_ids"][:, 1:].flatten()[places]
-        return cross_entropy_term(states, embedding.weight, None, labels)
+        return linear_cross_entropy(states, embedding.weight, None, labels)
 
     def rebuild(self, batch: dict) -> Term:
         ordinary = self.words(batch) >= 0
         hidden_ids = batch["input_ids"].masked_fill(ordinary, self.mask_id)
         return self.decode(self.represent(batch), hidden_ids, flat(ordinary[:, 1:]), batch)
 
-    def decoder_context(self, batch: dict, seed: int) -> Tensor:
-        ids = batch["input_ids"]
+    def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
         row = int(batch["attention_mask"][0].sum()) // 2
-        return ids.where(self.decoder.view(ids.shape[1], ids.device)[row], self.mask_id)
+        view = self.decoder.view(batch["input_ids"].shape[1])[row]
+        seen = batch["input_ids"].where(view, self.mask_id)
+        return super().preview(batch, seed) | {"decoder sees h and": seen}  # in the middle row
 
 
 class Condenser(MLM):
-    """MLM by a head of a few layers over [last state at position 0 ; states of the middle layer
-    elsewhere], so that late layers can pass on what they know through h only, beside the MLM of the
-    encoder itself with the same mask and LM head: Condenser (arXiv 2104.08253), code `modeling.py`.
-    The middle layer is half way (6 of 12), as in all recipes. The mask ratio is of the tokens
-    without [CLS] and [SEP]."""
+    """MLM, and MLM of the same mask by a head of a few layers over [last state at position 0 ;
+    states of the middle layer elsewhere], so that late layers can pass on what they know through h
+    only: Condenser (arXiv 2104.08253), code `modeling.py`. The middle layer is half way (6 of 12),
+    as in all recipes. The mask ratio is of the tokens without [CLS] and [SEP]."""
 
     name = decoder_of = "condenser"
 
@@ -444,19 +397,17 @@ class Condenser(MLM):
         return found.last_hidden_state, found.hidden_states[self.middle]
 
     def rebuild(self, batch: dict) -> Term:
-        """The middle states are those of a text of [MASK] only."""
         ids, keep = batch["input_ids"], batch["attention_mask"]
         ordinary = self.words(batch) >= 0
-        middle = self.states(ids.masked_fill(ordinary, self.mask_id), keep)[1]
+        middle = self.states(ids.masked_fill(ordinary, self.mask_id), keep)[1]  # of [MASK] only
         places = flat(ordinary)
         return self.predict(self.decoder(self.represent(batch), middle, keep, places), places, ids)
 
 
 class CoCondenser(Condenser):
-    """Condenser on two spans of one document, and a contrastive loss: which of the spans of all
-    processes is of the same document? coCondenser (arXiv 2108.05540); on the target corpora it is
-    the pre-training of COCO-DR (2210.15212). Rows 2i and 2i + 1 of a batch are the spans of a
-    document."""
+    """Condenser on two spans of each document, rows 2i and 2i + 1 of a batch, and a contrastive
+    loss: which of the spans of all processes is of the same document? coCondenser (arXiv
+    2108.05540); on the target corpora it is the pre-training of COCO-DR (2210.15212)."""
 
     name = "cocondenser"  # continues the head of condenser
 
@@ -467,61 +418,6 @@ class CoCondenser(Condenser):
             return {}, self.encode(self.corrupt(batch, seed)[0], batch["attention_mask"])[:, 0]
         terms, h = self.condense(batch, seed)
         return (terms, h) if chunk else {**terms, "contrast": span_contrast(h)}
-
-
-def span_contrast(h: Tensor) -> Term:
-    """Cross-entropy of each span over all others of all processes; its partner, row r XOR 1, is
-    right.
-
-    loss_r = -log( exp(s[r, r ^ 1]) / sum_{j != r} exp(s[r, j]) ),  s = h @ h_all.T in fp32
-    h: (n, D), n even, the same n on all processes   ->   the sum over the n local rows
-    Spans of a copy of the document are negatives too."""
-    n = len(h)
-    everyone = all_gather_with_grad(h.float())  # (W·n, D)
-    rows = world()[0] * n + torch.arange(n, device=h.device)
-    with torch.autocast(h.device.type, enabled=False):
-        scores = h.float() @ everyone.T
-    scores = scores.scatter(1, rows[:, None], float("-inf"))
-    loss = F.cross_entropy(scores, rows ^ 1, reduction="sum")
-    return Term(loss, n, (scores.argmax(1) == rows ^ 1).sum())
-
-
-def span_backward(
-    accelerator: Accelerator, model: nn.Module, batch: dict, seed: int, size: int
-) -> dict[str, Term]:
-    """The training step of coCondenser with `size` spans encoded at a time (GradCache). It adds the
-    gradients of the plain step and returns its loss terms, detached.
-
-    model: the prepared CoCondenser. The MLM losses belong to a chunk, the contrast to all chunks.
-    Each chunk's share of the MLM means needs the labels of all chunks and processes, counted
-    first."""
-    chunks = []
-    for part in torch.arange(len(batch["rows"])).split(size):
-        width = int(batch["attention_mask"][part].sum(1).max())
-        texts = {name: batch[name][part, :width] for name in ("input_ids", "attention_mask")}
-        place = {"rows": batch["rows"][part], "micro_step": batch["micro_step"]}
-        chunks.append(texts | place)
-    labels = accelerator.unwrap_model(model).corrupt(batch, seed)[1].sum()
-    labels = accelerator.reduce(labels, "sum").clamp(min=1)
-    W = accelerator.num_processes
-    found = {"encoder": [], "decoder": []}  # terms of each chunk
-
-    def encode(chunk: dict) -> tuple[Tensor, Tensor | float]:
-        terms, h = model(chunk, seed, chunk=True)
-        for name, term in terms.items():
-            found[name].append(term._replace(loss=term.loss.detach()))
-        return h, sum(W * term.loss / labels for term in terms.values())
-
-    def contrast(reps: list[Tensor]) -> tuple[Tensor, Term]:
-        term = span_contrast(torch.cat(reps))
-        return term.loss / term.labels, term._replace(loss=term.loss.detach())
-
-    dropout_seed = step_seed(seed, DROPOUT, batch["micro_step"], accelerator.process_index)
-    encoders = [partial(encode, chunk) for chunk in chunks]
-    _, term = cached_backward(accelerator, model, encoders, contrast, dropout_seed)
-    sums = {name: map(sum, zip(*terms, strict=True)) for name, terms in found.items()}
-    sums = {name: Term(*column)._replace(weight=1.0) for name, column in sums.items()}
-    return {**sums, "contrast": term}
 
 
 OBJECTIVES = {

@@ -1,7 +1,9 @@
-"""Does the bottleneck learn? Three numbers on fixed texts, during pre-training and without fine-tuning.
+"""Does the bottleneck learn? Three numbers on fixed texts, during pre-training and without
+fine-tuning.
 
 rebuild      share of a text's tokens that the decoder predicts from the bottleneck alone. A decoder
-             that stays at the share of the commonest token (about 0.05) does not use the bottleneck.
+             that stays at the share of the commonest token (about 0.05) does not use the
+             bottleneck.
 cosine       mean cosine of different texts. Near 1, all vectors point one way (anisotropy).
 recall@100   share of the positives of untrained queries among the 100 best of a sample of passages
 """
@@ -9,22 +11,20 @@ recall@100   share of the positives of untrained queries among the 100 best of a
 import random
 
 import torch
-from torch import Tensor
+from accelerate.utils import send_to_device
 
 from lib.blocks import BlockCollator, Corpora
 from lib.files import UserError, read_qrels
 from lib.losses import spread
 from lib.texts import open_texts, require_rows
 
-TEXTS, QUERIES, PASSAGES = 256, 200, 2_000  # at most so many, drawn once by the seed of the run
-DEPTH = 100
-BATCH = 32
+TEXTS, QUERIES, PASSAGES = 256, 200, 2_000  # maximum numbers, drawn by the seed of the run
+DEPTH, BATCH = 100, 32
 
 
 class Probe:
-    """TEXTS texts of the corpora and, with both files, QUERIES judged queries and PASSAGES passages that
-    contain their positives. The strings (some megabytes) are kept in memory.
-    UserError: a query without a text, or no positive in the corpora."""
+    """Texts of the corpora and, with both files, judged queries and passages that contain their
+    positives; all strings are kept in memory. UserError: a query without a text, or no positive."""
 
     def __init__(self, corpora: Corpora, collate: BlockCollator, queries=None, qrels=None):
         draw = random.Random(corpora.seed)
@@ -36,11 +36,10 @@ class Probe:
             self._read(corpora, open_texts(queries), qrels, draw)
 
     def _read(self, corpora: Corpora, queries, qrels, draw: random.Random) -> None:
-        judged = {
-            qid: {pid for pid, grade in grades.items() if grade > 0}
-            for qid, grades in read_qrels(qrels).items()
-        }
-        judged = {qid: pids for qid, pids in judged.items() if pids}
+        judged = {}
+        for qid, grades in read_qrels(qrels).items():
+            if pids := {pid for pid, grade in grades.items() if grade > 0}:
+                judged[qid] = pids
         chosen = draw.sample(sorted(judged), min(QUERIES, len(judged)))
         rows = require_rows(queries, chosen, qrels, "query")
         wanted = set().union(*(judged[qid] for qid in chosen))
@@ -56,8 +55,7 @@ class Probe:
             raise UserError(
                 f"{qrels}: the corpus has no positive of its queries — give other files"
             )
-        room = max(PASSAGES - len(positives), 0)
-        passages = positives | dict([x for x in others.items() if x[0] not in positives][:room])
+        passages = dict([*(positives | others).items()][:PASSAGES])
         column = {pid: number for number, pid in enumerate(passages)}
         self.queries = [queries[row][1] for row in rows]
         self.passages = [*passages.values()]
@@ -69,8 +67,7 @@ class Probe:
         for start in range(0, len(order), BATCH):
             rows = order[start : start + BATCH]
             batch = self.collate([(0, [strings[row]], 0, row) for row in rows])
-            on_device = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in batch.items()}
-            yield rows, on_device
+            yield rows, send_to_device(batch, device)
 
     @torch.no_grad()
     def __call__(self, model, device) -> dict[str, float]:

@@ -1,4 +1,5 @@
-"""pytest tests/test_attention.py — attention in pieces against the plain formula, and in an encoder."""
+"""pytest tests/test_attention.py — attention in pieces against the plain formula, and in an
+encoder."""
 
 import pytest
 import torch

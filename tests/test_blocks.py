@@ -9,15 +9,16 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lib.blocks import SENTENCE_END, BlockCollator, Blocks, Corpora, Cut, Cutter, open_corpora
+from lib import blocks as module
+from lib.blocks import SENTENCE_END, BlockCollator, Blocks, Corpora, Cut, open_corpora
 from lib.files import UserError
 from lib.loader import StepSampler
 from lib.text import to_ids
 from lib.texts import open_texts
 
 TRICKY = (
-    'Dr. Smith et al. fought in the U.S. Army. "Is it?" Yes! See e.g. Fig. 3 or No. 5. Version 2.0 is out... and so '
-    "on. J. K. Rowling (author). (An aside.) Then 这是一句。那是另一句！「好。」\n\n"
+    'Dr. Smith et al. fought in the U.S. Army. "Is it?" Yes! See e.g. Fig. 3 or No. 5. '
+    "Version 2.0 is out... and so on. J. K. Rowling (author). (An aside.) Then 这是一句。那是另一句！「好。」\n\n"
     "A title\n\nIt cost 3.14 at 5 p.m. We left"
 )
 SENTENCES = [
@@ -69,9 +70,11 @@ def byte_level_bpe(texts):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Texts that fit, one of many sentences, one of a long sentence, one of a long word, one without any token."""
+    """Texts that fit, one of many sentences, one of a long sentence, one of a long word, one
+    without any token."""
     path = tmp_path_factory.mktemp("blocks") / "corpus.jsonl"
-    sentence = "Queen ants and their larvae trail along the lava of a volcano, under ice and snow; the bridge holds"
+    sentence = "Queen ants and their larvae trail along the lava of a volcano, under ice and snow"
+    sentence += "; the bridge holds"
     rows = [
         ("A title", "Short text."),
         ("", f"{sentence}. " * 6 + TRICKY),
@@ -152,7 +155,7 @@ def test_batches(corpus, tiny_model_dir):
     assert places == next(iter(StepSampler(len(blocks), 3, rank=1, world=2, seed=0, start=5))), (
         "one order for both"
     )
-    batch = BlockCollator(tokenizer, 20)([examples[place] for place in places])
+    batch = BlockCollator(blocks.cut)([examples[place] for place in places])
     assert batch["micro_step"] == 5 and batch["rows"].tolist() == [3, 4, 5]
     assert batch["tokens"] == batch["attention_mask"].sum() and batch["input_ids"].shape[1] <= 20
     rows = [int(blocks.table[example, 0]) for example, _, _ in places]
@@ -204,7 +207,7 @@ def test_spans_are_whole_sentences(documents, tiny_model_dir, monkeypatch):
     assert max(lengths) <= size and 2 <= count < 12
     again = Blocks(open_texts(documents), cut)
     assert np.array_equal(again.table, blocks.table)
-    monkeypatch.setattr(Cutter, "AT_ONCE", 1)  # four texts, so four parts, by workers
+    monkeypatch.setattr(module, "AT_ONCE", 1)  # four texts, so four parts, by workers
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     shutil.rmtree(blocks.texts.folder)
     again = Blocks(open_texts(documents), cut)

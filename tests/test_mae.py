@@ -1,4 +1,5 @@
-"""pytest tests/test_mae.py — losses against loops written from the formulas, leaks, padding, two processes."""
+"""pytest tests/test_mae.py — losses against loops written from the formulas, leaks, padding, two
+processes."""
 
 import math
 import os
@@ -14,17 +15,8 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from lib.checkpoint import read_architecture
 from lib.files import UserError
-from lib.objectives import (
-    MLM,
-    SEED,
-    CoCondenser,
-    Condenser,
-    DupMAE,
-    LexMAE,
-    RetroMAE,
-    span_backward,
-    span_contrast,
-)
+from lib.objectives import MLM, SEED, CoCondenser, Condenser, DupMAE, LexMAE, RetroMAE
+from lib.spans import span_backward, span_contrast
 from lib.text import pad
 from pretrain_mae import mean_loss
 
@@ -176,7 +168,7 @@ def naive_seed(model, ids, h):
             rows.append(attend(layer, normed[i], normed[seen]))
         x = x + torch.stack(rows)
         x = x + layer.bottleneck_output(layer.bottleneck_value(h))
-        x = x + feed_forward(layer, layer.feed_forward_norm(x))
+        x = x + feed_forward(layer, layer.output_norm(x))
     return [nll(row @ embedding.T, ids[i + 1]) for i, row in enumerate(decoder.final_norm(x))]
 
 
@@ -187,7 +179,8 @@ def naive_bag(ids, logits):
 
 
 def naive_terms(model, batch, seed):
-    """{name: (sum, labels)} with dense logits and a loop over texts, rows, heads and visible columns."""
+    """{name: (sum, labels)} with dense logits and a loop over texts, rows, heads and visible
+    columns."""
     lm, ids, keep = model.lm, batch["input_ids"], batch["attention_mask"]
     corrupted, mask = model.corrupt(batch, seed)
     found = lm.base_model(input_ids=corrupted, attention_mask=keep, output_hidden_states=True)
@@ -319,7 +312,7 @@ def test_dupmae_counts_each_token_once(tokenizer):
         2, batch["input_ids"].shape[1], 32
     )  # equal maxima: the targets alone can differ
     texts = [{name: batch[name][[b]] for name in ("input_ids", "attention_mask")} for b in (0, 1)]
-    one = [model.bag_of_words(hidden[[b]], text) for b, text in enumerate(texts)]
+    one = [model.more_terms(hidden[[b]], text)["bow"] for b, text in enumerate(texts)]
     lengths = batch["attention_mask"].sum(1) - 2
     assert lengths[1] > lengths[0]
     torch.testing.assert_close(one[0].loss * lengths[0], one[1].loss * lengths[1])
@@ -361,7 +354,8 @@ def test_lexmae_bottleneck_and_masks(tokenizer):
 
 @pytest.mark.parametrize("objective", [LexMAE, Condenser, CoCondenser])
 def test_a_token_hidden_from_encoder_and_decoder_reaches_no_prediction(tokenizer, objective):
-    """[MASK] stands in its place for both, so no state may tell which token it was, there or elsewhere."""
+    """[MASK] stands in its place for both, so no state may tell which token it was, there or
+    elsewhere."""
     model, batch = (
         objective(build(tokenizer, "bert", "mlm").lm, tokenizer, mask="token"),
         make_batch(tokenizer),
@@ -412,10 +406,8 @@ def test_seed_predicts_what_follows_from_h_alone(tokenizer):
     assert terms["decoder"].labels == (batch["attention_mask"].sum(1) - 1).sum(), "x1 ... xn [SEP]"
     hidden = torch.randn(*batch["input_ids"].shape, 32)
     other = torch.cat([hidden[:, :1], torch.randn_like(hidden[:, 1:])], 1)
-    of = [
-        model.decode(x[:, 0], batch["input_ids"], model.targets(batch), batch).loss
-        for x in (hidden, other)
-    ]
+    places = torch.arange(batch["input_ids"][:, 1:].numel())
+    of = [model.decode(x[:, 0], batch["input_ids"], places, batch).loss for x in (hidden, other)]
     assert of[0] == of[1]
 
 
@@ -477,7 +469,8 @@ def test_other_architectures_are_refused(tmp_path, tokenizer):
 
 
 def world_step(folder, objective, rows=0):
-    """(loss over the world, gradient) of a batch of eight ragged texts on however many processes there are."""
+    """(loss over the world, gradient) of a batch of eight ragged texts on however many processes
+    there are."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True)

@@ -1,4 +1,5 @@
-"""pytest tests/test_masks.py — random numbers by place, whole words, corruption, RetroMAE's rows."""
+"""pytest tests/test_masks.py — random numbers by place, whole words, corruption, RetroMAE's
+rows."""
 
 import pytest
 import torch
@@ -189,7 +190,8 @@ def test_words_of_byte_level_bpe():
 
 
 def test_rows_of_the_decoder():
-    """Row i never sees i; column 0 and special tokens are open; at most the budget and i are hidden; none is blind."""
+    """Row i never sees i; column 0 and special tokens are open; at most the budget and i are
+    hidden; none is blind."""
     words, keep = random_words(20, 24)
     words[0], keep[0] = -1, torch.tensor([1, *[0] * 23])  # not even a [SEP]
     budget = mask_budget(keep.sum(1), 0.5)

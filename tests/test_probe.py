@@ -1,4 +1,5 @@
-"""pytest tests/test_probe.py — what the probe measures, by naive loops; that a rebuilt text has no context left."""
+"""pytest tests/test_probe.py — what the probe measures, by naive loops; that a rebuilt text has no
+context left."""
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def setting(tiny_model_dir, tiny_collection):
         AutoModelForMaskedLM.from_pretrained(tiny_model_dir),
         tokenizer,
         corpora,
-        BlockCollator(tokenizer, 64),
+        BlockCollator(Cut(tokenizer, 64)),
     )
 
 

@@ -120,13 +120,18 @@ class Args:
     num_workers: int = 0
 
 
+@dataclass
+class Training(Args):
+    resume: bool = False
+
+
 def test_output_folders_are_never_shared(tmp_path):
     accelerator, out = Accelerator(cpu=True), tmp_path / "out"
 
-    def claim(depth=3, **how):
-        return launch.claim_output(
-            Args(str(out), depth), accelerator, ignore=("num_workers",), **how
-        )
+    def claim(depth=3, inputs=None, **flags):
+        kind = Training if flags else Args
+        given = kind(str(out), depth, **flags)
+        return launch.claim_output(given, accelerator, ignore=("num_workers",), inputs=inputs)
 
     assert claim() is False and (out / "args.json").is_file()
     assert claim(4) is False, "nothing made yet: free for other arguments"
@@ -144,6 +149,8 @@ def test_output_folders_are_never_shared(tmp_path):
         claim(4)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="it was made with qrels None, now b — choose another"):
+        claim(inputs={"qrels": "b"})
     with pytest.raises(UserError, match="holds something else"):
         launch.claim_output(Args(str(tmp_path / "other")), accelerator)
 

@@ -1,6 +1,6 @@
 """What weighting groups of queries costs: steps of finetune_biencoder.py with --dro idro against the same without.
 
-    python -m bench.dro --model DIR --corpus FILE --queries FILE --qrels FILE --negatives FILE
+    python -m bench.dro --model DIR --corpus FILE --queries FILE --qrels FILE [--train FILE]
 
 Both train with triplets on the same queries, one negative each, no loader processes; queries belong to --groups
 groups at random, so that nearly all are in every batch of 64. Each run is a process of its own, in turns. Printed: the
@@ -16,21 +16,17 @@ import tempfile
 from pathlib import Path
 
 from bench.finetune import ROOT, peak_of, prepare
-from lib.files import read_qrels, write_lines
+from lib.files import read_training_file, write_training_file
 
 
 def run(args, folder: Path, weighted: bool) -> tuple[list[float], float]:
     """(seconds of each step, peak MB)"""
     shutil.rmtree(folder / "out", ignore_errors=True)
-    command = f"""--model {args.model} --corpus {args.corpus} --queries {args.queries} --qrels {folder}/qrels.tsv
-        --negatives {folder}/negatives.tsv --passages_per_query {args.group} --per_device_batch_size {args.batch}
+    command = f"""--model {args.model} --corpus {args.corpus} --queries {args.queries} --train {folder}/train.jsonl
+        --passages_per_query {args.group} --per_device_batch_size {args.batch}
         --max_steps {args.steps} --max_query_length 32 --max_passage_length {args.max_length} --loss triplet
         --num_workers 0 --log_every 1 --output_dir {folder}/out"""
-    command += (
-        f" --dro idro --clusters {folder}/clusters.tsv --dro_layers {args.layers}"
-        if weighted
-        else ""
-    )
+    command += " --dro idro" if weighted else ""
     peak = peak_of(ROOT / "finetune_biencoder.py", *command.split())
     log = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
     return [args.batch / line["queries/s"] for line in log], peak
@@ -40,17 +36,9 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name in ("model", "corpus", "queries", "qrels", "negatives"):
+    for name in ("model", "corpus", "queries", "qrels", "train"):
         parser.add_argument(f"--{name}")
-    sizes = {
-        "batch": 64,
-        "group": 2,
-        "max_length": 128,
-        "steps": 6,
-        "rounds": 3,
-        "groups": 50,
-        "layers": 3,
-    }
+    sizes = {"batch": 64, "group": 2, "max_length": 128, "steps": 6, "rounds": 3, "groups": 50}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
@@ -58,14 +46,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder, draw = Path(folder), random.Random(0)
         prepare(args, folder)
-        qids = list(read_qrels(folder / "qrels.tsv"))
-        clusters = [
-            *range(args.groups),
-            *(draw.randrange(args.groups) for _ in qids[args.groups :]),
-        ]
-        write_lines(
-            folder / "clusters.tsv", (f"{qid}\t{c}" for qid, c in zip(qids, clusters, strict=True))
-        )
+        rows = [row for _, row in read_training_file(folder / "train.jsonl")]
+        clusters = [*range(args.groups), *(draw.randrange(args.groups) for _ in rows)]
+        rows = [row._replace(cluster=c) for row, c in zip(rows, clusters, strict=False)]
+        write_training_file(folder / "train.jsonl", rows)
         for _ in range(args.rounds):
             for weighted in (False, True):
                 times, peak = run(args, folder, weighted)

@@ -1,6 +1,6 @@
 """Speed and memory of a fine-tuning step: finetune_biencoder.py against the trainer of sentence-transformers.
 
-    python -m bench.finetune --model DIR --corpus FILE --queries FILE --qrels FILE [--negatives FILE] [--sparse]
+    python -m bench.finetune --model DIR --corpus FILE --queries FILE --qrels FILE [--train FILE] [--sparse]
 
 Both train on the same queries, positives and negatives (drawn from the corpus at random if no file is given): real
 texts and lengths, InfoNCE over the passages of the batch (theirs: MultipleNegativesRankingLoss), unit vectors,
@@ -23,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lib.files import read_negatives, read_qrels, write_json, write_negatives, write_qrels
+from lib.files import TrainingRow, read_qrels, read_training_file, write_json, write_training_file
 from lib.texts import open_texts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +58,8 @@ def prepare(args, folder: Path) -> None:
     """One epoch of groups: our files, and the same texts as columns for the peer."""
     corpus, queries, draw = open_texts(args.corpus), open_texts(args.queries), random.Random(0)
     positive = {qid: max(grades, key=grades.get) for qid, grades in read_qrels(args.qrels).items()}
-    listed = dict(read_negatives(args.negatives)) if args.negatives else {}
+    rows = read_training_file(args.train) if args.train else ()
+    listed = {row.qid: row.neg for _, row in rows}
     groups = {}
     for qid in draw.sample(sorted(positive), len(positive)):
         pool = (
@@ -74,21 +75,21 @@ def prepare(args, folder: Path) -> None:
             groups[qid] = [positive[qid], *draw.sample(pool, args.group - 1)]
     if len(groups) < args.steps * args.batch:
         sys.exit(f"only {len(groups)} queries with {args.group - 1} negatives — lower --steps")
-    write_qrels(folder / "qrels.tsv", {qid: {pids[0]: 1} for qid, pids in groups.items()})
-    write_negatives(folder / "negatives.tsv", ((qid, pids[1:]) for qid, pids in groups.items()))
+    rows = (TrainingRow(qid, pids[:1], pids[1:]) for qid, pids in groups.items())
+    write_training_file(folder / "train.jsonl", rows)
     texts = [queries[row][1] for row in queries.rows(groups)]
     columns = {"query": texts}
     for number in range(args.group):
         rows = [corpus[row] for row in corpus.rows([pids[number] for pids in groups.values()])]
-        columns[f"passage{number}"] = [f"{title} {text}".strip() for title, text in rows]
+        columns[f"passage{number}"] = [" ".join([*titles, text]) for titles, text in rows]
     write_json(folder / "columns.json", columns)
 
 
 def ours(args, folder: Path) -> tuple[list[float], float]:
     """(seconds of each step, peak MB)"""
     shutil.rmtree(folder / "out", ignore_errors=True)
-    command = f"""--model {args.model} --corpus {args.corpus} --queries {args.queries} --qrels {folder}/qrels.tsv
-        --negatives {folder}/negatives.tsv --passages_per_query {args.group} --per_device_batch_size {args.batch}
+    command = f"""--model {args.model} --corpus {args.corpus} --queries {args.queries} --train {folder}/train.jsonl
+        --passages_per_query {args.group} --per_device_batch_size {args.batch}
         --max_steps {args.steps} --chunk_size {args.chunk_size} --max_query_length {args.max_length}
         --max_passage_length {args.max_length} --learning_rate 2e-5 --num_workers 0 --log_every 1
         --output_dir {folder}/out {SPARSE if args.sparse else DENSE}"""
@@ -166,7 +167,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name in ("model", "corpus", "queries", "qrels", "negatives", "peer"):
+    for name in ("model", "corpus", "queries", "qrels", "train", "peer"):
         parser.add_argument(f"--{name}")
     for name, default in {
         "batch": 16,

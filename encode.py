@@ -244,7 +244,8 @@ def main():
     )[0]
     first = tokenizer.decode(tokens[: lengths[0]])
     facts = {
-        "model": f"{args.model}, {model.pooling} pooling, {model.dim} dimensions, normalised: {model.normalized}",
+        "model": f"{args.model}, {model.pooling} pooling, {model.dim} dimensions, "
+        f"normalised: {model.normalized}",
         "texts": f"{len(texts)} of {args.input}",
         "prompt": repr(meta["prompt"]),
         "title": meta["title"],
@@ -280,7 +281,8 @@ def main():
     for key, value in meta.items():
         if before.get(key) != value:
             raise UserError(
-                f"{folder}: made with {key} {before.get(key)}, now {value} — remove the folder or choose another"
+                f"{folder}: made with {key} {before.get(key)}, now {value} — remove the folder or "
+                "choose another"
             )
     if complete:
         return
@@ -368,7 +370,8 @@ def main():
         finish_embeddings(folder, meta)
         (folder / "progress.json").unlink()
         print(
-            f"{texts_done} texts in {seconds:.1f} s ({texts_done / max(seconds, 1e-9):.0f} texts/s), "
+            f"{texts_done} texts in {seconds:.1f} s "
+            f"({texts_done / max(seconds, 1e-9):.0f} texts/s), "
             f"{limited / max(texts_done, 1):.1%} of them at max_length"
             f"{f', {terms / max(texts_done, 1):.1f} terms each' if sparse else ''} -> {folder}"
         )

@@ -9,8 +9,7 @@ their vectors.
     distilled  --kl_weight (RetroMAE, LexMAE) or --margin_mse_weight (SPLADE) on teacher scores in
                the training file
     sparse     --head sparse: a weight per term of the vocabulary, and the FLOPS regulariser:
-               SPLADE-max (2109.10086),
-               LexMAE (2208.14754)
+               SPLADE-max (2109.10086), LexMAE (2208.14754)
     MaxP       --max_chunks: the best chunk of a document is its score: ANCE
     robust     --dro: the clusters in the training file are weighted: COCO-DR (2210.15212),
                lib/dro.py
@@ -20,35 +19,32 @@ the query's list in the training file; or in the newest generation of it, if --t
 that a miner fills meanwhile (ANCE, lib/generations.py). Deliberate deviations from the papers'
 official code:
   1. Passages of other processes carry gradient: W processes of batch B train like one of W·B
-  (RetroMAE has 1/W of it).
+     (RetroMAE has 1/W of it).
   2. Positives of a query and exact copies of them are never its negatives, neither drawn nor, where
      they stand in the batch for another query, in the softmax.
   3. A list shorter than the group is filled with masked columns (RetroMAE: random passages, LexMAE:
-  repeats).
+     repeats).
   4. Each positive is an example, shuffled over the epoch (ANCE: one per query, its triplets in a
-  row).
-  5. FLOPS is of the batch of all processes (LexMAE, SPLADE: of each GPU's own); of one micro-step
-  if accumulated.
+     row).
+  5. FLOPS is of the batch of all processes (LexMAE, SPLADE: of each GPU's own). If steps are
+     accumulated, it is of one micro-step.
   6. A file in which only some lines have teacher scores stops the run (RetroMAE switches
-  distillation off silently).
-  7. Each chunk of MaxP begins with [CLS] (ANCE: the first); what DRO does otherwise is in
-  lib/dro.py.
+     distillation off silently).
+  7. Each chunk of MaxP begins with [CLS] (ANCE: the first). lib/dro.py lists the deviations of DRO.
 
 Reads   --model (ours, sentence-transformers, or Hugging Face with --pooling); --train: a training
-        file
-        (mine_negatives.py, recipes/import_training_data.py), judgments, or a folder of generations;
-        corpus and queries
+        file (mine_negatives.py, recipes/import_training_data.py), judgments, or a folder of
+        generations; corpus and queries
 Writes  --output_dir: the checkpoint, and best/ by MRR@10 on the development set, each also a
-        sentence-transformers
-        folder; log.jsonl, args.json, state/ to --resume from, `done` last; checkpoints/,
-        generations.tsv for a miner
+        sentence-transformers folder; log.jsonl, args.json, state/ to --resume from, `done` last;
+        for a miner also checkpoints/ and generations.tsv
 
-CPU toy   python finetune_biencoder.py --model M --corpus C --queries Q --train qrels.tsv
-          --output_dir O
-1 GPU     accelerate launch --mixed_precision bf16 finetune_biencoder.py ... --train
-          negatives/train.jsonl
-N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16
-          finetune_biencoder.py ...
+CPU toy   python finetune_biencoder.py --model M --corpus C --queries Q --train qrels.tsv \\
+              --output_dir O
+1 GPU     accelerate launch --mixed_precision bf16 finetune_biencoder.py ... \\
+              --train negatives/train.jsonl
+N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 \\
+              finetune_biencoder.py ...
 """
 
 import math
@@ -275,15 +271,18 @@ def main():
     collate = GroupCollator(groups, model.tokenizer, form, at_a_time)
     weights = sum(p.numel() for p in model.parameters())
     facts = {
-        "model": f"{args.model}, {weights / 1e6:.1f} M weights, {model.pooling} pooling, {dim} dimensions",
+        "model": f"{args.model}, {weights / 1e6:.1f} M weights, "
+        f"{model.pooling} pooling, {dim} dimensions",
         "texts": ", ".join(f"{name} {value!r}" for name, value in asdict(form).items()),
         "running on": launch.describe(accelerator),
-        "batch": f"{B} queries x {W} process(es) x {accumulation} accumulated = {batch_size} per step",
+        "batch": f"{B} queries x {W} process(es) x {accumulation} accumulated = "
+        f"{batch_size} per step",
         "encoded at a time": f"{args.chunk_size} texts (GradCache)" if chunked else "all texts",
         "scores": f"{'cosine' if model.normalized else 'dot product'} / {temperature}",
         "training data": f"{used.train}, of step {used.step}" if refresh else args.train,
         **groups.notes,
-        "steps": f"{max_steps}, {len(groups) / batch_size:.2f} per epoch, {warmup_steps} of warm-up",
+        "steps": f"{max_steps}, {len(groups) / batch_size:.2f} per epoch, "
+        f"{warmup_steps} of warm-up",
     }
     copies = 4 + bool(dev) + KEPT_CHECKPOINTS * bool(refresh)  # of the weights, 3 in state/
     facts["disk"] = f"{copies * weights * 4 / 1e9:.2f} GB"

@@ -2,15 +2,15 @@
 
     mlm          masked language modelling alone, the control: BERT (arXiv 1810.04805)
     retromae     + a one-layer decoder of the clean text, each row with its own mask: RetroMAE
-    (2205.12035)
+                 (2205.12035)
     dupmae       retromae + the bag of words from the max-pooled LM logits: DupMAE (2305.02564)
     lexmae       + a two-layer decoder of a masked text behind a lexicon bottleneck: LexMAE
-    (2208.14754)
+                 (2208.14754)
     seed         + a causal decoder that sees a few tokens back: SEED-Encoder (2102.09206)
     condenser    + a head over the late [CLS] and the states of a middle layer: Condenser
-    (2104.08253) cocondenser  condenser + a contrastive loss over two spans of a document:
-    coCondenser (2108.05540),
-                 and on the target corpora COCO-DR (2210.15212)
+                 (2104.08253)
+    cocondenser  condenser + a contrastive loss over two spans of a document: coCondenser
+                 (2108.05540), and on the target corpora COCO-DR (2210.15212)
 
 Deliberate deviations from the official code:
   1. Each loss term is a mean over the labels of all processes (SEED: too; others: mean of the means

@@ -1,10 +1,12 @@
-"""What weighting groups of queries costs: steps of finetune_biencoder.py with --dro idro against the same without.
+"""What weighting groups of queries costs: steps of finetune_biencoder.py with --dro idro against
+the same without.
 
     python -m bench.dro --model DIR --corpus FILE --queries FILE --qrels FILE [--train FILE]
 
-Both train with triplets on the same queries, one negative each, no loader processes; queries belong to --groups
-groups at random, so that nearly all are in every batch of 64. Each run is a process of its own, in turns. Printed: the
-median time of a step without the first two, the peak of resident memory, and how many groups a batch has on average.
+Both train with triplets on the same queries, one negative each, no loader processes; queries belong
+to --groups groups at random, so that nearly all are in every batch of 64. Each run is a process of
+its own, in turns. Printed: the median time of a step without the first two, the peak of resident
+memory, and how many groups a batch has on average.
 """
 
 import argparse
@@ -22,10 +24,11 @@ from lib.files import read_training_file, write_training_file
 def run(args, folder: Path, weighted: bool) -> tuple[list[float], float]:
     """(seconds of each step, peak MB)"""
     shutil.rmtree(folder / "out", ignore_errors=True)
-    command = f"""--model {args.model} --corpus {args.corpus} --queries {args.queries} --train {folder}/train.jsonl
+    command = f"""--model {args.model} --corpus {args.corpus} --queries {args.queries}
+        --train {folder}/train.jsonl
         --passages_per_query {args.group} --per_device_batch_size {args.batch}
-        --max_steps {args.steps} --max_query_length 32 --max_passage_length {args.max_length} --loss triplet
-        --num_workers 0 --log_every 1 --output_dir {folder}/out"""
+        --max_steps {args.steps} --max_query_length 32 --max_passage_length {args.max_length}
+        --loss triplet --num_workers 0 --log_every 1 --output_dir {folder}/out"""
     command += " --dro idro" if weighted else ""
     peak = peak_of(ROOT / "finetune_biencoder.py", *command.split())
     log = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
@@ -58,7 +61,8 @@ def main():
     plain, weighted = (statistics.median(seconds[kind]) for kind in (False, True))
     present = args.groups * (1 - (1 - 1 / args.groups) ** args.batch)
     print(
-        f"{args.batch} queries x {args.group} passages, about {present:.0f} of {args.groups} groups in a batch"
+        f"{args.batch} queries x {args.group} passages, "
+        f"about {present:.0f} of {args.groups} groups in a batch"
     )
     print(f"plain {plain:.3f} s/step, weighted {weighted:.3f} s/step: {weighted / plain:.2f}x")
     memory = [statistics.median(peaks[kind]) for kind in (False, True)]

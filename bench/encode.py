@@ -1,12 +1,14 @@
-"""Passages per second of encode.py against SentenceTransformer.encode, on the same texts with the same checkpoint.
+"""Passages per second of encode.py against SentenceTransformer.encode, on the same texts with the
+same checkpoint.
 
     python -m bench.encode --model DIR --corpus FILE [--precision bf16] [--limit 1000] [--sparse]
 
-Each run is a process of its own, in turns, with the same number of threads. Timed is encoding alone, tokenisation
-included: no imports, no loading; ours also writes its shards to disk. Both in fp32, or both in bf16: ours under
-autocast, the peer's weights cast to bf16 (`dtype`), its faster way, or under autocast with --peer_autocast. Printed:
-medians, their ratio, peaks of resident memory (ours: of the largest of its processes), also less what imports alone
-take, and how far the vectors are apart. --sparse: of a SparseEncoder folder, against SparseEncoder.encode.
+Each run is a process of its own, in turns, with the same number of threads. Timed is encoding
+alone, tokenisation included: no imports, no loading; ours also writes its shards to disk. Both in
+fp32, or both in bf16: ours under autocast, the peer's weights cast to bf16 (`dtype`), its faster
+way, or under autocast with --peer_autocast. Printed: medians, their ratio, peaks of resident memory
+(ours: of the largest of its processes), also less what imports alone take, and how far the vectors
+are apart. --sparse: of a SparseEncoder folder, against SparseEncoder.encode.
 """
 
 import argparse
@@ -41,7 +43,9 @@ sparse = "sparse" in sys.argv[6:]
 model = (SparseEncoder if sparse else SentenceTransformer)(model, model_kwargs=kwargs)
 texts = [json.loads(line) for line in open(corpus)]
 texts = [f"{t['title']} {t['text']}" if t.get("title") else t["text"] for t in texts]
-context = torch.autocast(model.device.type, torch.bfloat16) if precision == "autocast" else nullcontext()
+context = nullcontext()
+if precision == "autocast":
+    context = torch.autocast(model.device.type, torch.bfloat16)
 model.encode(texts[:size], batch_size=size)
 began = time.perf_counter()
 with context:
@@ -51,7 +55,8 @@ if sparse:
     import scipy.sparse
     vectors = vectors.float().coalesce()
     parts = vectors.values().numpy(), tuple(vectors.indices().numpy())
-    scipy.sparse.save_npz(out, scipy.sparse.csr_matrix(parts, shape=tuple(vectors.shape)), compressed=False)
+    vectors = scipy.sparse.csr_matrix(parts, shape=tuple(vectors.shape))
+    scipy.sparse.save_npz(out, vectors, compressed=False)
 else:
     np.save(out, np.asarray(vectors, dtype=np.float32))
 """
@@ -135,21 +140,24 @@ def main():
         for i in (0, 1)
     )
     print(f"{len(rows)} passages, {args.precision}: ours {len(rows) / median['ours']:.1f} texts/s, "
-          f"theirs {len(rows) / median['theirs']:.1f}, ratio {median['theirs'] / median['ours']:.2f}")  # fmt: skip
+          f"theirs {len(rows) / median['theirs']:.1f}, "
+          f"ratio {median['theirs'] / median['ours']:.2f}")  # fmt: skip
     alone = {
         name: peak[name] - seconds(["-c", f"{imports}; print('seconds 0')"], r"seconds (\d)")[1]
         for name, imports in IMPORTS.items()
     }
     for what, one in (("peak memory", peak), ("without the imports", alone)):
         print(
-            f"{what}: ours {one['ours']:.0f} MB, theirs {one['theirs']:.0f} MB, {one['ours'] / one['theirs']:.2f}x"
+            f"{what}: ours {one['ours']:.0f} MB, theirs {one['theirs']:.0f} MB, "
+            f"{one['ours'] / one['theirs']:.2f}x"
         )
     if args.sparse:
         ours, theirs = ours.toarray(), theirs.toarray()
         print(f"terms of a passage: {(ours > 0).sum(1).mean():.1f}")
     cosine = (ours * theirs).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(theirs, axis=1)
     print(
-        f"vectors: largest difference {np.abs(ours - theirs).max():.1e}, lowest cosine {cosine.min():.6f}"
+        f"vectors: largest difference {np.abs(ours - theirs).max():.1e}, "
+        f"lowest cosine {cosine.min():.6f}"
     )
 
 

@@ -2,9 +2,10 @@
 
     python -m bench.encode_memory --passages 50000 500000
 
-The model is a small random BERT, so that half a million passages take minutes. Measured is the sum over the process
-and its loader workers of what each has for itself (USS: pages of files that are merely mapped do not count), sampled
-ten times a second, in runs that read their corpus for the first time and write its memory-mapped copy too.
+The model is a small random BERT, so that half a million passages take minutes. Measured is the sum
+over the process and its loader workers of what each has for itself (USS: pages of files that are
+merely mapped do not count), sampled ten times a second, in runs that read their corpus for the
+first time and write its memory-mapped copy too.
 """
 
 import argparse

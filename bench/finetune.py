@@ -1,14 +1,17 @@
-"""Speed and memory of a fine-tuning step: finetune_biencoder.py against the trainer of sentence-transformers.
+"""Speed and memory of a fine-tuning step: finetune_biencoder.py against the trainer of
+sentence-transformers.
 
-    python -m bench.finetune --model DIR --corpus FILE --queries FILE --qrels FILE [--train FILE] [--sparse]
+    python -m bench.finetune --model DIR --corpus FILE --queries FILE --qrels FILE \\
+        [--train FILE] [--sparse]
 
-Both train on the same queries, positives and negatives (drawn from the corpus at random if no file is given): real
-texts and lengths, InfoNCE over the passages of the batch (theirs: MultipleNegativesRankingLoss), unit vectors,
-temperature 0.05, fused AdamW, clipping, no loader processes. Each run is a process of its own, in turns. Printed: the
-median time of a step without the first two, data loading included, and the peak of resident memory, also less what
-the imports alone take. --sparse: of a SparseEncoder folder, theirs by SparseEncoderTrainer with SpladeLoss over
-SparseMultipleNegativesRankingLoss, temperature 1, both with the same weights of FLOPS. On two CPU cores a step takes
-half a minute: lower --batch or --group to be done sooner.
+Both train on the same queries, positives and negatives (drawn from the corpus at random if no file
+is given): real texts and lengths, InfoNCE over the passages of the batch (theirs:
+MultipleNegativesRankingLoss), unit vectors, temperature 0.05, fused AdamW, clipping, no loader
+processes. Each run is a process of its own, in turns. Printed: the median time of a step without
+the first two, data loading included, and the peak of resident memory, also less what the imports
+alone take. --sparse: of a SparseEncoder folder, theirs by SparseEncoderTrainer with SpladeLoss over
+SparseMultipleNegativesRankingLoss, temperature 1, both with the same weights of FLOPS. On two CPU
+cores a step takes half a minute: lower --batch or --group to be done sooner.
 """
 
 import argparse
@@ -29,7 +32,8 @@ from lib.texts import open_texts
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTS = {
     "ours": "import finetune_biencoder",
-    "theirs": "import datasets; from sentence_transformers import SentenceTransformerTrainer, SparseEncoderTrainer",
+    "theirs": "import datasets; "
+    "from sentence_transformers import SentenceTransformerTrainer, SparseEncoderTrainer",
 }
 DENSE = "--normalize --temperature 0.05"
 SPARSE = "--head sparse --flops_passages 0.002 --flops_queries 0.0015 --flops_warmup_steps 0"
@@ -88,7 +92,8 @@ def prepare(args, folder: Path) -> None:
 def ours(args, folder: Path) -> tuple[list[float], float]:
     """(seconds of each step, peak MB)"""
     shutil.rmtree(folder / "out", ignore_errors=True)
-    command = f"""--model {args.model} --corpus {args.corpus} --queries {args.queries} --train {folder}/train.jsonl
+    command = f"""--model {args.model} --corpus {args.corpus} --queries {args.queries}
+        --train {folder}/train.jsonl
         --passages_per_query {args.group} --per_device_batch_size {args.batch}
         --max_steps {args.steps} --chunk_size {args.chunk_size} --max_query_length {args.max_length}
         --max_passage_length {args.max_length} --learning_rate 2e-5 --num_workers 0 --log_every 1
@@ -193,17 +198,20 @@ def main():
                 peaks[name].append(peak)
     step, peak = ({k: statistics.median(v) for k, v in found.items()} for found in (seconds, peaks))
     print(
-        f"{args.batch} queries x {args.group} passages, {args.rounds} rounds of {args.steps} steps, median"
+        f"{args.batch} queries x {args.group} passages, "
+        f"{args.rounds} rounds of {args.steps} steps, median"
     )
     for name in ("ours", "theirs"):
         alone = peak[name] - baseline[name]
         print(
-            f"{name:<7} {step[name]:.3f} s/step, peak {peak[name]:.0f} MB, {alone:.0f} MB without the imports"
+            f"{name:<7} {step[name]:.3f} s/step, peak {peak[name]:.0f} MB, "
+            f"{alone:.0f} MB without the imports"
         )
     without = (peak["ours"] - baseline["ours"]) / (peak["theirs"] - baseline["theirs"])
     ratio = peak["ours"] / peak["theirs"]
     print(
-        f"speed {step['theirs'] / step['ours']:.2f}x   peak memory {ratio:.2f}x, {without:.2f}x without imports"
+        f"speed {step['theirs'] / step['ours']:.2f}x   "
+        f"peak memory {ratio:.2f}x, {without:.2f}x without imports"
     )
 
 

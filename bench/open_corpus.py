@@ -1,4 +1,5 @@
-"""Resident memory of opening a corpus, beyond what the imports take: a million passages must cost less than 300 MB.
+"""Resident memory of opening a corpus, beyond what the imports take: a million passages must cost
+less than 300 MB.
 
 python bench/open_corpus.py --passages 1000000 --folder /tmp/bench-corpus
 """
@@ -16,7 +17,9 @@ MEASURE = """
 import resource, sys, time
 import datasets, torch, transformers
 from lib.texts import open_texts
-def resident(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
+def resident():
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * resource.getpagesize() / 2**20
 before, began = resident(), time.perf_counter()
 texts = open_texts(sys.argv[1])
 opened, seconds = resident(), time.perf_counter() - began
@@ -24,7 +27,8 @@ rows = range(0, len(texts), max(len(texts) // 20000, 1))
 began = time.perf_counter()
 for row in rows: texts[row]
 read = (time.perf_counter() - began) / len(rows) * 1e6
-print(f"{len(texts)} passages: imports {before:.0f} MB, open +{opened - before:.1f} MB in {seconds:.3f} s, "
+print(f"{len(texts)} passages: imports {before:.0f} MB, "
+      f"open +{opened - before:.1f} MB in {seconds:.3f} s, "
       f"random read {read:.1f} us (mapped pages then: +{resident() - opened:.0f} MB)")
 """
 

@@ -27,7 +27,9 @@ import faiss, numpy as np, torch
 from lib.embeddings import Embeddings
 from lib.search import DenseIndex
 folder, depth = sys.argv[1], int(sys.argv[2])
-def memory(key): return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+def memory(key):
+    status = open("/proc/self/status").read()
+    return int(re.search(key + r":\\s+(\\d+)", status)[1]) / 1024
 queries = np.load(folder + "/queries.npy")
 corpus = Embeddings(folder + "/shards")
 """
@@ -90,8 +92,11 @@ def main():
         for name, code in (("ours", OURS), ("faiss", PEER)):
             done = subprocess.run(
                 [sys.executable, "-c", COMMON + code + REPORT, str(folder), str(args.depth), name],
-                env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True, text=True,
-            )  # fmt: skip
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                check=True,
+                capture_output=True,
+                text=True,
+            )
             results[name].append(json.loads(done.stdout))
             print(name, results[name][-1], flush=True)
     medians = {
@@ -100,10 +105,13 @@ def main():
     peaks = {name: statistics.median(r["peak"] for r in runs) for name, runs in results.items()}
     same = (np.load(folder / "ours.npy") == np.load(folder / "faiss.npy")).mean()
     print(
-        f"{args.queries} queries, {args.passages} x {args.dimension}, top {args.depth}: same row at {same:.4%}"
+        f"{args.queries} queries, {args.passages} x {args.dimension}, top {args.depth}: "
+        f"same row at {same:.4%}"
     )
-    print(f"median seconds: ours {medians['ours']:.2f}, faiss {medians['faiss']:.2f}, ratio faiss / ours "
-          f"{medians['faiss'] / medians['ours']:.2f}")  # fmt: skip
+    print(
+        f"median seconds: ours {medians['ours']:.2f}, faiss {medians['faiss']:.2f}, "
+        f"ratio faiss / ours {medians['faiss'] / medians['ours']:.2f}"
+    )
     print(f"peak memory: ours {peaks['ours']:.0f} MB, faiss {peaks['faiss']:.0f} MB")
 
 

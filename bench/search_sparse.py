@@ -2,8 +2,11 @@
 loop in numba, and Seismic (approximate, arXiv 2404.18812; `pip install pyseismic-lsr`, left out
 where it is not installed).
 
-    python -m bench.search_sparse --folder /tmp/bench-sparse --passages 1000000 --queries 256 --depth 1000
-    python -m bench.search_sparse ... --embeddings DIR --queries_embeddings DIR      # resampled from real vectors
+    python -m bench.search_sparse --folder /tmp/bench-sparse --passages 1000000 --queries 256 \\
+        --depth 1000
+    python -m bench.search_sparse ... --embeddings DIR --queries_embeddings DIR
+
+The second form draws its passages and queries from real vectors.
 
 Without --embeddings, term r of 30,522 is in a share of the passages proportional to 1 / (r + 50)
 (Zipf-Mandelbrot), on average 120 terms in each, weights are log-normal (-0.7, 0.6), and the 30
@@ -42,12 +45,16 @@ from lib.embeddings import Embeddings
 folder, depth = sys.argv[1], int(sys.argv[2])
 queries = load_npz(folder + "/queries.npz")
 corpus = Embeddings(folder + "/shards")
-def whole(): return vstack([block for _, block in corpus.blocks(0, len(corpus), len(corpus))], "csr")
+def whole():
+    return vstack([block for _, block in corpus.blocks(0, len(corpus), len(corpus))], "csr")
 def clock(): return np.array([time.perf_counter(), time.process_time()])
-def memory(key): return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+def memory(key):
+    status = open("/proc/self/status").read()
+    return int(re.search(key + r":\\s+(\\d+)", status)[1]) / 1024
 def best(scores):  # (q, N): the depth best rows, in order
     found = np.argpartition(-scores, depth, axis=1)[:, :depth]
-    return np.take_along_axis(found, np.argsort(-np.take_along_axis(scores, found, 1), axis=1, kind="stable"), 1)
+    order = np.argsort(-np.take_along_axis(scores, found, 1), axis=1, kind="stable")
+    return np.take_along_axis(found, order, 1)
 """
 OURS = """
 from lib.inverted import Sparse
@@ -56,7 +63,8 @@ began = clock()
 index = Sparse.open(corpus, folder + "/index{bits}", {bits})
 build, grown = (clock() - began)[0], memory("VmHWM") - before
 index.search(queries[:2], depth)  # compiles, or loads what an earlier run compiled
-index.search(queries, depth)  # and the pages of the index are in memory, as the arrays of the others are
+# this also brings the pages of the index into memory, where the arrays of the others are
+index.search(queries, depth)
 began = clock()
 scores, rows = index.search(queries, depth)
 """
@@ -83,7 +91,8 @@ from sentence_transformers.util import dot_score, semantic_search
 queries = queries[:16]
 def tensor(m):
     m = m.tocoo()
-    return torch.sparse_coo_tensor(np.stack([m.row, m.col]), m.data, m.shape, check_invariants=False).coalesce()
+    places = np.stack([m.row, m.col])
+    return torch.sparse_coo_tensor(places, m.data, m.shape, check_invariants=False).coalesce()
 passages, asked = tensor(whole()), tensor(queries)
 began = clock()
 found = semantic_search(asked, passages, top_k=depth, score_function=dot_score)
@@ -251,16 +260,22 @@ def main():
         frequency += np.bincount(block.indices, minlength=corpus.dim)
         stored += block.nnz
     touched = frequency[queries.indices].sum() / queries.shape[0] / len(corpus)
-    print(f"{len(corpus)} passages of {stored / len(corpus):.0f} terms, {queries.shape[0]} queries of "
-          f"{queries.nnz / queries.shape[0]:.0f}, top {args.depth}: {touched:.2f} postings per query and passage",
-          flush=True)  # fmt: skip
+    print(
+        f"{len(corpus)} passages of {stored / len(corpus):.0f} terms, "
+        f"{queries.shape[0]} queries of {queries.nnz / queries.shape[0]:.0f}, top {args.depth}: "
+        f"{touched:.2f} postings per query and passage",
+        flush=True,
+    )
     results = {name: [] for name in contestants}
     for _ in range(args.rounds):
         for name, code in contestants.items():
             done = subprocess.run(
                 [sys.executable, "-c", COMMON + code + REPORT, str(folder), str(args.depth), name],
-                env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, stdout=subprocess.PIPE, text=True,
-            )  # fmt: skip
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                check=True,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
             results[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(name, results[name][-1], flush=True)
     exact = np.load(folder / "ours.npy")
@@ -273,13 +288,18 @@ def main():
         same = np.mean(
             [len(np.intersect1d(a, b)) / args.depth for a, b in zip(rows, exact, strict=False)]
         )
-        print(f"{name:28} {wall:9.3f} ms per query ({wall / ours[0]:7.1f} x ours), {cpu:9.3f} of all cores "
-              f"({cpu / ours[1]:7.1f} x), {same:.4%} of the rows ours")  # fmt: skip
+        print(
+            f"{name:28} {wall:9.3f} ms per query ({wall / ours[0]:7.1f} x ours), "
+            f"{cpu:9.3f} of all cores ({cpu / ours[1]:7.1f} x), {same:.4%} of the rows ours"
+        )
     for bits in (32, 8):
         parts = {path.stem: path.stat().st_size for path in (folder / f"index{bits}").glob("*.bin")}
-        lists = sum(parts.values()) - parts["documents"] - parts["weights"]
-        print(f"{bits} bits: {(parts['documents'] + parts['weights']) / stored:.2f} bytes per posting, and "
-              f"{lists / stored:.2f} for where lists begin")  # fmt: skip
+        postings = parts["documents"] + parts["weights"]
+        lists = sum(parts.values()) - postings
+        print(
+            f"{bits} bits: {postings / stored:.2f} bytes per posting, "
+            f"and {lists / stored:.2f} for where lists begin"
+        )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m bench.seeds OUT/{}-{}/evaluation --base mlm --others retromae dupmae --seeds 0 1
 
-The pattern takes run and seed and names an output_dir of evaluate.py. A query counts with the mean over its seeds, so
-the interval is about queries; the differences of the seeds stand behind it.
+The pattern takes run and seed and names an output_dir of evaluate.py. A query counts with the mean
+over its seeds, so the interval is about queries; the differences of the seeds stand behind it.
 """
 
 import argparse

@@ -43,7 +43,7 @@ class Cut:
     tokenizer: object
     max_length: int  # of a block with its special tokens
     title: str = "space"  # how it is joined to the text; it begins the first block
-    span_tokens: int = 0  # 0 = blocks; else spans of at most so many tokens
+    span_tokens: int = 0  # 0 cuts into blocks; another number is the longest span in tokens
 
     def join(self, titles: tuple[str, ...], text: str) -> str:
         return join_title(titles, text, self.title, self.tokenizer)

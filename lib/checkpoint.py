@@ -452,7 +452,8 @@ def _card(model: BiEncoder, card: dict) -> Iterator[str]:
     yield from (f"# {card['name']}", "")
     if sparse:
         over = "without special tokens" if model.exclude_special_tokens else "all positions"
-        yield f"Sparse retriever: log(1 + relu(max of the LM's logits over {over})), {model.dim} terms,"
+        formula = f"log(1 + relu(max of the LM's logits over {over}))"
+        yield f"Sparse retriever: {formula}, {model.dim} terms,"
     else:
         head = " + ".join([f"{model.pooling} pooling", *(type(m).__name__ for m in model.head)])
         yield f"Dense retriever: {head}, {model.dim} dimensions,"

@@ -46,11 +46,11 @@ class GroupWeights:
       1. Losses, counts and gradients are of the batch of all processes (theirs: gradients alone, so
          that two processes differ in their weights).
       2. A group that is not in the batch keeps its weight (theirs: eps); those that are share what
-      they hold.
+         they hold.
       3. h begins at 1 / K, and idro's loss is divided by the weight present, so that it stays a
          mean (theirs: 1 each, and a sum).
       4. The weight is not averaged over steps once more (their greedy's weight_ema, 0 in the
-      recipe)."""
+         recipe)."""
 
     def __init__(self, groups: int, settings: Robustness):
         if settings.eps * groups > 1:

@@ -336,8 +336,8 @@ def read_run(path) -> dict[str, RunList]:
         q1 7 1                          MS MARCO run: qid, pid, rank; the score is -rank
         q1 TAB 7 TAB what? TAB Ants     top1000.dev; the scores are -1, -2, ... as the lines come
         q1 TAB 9,4,12                   mined lists, best first; the same; repeated ids count once
-        {"qid": "q1", "neg": ["9"]}     training file: the negatives, best first, then the positives,
-                                        with their scores where all of them have one
+        {"qid": "q1", "neg": ["9"]}     training file: the negatives, best first, then the
+                                        positives, with their scores where all of them have one
 
     UserError: another shape, a line of another shape than the first, a passage that a run lists
     twice for a query, an empty file."""
@@ -363,8 +363,8 @@ def _run_of_columns(path) -> dict[str, RunList]:
         width = width or len(columns)
         if len(columns) != width or width not in (3, 6):
             raise UserError(
-                f"{place}: {len(columns)} columns — a run has 6 (TREC) or 3 (qid, pid, rank) in every "
-                "line; mined lists and top1000.dev have tabs between their columns"
+                f"{place}: {len(columns)} columns — a run has 6 (TREC) or 3 (qid, pid, rank) in "
+                "every line; mined lists and top1000.dev have tabs between their columns"
             )
         pid = columns[1] if width == 3 else columns[2]
         pid = names.setdefault(pid, pid)  # one string for all its lines

@@ -5,8 +5,8 @@ figure 1).
                                                   complete
     output_dir/done                               the trainer has ended
     generations/generation-0003/                  of the miner; it gets this name when it is
-                                                  complete: train.jsonl and,
-                                                  written last, manifest.json: {"step": 500,
+                                                  complete: train.jsonl, and the last file,
+                                                  manifest.json: {"step": 500,
                                                   "checkpoint": ..., ...}
     output_dir/generations.tsv                    of the trainer: `step TAB generation` of every
                                                   look for a new one

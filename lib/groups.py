@@ -179,7 +179,8 @@ class Groups(Dataset):
         self.notes = {
             "group": f"1 positive + {num_negatives} negatives",
             "examples": f"{len(self)} positives of {len(file)} queries",
-            "negatives per query": f"min {counts.min()}, median {int(np.median(counts))}, max {counts.max()}",
+            "negatives per query": f"min {counts.min()}, median {int(np.median(counts))}, "
+            f"max {counts.max()}",
         }
         if short.any():
             self.notes["short lists"] = (

@@ -1,18 +1,23 @@
-"""A retrieval collection out of the documentation of the Python that runs this: the docstrings of the standard library
-and of the installed packages. Sources are parsed with `ast`; nothing is imported or executed.
+"""A retrieval collection out of the documentation of the Python that runs this: the docstrings of
+the standard library and of the installed packages. Sources are parsed with `ast`; nothing is
+imported or executed.
 
-query = first paragraph of a docstring, passage = the rest, title = qualified name. What happens to each docstring, in
-this order, with the counts in stats.json:
-  1. those without a rest are left out, then those whose query or passage is too short, too long or mostly symbols
-  2. exact duplicates of a passage (white space, case and punctuation apart) and near duplicates (Jaccard similarity of
-     their word trigrams >= 0.7, found with MinHash) are left out: only the first in order of file and line stays
-  3. a query that words two or more passages alike (same words, order and plural s apart) has no single answer: it is
-     left out, its passages stay
-  4. test, dev and train are made of whole modules, so that what stands in one file never straddles two of them
+query = first paragraph of a docstring, passage = the rest, title = qualified name. What happens to
+each docstring, in this order, with the counts in stats.json:
+  1. those without a rest are left out, then those whose query or passage is too short, too long or
+     mostly symbols
+  2. exact duplicates of a passage (white space, case and punctuation apart) and near duplicates
+     (Jaccard similarity of their word trigrams >= 0.7, found with MinHash) are left out: only the
+     first in order of file and line stays
+  3. a query that words two or more passages alike (same words, order and plural s apart) has no
+     single answer: it is left out, its passages stay
+  4. test, dev and train are made of whole modules, so that what stands in one file never straddles
+     two of them
 The same environment always gives the same files.
 
 Reads   the standard library's and the installed packages' .py files (--roots for other folders)
-Writes  corpus.jsonl, queries.jsonl, queries.{train,dev,test}.jsonl, qrels/{train,dev,test}.tsv, stats.json (last)
+Writes  corpus.jsonl, queries.jsonl, queries.{train,dev,test}.jsonl, qrels/{train,dev,test}.tsv,
+        stats.json (last)
 
     python -m recipes.python_docs --output_dir runs/quickstart/collection
 """
@@ -119,7 +124,8 @@ def source_files(root: Path) -> list[tuple[str, Path]]:
 
 
 def docstrings(item: tuple[str, Path]) -> list[tuple[str, str]] | None:
-    """(qualified name, docstring) of one file's module, classes and functions, in order; None if it does not parse."""
+    """(qualified name, docstring) of one file's module, classes and functions, in order; None if it
+    does not parse."""
     module, path = item
     try:
         source = path.read_bytes()
@@ -156,7 +162,8 @@ def plain(text: str) -> str:
 
 
 def split_docstring(text: str) -> tuple[str, str]:
-    """(first paragraph, the rest), both plain. A first paragraph that is only a signature is passed over."""
+    """(first paragraph, the rest), both plain. A first paragraph that is only a signature is passed
+    over."""
     paragraphs = re.split(r"\n\s*\n", text.strip())
     if len(paragraphs) > 2 and re.fullmatch(
         r"[\w.]+\(.*\)(\s*->.*)?", paragraphs[0], flags=re.DOTALL
@@ -239,8 +246,8 @@ def place(name: str) -> bytes:
 
 
 def groups(entries: list[Entry], level: int = 1) -> dict[str, list[Entry]]:
-    """Entries by package, and where that is more than GROUP of them, by the next level of modules; a file is never
-    split."""
+    """Entries by package, and where that is more than GROUP of them, by the next level of modules;
+    a file is never split."""
     parts = defaultdict(list)
     for entry in entries:
         parts[".".join(entry.module.split(".")[:level])].append(entry)
@@ -252,8 +259,8 @@ def groups(entries: list[Entry], level: int = 1) -> dict[str, list[Entry]]:
 
 
 def split(entries: list[Entry], eval_queries: int) -> dict[str, list[Entry]]:
-    """Whole groups in an order drawn by hash fill test, then dev (at most a fifth and a tenth of all); the rest is
-    train."""
+    """Whole groups in an order drawn by hash fill test, then dev (at most a fifth and a tenth of
+    all); the rest is train."""
     parts = {"train": [], "dev": [], "test": []}
     wanted = {
         "test": min(eval_queries, len(entries) // 5),
@@ -308,7 +315,8 @@ def main():
         entries = [e for e in entries if e.name in chosen]
     if len(entries) < 100:
         raise UserError(
-            f"{', '.join(roots)}: only {len(entries)} usable docstrings — name folders with more in --roots"
+            f"{', '.join(roots)}: only {len(entries)} usable docstrings — "
+            "name folders with more in --roots"
         )
     counts["passages"] = len(entries)
     parts = split(one_answer(entries, counts), args.eval_queries)

@@ -1,4 +1,5 @@
-"""The end of the quickstart: how well BM25, stage 1 and stage 2 find the passage of each test query, three examples.
+"""The end of the quickstart: how well BM25, stage 1 and stage 2 find the passage of each test
+query, three examples.
 
 Reads   OUT, as recipes/quickstart.sh leaves it
 
@@ -72,7 +73,8 @@ def main():
     print(verdict("stage 2", "stage 1", gain))
     print(verdict("stage 2", "BM25", results["stage2"]))
     print(
-        "(stage 2 goes on from stage 1: twice the steps, and negatives that stage 1 itself finds hard)"
+        "(stage 2 goes on from stage 1: twice the steps, "
+        "and negatives that stage 1 itself finds hard)"
     )
 
 

@@ -1,10 +1,9 @@
 """Score pairs with a cross-encoder, which reads query and passage together: a teacher, or a
 re-ranker.
 
-    --train FILE   every (query, positive) and (query, negative) of a training file; it is written
-                   back with the
-                   scores, for distillation (--kl_weight, --margin_mse_weight of
-                   finetune_biencoder.py)
+    --train FILE   every (query, positive) and (query, negative) of a training file, which is
+                   written again with the scores, for distillation (--kl_weight,
+                   --margin_mse_weight of finetune_biencoder.py)
     --run FILE     the first --depth passages of each query of a run (or of top1000.dev), re-ranked
 
 Any AutoModelForSequenceClassification with one label, or two (irrelevant, relevant), is a scorer:
@@ -18,11 +17,11 @@ Reads   --model (a folder or a name on the hub), --corpus, --queries, and --trai
 Writes  --output_dir: train.jsonl with pos_scores and neg_scores, or run.trec, best first; meta.json
         last
 
-CPU toy   python -m recipes.score_pairs --model T --train train.jsonl --corpus C --queries Q
-          --output_dir S
+CPU toy   python -m recipes.score_pairs --model T --train train.jsonl --corpus C --queries Q \\
+              --output_dir S
 1 GPU     accelerate launch --mixed_precision bf16 -m recipes.score_pairs ...
-N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 -m
-          recipes.score_pairs ...
+N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 \\
+              -m recipes.score_pairs ...
 """
 
 import os

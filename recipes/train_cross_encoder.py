@@ -1,11 +1,12 @@
 """Train a cross-encoder on the groups of a training file, by sentence-transformers' own trainer.
 
-The loss is the listwise softmax cross-entropy over 1 positive + n negatives of RetroMAE's teacher (arXiv
-2205.12035). Everything else, resuming and several GPUs included, is CrossEncoderTrainer's:
+The loss is the listwise softmax cross-entropy over 1 positive + n negatives of RetroMAE's teacher
+(arXiv 2205.12035). Everything else, resuming and several GPUs included, is CrossEncoderTrainer's:
 pip install 'sentence-transformers==6.2.0'
 
 Reads   --model, an encoder; --train, --corpus, --queries
-Writes  --output_dir: a folder for recipes/score_pairs.py, AutoModelForSequenceClassification and CrossEncoder
+Writes  --output_dir: a folder for recipes/score_pairs.py, AutoModelForSequenceClassification and
+        CrossEncoder
 
     python -m recipes.train_cross_encoder --model M --train T --corpus C --queries Q --output_dir O
 """
@@ -40,7 +41,8 @@ class Args:
 
 
 def examples(args, tokenizer) -> dict[str, list]:
-    """Columns of the trainer's data set: query, its passages (the positive first), and their labels."""
+    """Columns of the trainer's data set: query, its passages (the positive first), and their
+    labels."""
     queries, corpus = open_texts(args.queries), open_texts(args.corpus)
     columns = {"query": [], "docs": [], "labels": []}
     for _, row in read_training_file(args.train):

@@ -1,9 +1,11 @@
 """Train a WordPiece tokenizer as BERT's (lower case) on a corpus, for a model from scratch.
 
 Reads   --corpus (any format of lib/files.py)
-Writes  --output_dir: a Hugging Face tokenizer, for pretrain_mae.py --tokenizer; of the same texts the same, each time
+Writes  --output_dir: a Hugging Face tokenizer, for pretrain_mae.py --tokenizer; of the same texts
+        the same, each time
 
-    python -m recipes.train_tokenizer --corpus corpus.jsonl --output_dir tokenizer --vocab_size 12000
+    python -m recipes.train_tokenizer --corpus corpus.jsonl --output_dir tokenizer \\
+        --vocab_size 12000
 """
 
 from collections import Counter
@@ -29,12 +31,13 @@ class Args:
 
 
 def train(texts: Callable[[], Iterable[str]], vocab_size: int) -> dict[str, int]:
-    """BERT's special tokens, up to 1000 characters, each also within a word (##), and what merges of them fill up the
-    vocabulary: entry -> id. Reads the texts twice.
+    """BERT's special tokens, up to 1000 characters, each also within a word (##), and what merges
+    of them fill up the vocabulary: entry -> id. Reads the texts twice.
 
-    The library's trainer alone numbers the characters within words, and cuts a long alphabet, in the order of a hash
-    map, which changes from process to process; the numbers settle ties between merges, so that the entries change too
-    (huggingface/tokenizers#1794). Both are therefore given to it."""
+    The library's trainer alone numbers the characters within words, and cuts a long alphabet, in
+    the order of a hash map, which changes from process to process; the numbers settle ties between
+    merges, so that the entries change too (huggingface/tokenizers#1794). Both are therefore given
+    to it."""
     wordpiece = BertWordPieceTokenizer(lowercase=True)
     clean, split = wordpiece.normalizer.normalize_str, wordpiece.pre_tokenizer.pre_tokenize_str
     counts = Counter()

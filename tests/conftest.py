@@ -1,4 +1,5 @@
-"""What the tests share: a small random BERT, and a collection with four passages on each of ten subjects."""
+"""What the tests share: a small random BERT, and a collection with four passages on each of ten
+subjects."""
 
 import json
 import os
@@ -38,9 +39,9 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_collection(tmp_path_factory):
-    """Paths of 40 passages (JSONL; every fourth has no title, 7 to 62 words), 20 queries (TSV), qrels (BEIR, one or
-    two positives per query), negatives (`qid TAB pid,...`, five or six each, none judged) and candidates (a TREC run
-    of the positives and the negatives)."""
+    """Paths of 40 passages (JSONL; every fourth has no title, 7 to 62 words), 20 queries (TSV),
+    qrels (BEIR, one or two positives per query), negatives (`qid TAB pid,...`, five or six each,
+    none judged) and candidates (a TREC run of the positives and the negatives)."""
     folder, draw = tmp_path_factory.mktemp("collection"), random.Random(0)
     passages, queries, qrels, negatives, candidates = [], [], [], [], []
     for number, (name, words) in enumerate(SUBJECTS.items()):
@@ -87,8 +88,8 @@ def tiny_collection(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory, tiny_collection):
-    """Plain Hugging Face folder: a random BertForMaskedLM (2 layers of 32, 128 positions) and a WordPiece tokenizer
-    trained on the collection."""
+    """Plain Hugging Face folder: a random BertForMaskedLM (2 layers of 32, 128 positions) and a
+    WordPiece tokenizer trained on the collection."""
     import torch
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
@@ -115,8 +116,9 @@ def tiny_model_dir(tmp_path_factory, tiny_collection):
 
 @pytest.fixture
 def script(monkeypatch, capfd):
-    """script("encode", "--model", folder, ...) -> (exit status, stdout, stderr): a script run in this process, which
-    saves the seconds that imports take. Paths and numbers may be given as they are."""
+    """script("encode", "--model", folder, ...) -> (exit status, stdout, stderr): a script run in
+    this process, which saves the seconds that imports take. Paths and numbers may be given as they
+    are."""
     import importlib
     import sys
 
@@ -140,9 +142,9 @@ def script(monkeypatch, capfd):
 
 @pytest.fixture
 def two_processes(tmp_path):
-    """two_processes("encode.py", "--model", folder, ...) -> stdout of a run on two gloo processes, as the README
-    starts it. This launcher takes localhost by its address; torchrun's c10d rendezvous asks for the name of the
-    machine, and hangs where no hosts file has it."""
+    """two_processes("encode.py", "--model", folder, ...) -> stdout of a run on two gloo processes,
+    as the README starts it. This launcher takes localhost by its address; torchrun's c10d
+    rendezvous asks for the name of the machine, and hangs where no hosts file has it."""
     import subprocess
     import sys
     from pathlib import Path
@@ -194,8 +196,8 @@ def forked_python(tmp_path_factory):
 
 @pytest.fixture
 def recipe(forked_python):
-    """recipe("beir.sh", *arguments, SCALE="tiny", ...) -> the finished process of a recipe called in the folder `cwd`,
-    with this Python first in the PATH and the scripts started by `python`."""
+    """recipe("beir.sh", *arguments, SCALE="tiny", ...) -> the finished process of a recipe called
+    in the folder `cwd`, with this Python first in the PATH and the scripts started by `python`."""
     import subprocess
     import sys
     from pathlib import Path
@@ -230,7 +232,8 @@ def tiny_msmarco(tiny_collection, tmp_path):
 
 @pytest.fixture
 def tiny_beir(tiny_collection, tmp_path):
-    """A folder of two collections in BEIR layout, `one` and `two`, both the tiny one, with sentences."""
+    """A folder of two collections in BEIR layout, `one` and `two`, both the tiny one, with
+    sentences."""
     import shutil
 
     for name in ("one", "two"):

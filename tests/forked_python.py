@@ -1,14 +1,16 @@
-"""A `python` for the tests of recipes that starts in no time: our scripts are run by forks of one process that has
-imported what they import, which is nearly all that a stage of a tiny recipe costs.
+"""A `python` for the tests of recipes that starts in no time: our scripts are run by forks of one
+process that has imported what they import, which is nearly all that a stage of a tiny recipe costs.
 
-    python tests/forked_python.py serve SOCKET         imports, and forks for each call until it is killed
-    python tests/forked_python.py call SOCKET ARGS     runs `python ARGS` there; anything but a script of ours or a
-                                                       recipe's module is left to the real one
+    python tests/forked_python.py serve SOCKET       imports, and forks for each call until it is
+                                                     killed
+    python tests/forked_python.py call SOCKET ARGS   runs `python ARGS` there; anything but a script
+                                                     of ours or a recipe's module is left to the
+                                                     real one
 
-A fork has the working folder, environment, standard streams, process group and exit status of the call: who kills the
-group, as recipes/ance.sh does at its end, kills it too. (One that outlived its recipe would hold its output open, and
-whoever reads that to the end would wait for ever.) A single process that is killed by its id is the caller alone, so
-tests that do this take the real Python.
+A fork has the working folder, environment, standard streams, process group and exit status of the
+call: who kills the group, as recipes/ance.sh does at its end, kills it too. (One that outlived its
+recipe would hold its output open, and whoever reads that to the end would wait for ever.) A single
+process that is killed by its id is the caller alone, so tests that do this take the real Python.
 """
 
 import json
@@ -66,10 +68,8 @@ def answer(connection: socket.socket) -> None:
         traceback.print_exc()
     import multiprocessing
 
-    for (
-        child
-    ) in multiprocessing.active_children():  # workers of a loader, which an ordinary exit ends
-        child.terminate()
+    for child in multiprocessing.active_children():
+        child.terminate()  # a worker of a loader; an ordinary exit would end it
     sys.stdout.flush()
     sys.stderr.flush()
     connection.send(bytes([status]))

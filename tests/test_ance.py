@@ -1,4 +1,5 @@
-"""pytest tests/test_ance.py — finetune_biencoder.py on refreshed training files, documents and weighted groups."""
+"""pytest tests/test_ance.py — finetune_biencoder.py on refreshed training files, documents and
+weighted groups."""
 
 import itertools
 import json
@@ -16,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def train(script, tiny_collection, tiny_model_dir, tmp_path):
-    """train(*flags, name=value, ...) -> the folder of a finished run of some seconds; name=None leaves a flag out."""
+    """train(*flags, name=value, ...) -> the folder of a finished run of some seconds; name=None
+    leaves a flag out."""
 
     def run(*flags, fails=False, **changes):
         files = {name: getattr(tiny_collection, name) for name in ("corpus", "queries", "train")}
@@ -72,7 +74,8 @@ def rows_of(collection):
 
 
 def generations(folder, collection, *steps):
-    """One generation per step: the n-th has two negatives of every query, and skips every third one."""
+    """One generation per step: the n-th has two negatives of every query, and skips every third
+    one."""
     before = len(list(folder.glob("generation-*")))
     for number, step in enumerate(steps):
         path = folder / f"generation-{before + number + 1:04d}"

@@ -1,4 +1,5 @@
-"""pytest tests/test_ance_loop.py — recipes/ance.sh: trainer and miner side by side, killed at random moments."""
+"""pytest tests/test_ance_loop.py — recipes/ance.sh: trainer and miner side by side, killed at
+random moments."""
 
 import json
 import os
@@ -41,7 +42,8 @@ def call(script, *flags):
 
 @pytest.fixture
 def collection(tmp_path):
-    """The documentation of numpy, 600 passages, laid out for recipes/ance.sh; and BM25 negatives."""
+    """The documentation of numpy, 600 passages, laid out for recipes/ance.sh; and BM25
+    negatives."""
     docs, data = tmp_path / "docs", tmp_path / "data"
     roots = ["--roots", Path(numpy.__file__).parent, "--eval_queries", 60, "--max_passages", 600]
     call("-m recipes.python_docs", *roots, "--output_dir", docs)

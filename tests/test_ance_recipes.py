@@ -1,4 +1,5 @@
-"""pytest tests/test_ance_recipes.py — ANCE, SEED-Encoder, COCO-DR from end to end at SCALE=tiny, with their values."""
+"""pytest tests/test_ance_recipes.py — ANCE, SEED-Encoder, COCO-DR from end to end at SCALE=tiny,
+with their values."""
 
 import json
 import shutil
@@ -28,8 +29,8 @@ def negatives_of(collection):
 
 @pytest.fixture
 def data(tiny_msmarco, tiny_collection):
-    """What get_msmarco.sh --triples --documents leaves, without the sets of TREC; five documents have two chunks or
-    more."""
+    """What get_msmarco.sh --triples --documents leaves, without the sets of TREC; five documents
+    have two chunks or more."""
     for path in tiny_msmarco.glob("*.dl*"):
         path.unlink()
     passages = [line.split("\t") for line in (tiny_msmarco / "corpus.tsv").read_text().splitlines()]
@@ -58,7 +59,8 @@ def data(tiny_msmarco, tiny_collection):
 
 
 def asked(folder, *names):
-    """The values that a recipe gave a finished run, before those that SCALE=tiny put at the end of the command."""
+    """The values that a recipe gave a finished run, before those that SCALE=tiny put at the end of
+    the command."""
     args = read_json(folder / "args.json")
     assert (folder / "done").is_file()
     assert (
@@ -85,7 +87,8 @@ def check_warm_up(folder, model, rates, projection):
 
 
 def check_part(folder, data, model, rates, *texts):
-    """Trained from this model with these values, on the negatives of the first generation, and evaluated."""
+    """Trained from this model with these values, on the negatives of the first generation, and
+    evaluated."""
     run = folder / "model"
     assert asked(run, *RATES) == rates and asked(run, *TEXTS) == (texts[0], "64", "512", *texts[1:])
     assert asked(run, "model", "corpus") == (str(model), str(data / "corpus.tsv"))

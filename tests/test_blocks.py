@@ -18,7 +18,8 @@ from lib.texts import open_texts
 
 TRICKY = (
     'Dr. Smith et al. fought in the U.S. Army. "Is it?" Yes! See e.g. Fig. 3 or No. 5. '
-    "Version 2.0 is out... and so on. J. K. Rowling (author). (An aside.) Then 这是一句。那是另一句！「好。」\n\n"
+    "Version 2.0 is out... and so on. J. K. Rowling (author). (An aside.) "
+    "Then 这是一句。那是另一句！「好。」\n\n"
     "A title\n\nIt cost 3.14 at 5 p.m. We left"
 )
 SENTENCES = [

@@ -1,17 +1,16 @@
-"""Two gloo processes of batch B give the loss and gradient of one process of batch 2B, for every loss.
+"""Two gloo processes of batch B give the loss and gradient of one process of batch 2B, for every
+loss.
 
 Run: python -m pytest tests/test_dist.py
 """
 
 import itertools
-import os
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from gloo import spawn_two
 from torch import nn
 
 from lib.dist import all_gather, all_gather_with_grad, world
@@ -33,7 +32,8 @@ class Encoder(nn.Module):
 
 
 def world_batch(micro_step, queries):
-    """Texts, keys, fillers of the batch of all processes: passages that repeat, several positives per query."""
+    """Texts, keys, fillers of the batch of all processes: passages that repeat, several positives
+    per query."""
     generator = torch.Generator().manual_seed(micro_step)
     keys = torch.randint(0, 9, (queries * P,), generator=generator)
     filler = torch.rand(queries * P, generator=generator) < 0.2
@@ -46,7 +46,8 @@ def world_batch(micro_step, queries):
 
 
 def train_step(accelerator, loss_name, chunked):
-    """(loss of the last micro-step averaged over processes, gradient) as finetune_biencoder.py computes them."""
+    """(loss of the last micro-step averaged over processes, gradient) as finetune_biencoder.py
+    computes them."""
     rank, processes = world()
     batch = 2 * B // processes
     model = accelerator.prepare(Encoder())
@@ -91,15 +92,7 @@ def all_cases():
     return accelerator, [train_step(accelerator, *case) for case in CASES]
 
 
-def one_of_two(rank, port, folder):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=port,
-    )
-    torch.set_num_threads(1)
+def one_of_two(rank, folder):
     accelerator, results = all_cases()
     assert accelerator.num_processes == 2 and world() == (rank, 2)
     x = torch.tensor([[float(rank)]], requires_grad=True)
@@ -110,17 +103,12 @@ def one_of_two(rank, port, folder):
     torch.save(
         {"results": results, "order": gathered.detach(), "grad": x.grad}, f"{folder}/{rank}.pt"
     )
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # at the end of the interpreter a thread of gloo's may abort
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    mp.spawn(one_of_two, (port, str(folder)), nprocs=2)
+    spawn_two(one_of_two, str(folder))
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -1,4 +1,5 @@
-"""pytest tests/test_dro.py — group-robust training: weights by the formulas, gradients of groups by autograd."""
+"""pytest tests/test_dro.py — group-robust training: weights by the formulas, gradients of groups by
+autograd."""
 
 import json
 import math
@@ -90,7 +91,8 @@ def test_weights_that_cannot_sum_to_one_are_refused():
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
 def test_products_are_those_of_the_gradients_that_autograd_gives_each_group(kind):
-    """Texts of several chunks of different lengths, padded; dropout off; one backward pass against one per group."""
+    """Texts of several chunks of different lengths, padded; dropout off; one backward pass against
+    one per group."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     sizes |= {"intermediate_size": 32, "max_position_embeddings": 40, "pad_token_id": 1}

@@ -1,4 +1,5 @@
-"""pytest tests/test_encode.py — encode.py by subprocess on a random BERT: order, resumption, processes, refusals."""
+"""pytest tests/test_encode.py — encode.py by subprocess on a random BERT: order, resumption,
+processes, refusals."""
 
 import contextlib
 import io
@@ -60,7 +61,8 @@ def command(checkpoint, source, output, *flags, kind="passage"):
 
 
 def encode(*args, **kwargs):
-    """In this process; gives what it prints. For what is about processes, see the tests with `command`."""
+    """In this process; gives what it prints. For what is about processes, see the tests with
+    `command`."""
     AcceleratorState._reset_state(reset_partial_state=True)
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):

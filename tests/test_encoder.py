@@ -1,5 +1,5 @@
-"""pytest tests/test_encoder.py — pooling and heads against plain transformers, what padding must not change, what is
-saved, and what cannot be loaded."""
+"""pytest tests/test_encoder.py — pooling and heads against plain transformers, what padding must
+not change, what is saved, and what cannot be loaded."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Formats: what is read, what is refused, what is written. Run: python -m pytest tests/test_files.py"""
+"""Formats: what is read, what is refused, what is written. Run: python -m pytest
+tests/test_files.py"""
 
 import gzip
 import json
@@ -71,8 +72,12 @@ def test_passages_of_ms_marco_v2_have_their_own_id(tmp_path):
 
 
 def test_empty_texts_are_kept_and_counted(tmp_path, capsys):
-    rows = '{"_id": "1", "text": "a"}\n{"_id": "2", "title": "", "text": " "}\n{"_id": "3", "text": null}\n'
-    texts = open_texts(put(tmp_path / "c.jsonl", rows))
+    rows = [
+        '{"_id": "1", "text": "a"}\n',
+        '{"_id": "2", "title": "", "text": " "}\n',
+        '{"_id": "3", "text": null}\n',
+    ]
+    texts = open_texts(put(tmp_path / "c.jsonl", "".join(rows)))
     assert len(texts) == 3 and texts[1] == ((), " ") and texts[2] == ((), "")
     assert "2 texts are empty; they are kept" in capsys.readouterr().out
 
@@ -110,8 +115,8 @@ def test_qrels_are_told_apart_by_shape(tmp_path, width):
         3: "query-id\tcorpus-id\tscore\nq1\t7\t1\nq1\t9\t1\nq2\t8\t1\n",
         4: "q1\t0\t7\t1\nq1\t0\t9\t1\nq2\t0\t8\t1\n",
     }
-    # RetroMAE reads columns 0 and 1 whatever the width: of the 4-column file it keeps the passage "0" and
-    # protects no positive
+    # RetroMAE reads columns 0 and 1 whatever the width: of the 4-column file it keeps the passage
+    # "0" and protects no positive
     assert files.read_qrels(put(tmp_path / "q", rows[width])) == {
         "q1": {"7": 1, "9": 1},
         "q2": {"8": 1},
@@ -175,8 +180,11 @@ def test_damaged_files(tmp_path):
             open_texts(missing)
 
 
-TRAINING = """{"qid": "q,1", "pos": ["7"], "neg": ["9", "4"], "pos_scores": [9.5], "neg_scores": [8.5, 2]}
-{"qid": "q2", "pos": ["3", "7"], "cluster": 4}
+SCORED_ROW = (
+    '{"qid": "q,1", "pos": ["7"], "neg": ["9", "4"], "pos_scores": [9.5], "neg_scores": [8.5, 2]}'
+)
+TRAINING = f"""{SCORED_ROW}
+{{"qid": "q2", "pos": ["3", "7"], "cluster": 4}}
 """
 
 

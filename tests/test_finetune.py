@@ -1,4 +1,5 @@
-"""pytest tests/test_finetune.py — finetune_biencoder.py: kill -9 and resume, two processes, best/, refusals."""
+"""pytest tests/test_finetune.py — finetune_biencoder.py: kill -9 and resume, two processes, best/,
+refusals."""
 
 import json
 import os
@@ -165,8 +166,9 @@ def test_two_processes_train_like_one_with_twice_the_batch(
             "grad_norm",
             *(sparse_names if head == "sparse" else ()),
         ):
-            # Adam makes steps of full size of gradients that are zero but for rounding: an LM head has many. The rest
-            # differs by rounding alone, which four steps of 1e-3 spread, more on one CPU's kernels than on another's
+            # Adam makes steps of full size of gradients that are zero but for rounding: an LM head
+            # has many. The rest differs by rounding alone, which four steps of 1e-3 spread, more on
+            # one CPU's kernels than on another's
             rel = 1e-5 if one["step"] == 1 else 1e-3 if head == "sparse" else 2e-4
             assert two[name] == pytest.approx(one[name], abs=1e-5, rel=rel), (one["step"], name)
     if head == "dense":  # the same is true of the bias of a key
@@ -186,8 +188,14 @@ def test_it_learns_and_best_is_what_its_score_says(
     assert sum(losses[-2:]) < sum(losses[:2])
     scores = {line["step"]: line["dev_mrr@10"] for line in log if "dev_mrr@10" in line}
     assert list(scores) == [0, 10, 20, 30]
-    call(arguments(**dev_files(tiny_collection), model=tmp_path / "out" / "best", pooling=None, max_steps=1,
-                   learning_rate=1e-9, output_dir=tmp_path / "again"))  # fmt: skip
+    again = {
+        "model": tmp_path / "out" / "best",
+        "pooling": None,
+        "max_steps": 1,
+        "learning_rate": 1e-9,
+        "output_dir": tmp_path / "again",
+    }
+    call(arguments(**dev_files(tiny_collection), **again))
     assert log_of(tmp_path / "again")[0]["dev_mrr@10"] == pytest.approx(
         max(scores.values()), abs=1e-9
     )

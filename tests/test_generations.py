@@ -1,4 +1,5 @@
-"""pytest tests/test_generations.py — generations of negatives: published whole, found, adopted, replayed."""
+"""pytest tests/test_generations.py — generations of negatives: published whole, found, adopted,
+replayed."""
 
 import json
 import shutil

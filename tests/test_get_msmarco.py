@@ -1,4 +1,5 @@
-"""pytest tests/test_get_msmarco.py — recipes/get_msmarco.sh with a curl that serves files of empty lines."""
+"""pytest tests/test_get_msmarco.py — recipes/get_msmarco.sh with a curl that serves files of empty
+lines."""
 
 import gzip
 import io
@@ -90,7 +91,8 @@ def test_documents_and_triples_come_with_as_many_lines_as_said(get, tmp_path):
     )
     assert all(url.startswith(places) for url in asked)
 
-    # a last line without its newline is a line; a missing one is noticed; what does not answer is named
+    # a last line without its newline is a line; a missing one is noticed; what does not answer is
+    # named
     queries = out / "documents/queries.dev.tsv"
     queries.write_bytes(b"\n" * 5192 + b"q")
     (out / "documents/qrels.dev.tsv").write_bytes(b"\n" * 5192)

@@ -1,4 +1,5 @@
-"""The chunked gradient is the gradient: with dropout on, under accumulation, under fp16 loss scaling.
+"""The chunked gradient is the gradient: with dropout on, under accumulation, under fp16 loss
+scaling.
 
 Run: python -m pytest tests/test_gradcache.py
 """

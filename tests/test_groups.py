@@ -1,4 +1,5 @@
-"""pytest tests/test_groups.py — groups of a query, a positive and negatives: what is drawn, refused, filled."""
+"""pytest tests/test_groups.py — groups of a query, a positive and negatives: what is drawn,
+refused, filled."""
 
 import json
 

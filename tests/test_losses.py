@@ -1,4 +1,5 @@
-"""pytest tests/test_losses.py — losses and masks against naive loops and the worked examples of their docstrings."""
+"""pytest tests/test_losses.py — losses and masks against naive loops and the worked examples of
+their docstrings."""
 
 import math
 

@@ -2,15 +2,13 @@
 processes."""
 
 import math
-import os
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from gloo import spawn_two
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from lib.checkpoint import read_architecture
@@ -496,25 +494,12 @@ CASES = [(objective, 0) for objective in OBJECTIVES] + [
 ]  # the last with GradCache
 
 
-def one_of_two(rank, port, folder, out):
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=port,
-    )
-    torch.set_num_threads(1)
+def one_of_two(rank, folder, out):
     torch.save([world_step(folder, *case) for case in CASES], f"{out}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # at the end of the interpreter a thread of gloo's may abort
 
 
 def test_two_processes_are_one_with_twice_the_batch(tiny_model_dir, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    mp.spawn(one_of_two, (port, str(tiny_model_dir), str(tmp_path)), nprocs=2)
+    spawn_two(one_of_two, str(tiny_model_dir), str(tmp_path))
     single = [world_step(tiny_model_dir, objective) for objective, _ in CASES]
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

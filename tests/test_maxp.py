@@ -23,6 +23,8 @@ LENGTH, M = 10, 9  # tokens of a chunk, of which 8 are of the text
 WORDS = (
     "colony queen worker nest lava crater string snow oven tail orbit milk pod song goat".split()
 )  # a token each
+SMALL = """--shard_rows 3 --window 2 --tokens_per_batch 60 --num_workers 0
+    --dtype float32""".split()
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +91,6 @@ def naive(documents, tiny_model_dir):
 @pytest.fixture
 def encode(script, checkpoint, documents):
     def call(output, *flags, source=documents.corpus, kind="passage", model=checkpoint):
-        small = (
-            "--shard_rows",
-            3,
-            "--window",
-            2,
-            "--tokens_per_batch",
-            60,
-            "--num_workers",
-            0,
-            "--dtype",
-            "float32",
-        )
         return script(
             "encode",
             "--model",
@@ -111,7 +101,7 @@ def encode(script, checkpoint, documents):
             kind,
             "--output_dir",
             output,
-            *small,
+            *SMALL,
             *flags,
         )
 
@@ -360,20 +350,8 @@ def test_encode_gives_a_vector_to_each_chunk(encode, documents, naive, tmp_path)
 
 def test_two_processes_write_the_same_bytes(encode, checkpoint, documents, two_processes, tmp_path):
     encode(tmp_path / "one")
-    small = (
-        "--shard_rows",
-        3,
-        "--window",
-        2,
-        "--tokens_per_batch",
-        60,
-        "--num_workers",
-        0,
-        "--dtype",
-        "float32",
-    )
     what = "--model", checkpoint, "--input", documents.corpus, "--kind", "passage"
-    two_processes("encode.py", *what, "--output_dir", tmp_path / "two", *small)
+    two_processes("encode.py", *what, "--output_dir", tmp_path / "two", *SMALL)
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 

@@ -1,5 +1,5 @@
-"""A user's mistakes, one after another: each ends in one line that names place and remedy, exit status 1, nothing half
-written. Run: python -m pytest tests/test_mistakes.py"""
+"""A user's mistakes, one after another: each ends in one line that names place and remedy, exit
+status 1, nothing half written. Run: python -m pytest tests/test_mistakes.py"""
 
 import gzip
 import json
@@ -133,11 +133,13 @@ MISTAKES = [
     (MINE + "QRELS --depth 0", "--depth 0 — give a finite number at least 1"),
     (BM25 + "unknown_query.qrels", "query q999 is not in"),
     (
-        "evaluate --queries_embeddings vectors_q --corpus_embeddings vectors_p --allow_unknown --qrels QRELS",
+        "evaluate --queries_embeddings vectors_q --corpus_embeddings vectors_p "
+        "--allow_unknown --qrels QRELS",
         "another checkpoint",
     ),
     (
-        "evaluate --queries_embeddings vectors_q --corpus_embeddings vectors_s --allow_unknown --qrels QRELS",
+        "evaluate --queries_embeddings vectors_q --corpus_embeddings vectors_s "
+        "--allow_unknown --qrels QRELS",
         "vectors_s: sparse vectors",
     ),
     (
@@ -145,7 +147,8 @@ MISTAKES = [
         "no meta.json",
     ),
     (
-        "evaluate --queries_embeddings vectors_p --corpus_embeddings vectors_q --allow_unknown --qrels QRELS",
+        "evaluate --queries_embeddings vectors_p --corpus_embeddings vectors_q "
+        "--allow_unknown --qrels QRELS",
         "of kind passage",
     ),
     ("evaluate --run QRELS --qrels QRELS", "the rank 'score' is not a finite number"),

@@ -1,4 +1,5 @@
-"""pytest tests/test_optim.py — LAMB against its definition and a public one, resume, GradScaler, no waiting."""
+"""pytest tests/test_optim.py — LAMB against its definition and a public one, resume, GradScaler, no
+waiting."""
 
 import copy
 
@@ -13,7 +14,8 @@ SHAPES = [(7, 5), (5,), (40, 30), (3, 2, 4), (1,), (6, 6), (2, 3)]
 
 
 def tensors(seed=0):
-    """Parameters with norms below and far above 10, one of zeros, one that never gets a gradient."""
+    """Parameters with norms below and far above 10, one of zeros, one that never gets a
+    gradient."""
     generator = torch.Generator().manual_seed(seed)
     params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
     with torch.no_grad():
@@ -79,7 +81,8 @@ def test_each_step_is_the_definition(weight_decay):
 
 
 def test_the_rules_one_by_one():
-    """First step on a tensor of n equal numbers a, gradient c > 0: u = 0.1 / sqrt(0.001) everywhere."""
+    """First step on a tensor of n equal numbers a, gradient c > 0: u = 0.1 / sqrt(0.001)
+    everywhere."""
     u = 0.1 / 0.001**0.5
     for a, moved in (
         (0.5, 0.5),
@@ -96,10 +99,11 @@ def test_the_rules_one_by_one():
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_equals_a_public_implementation(weight_decay):
-    """pytorch-optimizer's definition is ours with weight_decouple=False (decay inside u, p itself not shrunk),
-    adam_debias=True (else it divides the step by 1 - b1^t, the bias correction of the first moment) and its defaults
-    grad_averaging=True (the 1 - b1), pre_norm=False (no clipping inside), weight norms up to 10. It adds eps to |u| in
-    the ratio too, which is below rounding while |u| is not tiny."""
+    """pytorch-optimizer's definition is ours with weight_decouple=False (decay inside u, p itself
+    not shrunk), adam_debias=True (else it divides the step by 1 - b1^t, the bias correction of the
+    first moment) and its defaults grad_averaging=True (the 1 - b1), pre_norm=False (no clipping
+    inside), weight norms up to 10. It adds eps to |u| in the ratio too, which is below rounding
+    while |u| is not tiny."""
     theirs = pytest.importorskip("pytorch_optimizer").Lamb
     a, b = tensors(), tensors()
     ours = Lamb(groups(a, weight_decay), lr=0.02)
@@ -168,7 +172,8 @@ def test_under_grad_scaler():
 
 
 def test_nothing_is_read_back_from_the_device():
-    """Tensors without values: what asked for one, as `if norm == 0` does, would raise. On a GPU it would wait."""
+    """Tensors without values: what asked for one, as `if norm == 0` does, would raise. On a GPU it
+    would wait."""
     params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in SHAPES]
     for p in params:
         p.grad = torch.empty_like(p)

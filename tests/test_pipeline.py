@@ -1,5 +1,5 @@
-"""All five scripts in a row, each on two gloo processes, and again on one; and from the training files of others to
-metrics. Run: python -m pytest tests/test_pipeline.py"""
+"""All five scripts in a row, each on two gloo processes, and again on one; and from the training
+files of others to metrics. Run: python -m pytest tests/test_pipeline.py"""
 
 import json
 

@@ -35,10 +35,19 @@ def package(tmp_path):
         path = tmp_path / "pack" / f"part{module}" / "__init__.py"
         path.parent.mkdir(parents=True)
         path.write_text(code)
-    text = "The same long explanation stands in two places, word for word and to the last dot of its last sentence."
+    text = (
+        "The same long explanation stands in two places, "
+        "word for word and to the last dot of its last sentence."
+    )
     near = text.replace("word for word and", "word for word, and") + " Indeed."
-    other = "An entirely different explanation that only this function has, and that is long enough to be kept here."
-    third = "Yet something else is explained in this place, at a length that suffices to become a passage of its own."
+    other = (
+        "An entirely different explanation that only this function has, "
+        "and that is long enough to be kept here."
+    )
+    third = (
+        "Yet something else is explained in this place, "
+        "at a length that suffices to become a passage of its own."
+    )
     planted = {
         "kept": f"The one that comes first stays.\n\n    {text}",
         "copied": f"An exact copy of it goes away.\n\n    {text.upper()}",

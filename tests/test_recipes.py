@@ -30,7 +30,9 @@ def test_paths_are_the_callers_and_names_stay(tmp_path):
         (tmp_path / name).mkdir()
     script = f"""
 . {shlex.quote(str(ROOT / "recipes" / "paths.sh"))}
-path out; path /out; model checkpoint; model bert-base-uncased; model bm25; echo "$MODEL $TEACHER $PWD"
+path out; path /out
+model checkpoint; model bert-base-uncased; model bm25
+echo "$MODEL $TEACHER $PWD"
 """
     environment = {**os.environ, "MODEL": "checkpoint", "TEACHER": "org/teacher"}
     found = subprocess.check_output(

@@ -1,4 +1,5 @@
-"""pytest tests/test_score_pairs.py — scores of a cross-encoder: one pair at a time, killed, on two processes."""
+"""pytest tests/test_score_pairs.py — scores of a cross-encoder: one pair at a time, killed, on two
+processes."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""pytest tests/test_sentence_transformers.py — our folders loaded there, theirs loaded here: the same vectors."""
+"""pytest tests/test_sentence_transformers.py — our folders loaded there, theirs loaded here: the
+same vectors."""
 
 import json
 

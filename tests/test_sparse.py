@@ -1,4 +1,5 @@
-"""pytest tests/test_sparse.py — the sparse head: the plain formula, sentence-transformers' vectors, refusals."""
+"""pytest tests/test_sparse.py — the sparse head: the plain formula, sentence-transformers' vectors,
+refusals."""
 
 import json
 

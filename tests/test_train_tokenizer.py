@@ -1,4 +1,5 @@
-"""The WordPiece tokenizer of a corpus: the same each time, and what BERT's normaliser makes of any text."""
+"""The WordPiece tokenizer of a corpus: the same each time, and what BERT's normaliser makes of any
+text."""
 
 import random
 

@@ -22,7 +22,7 @@ Face folder states nothing but --pooling is needed, or --head sparse; it gets Te
 
 Reads   --model (our folder, a sentence-transformers folder, dense or sparse, a Hugging Face folder,
         a hub name);
-        --input in any format of lib/files.py
+        --input in any format of lib/texts.py
 Writes  --output_dir: shard-00000.npy (n, D) or .npz (n, V), shard-00000.ids.txt, ..., progress.json
         while it runs,
         meta.json last

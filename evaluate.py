@@ -41,7 +41,7 @@ from lib.files import (
     write_lines,
     write_run,
 )
-from lib.index import Index, Source, file_fingerprint, open_index
+from lib.index import Index, Source, file_fingerprint
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
 from lib.metrics import (
     bootstrap_interval,
@@ -111,8 +111,7 @@ def search(args: Args, index: Index, qids: list[str]) -> tuple[dict[str, RunList
     asked = index.queries.rows(qids)
     if args.candidates:
         listed = read_run(args.candidates)
-        empty = RunList([], np.zeros(0, dtype=np.float32))
-        wanted = [index.corpus.rows(listed.get(qid, empty).pids) for qid in qids]
+        wanted = [index.corpus.rows(listed[qid].pids if qid in listed else []) for qid in qids]
         lost = sum(int((rows < 0).sum()) for rows in wanted)
         none = sum(qid not in listed for qid in qids)
         facts["candidates"] = (
@@ -220,7 +219,7 @@ def main():
     if len(set(names)) < len(names):
         raise UserError("--qrels: two files have the same name, and so their splits — rename one")
     splits = {name: read_qrels(path) for name, path in zip(names, args.qrels, strict=True)}
-    index = None if args.run else open_index(source, accelerator)
+    index = None if args.run else Index(source, accelerator)
     lost = check_judgments(args, splits, index) if index else 0
     runs = [read_run(path) for path in args.run]
     other = read_run(args.compare) if args.compare else None
@@ -229,7 +228,6 @@ def main():
     inputs |= index.inputs if index else {}
     if claim_output(args, accelerator, "metrics.json", inputs=inputs):
         if accelerator.is_main_process:
-            print(f"{out} is complete:")
             show(read_json(out / "metrics.json"))
         return
 
@@ -264,7 +262,9 @@ def main():
         for qid in qrels:
             row = [f"{values[name][qid]:.6g}" for name in args.metrics]
             table.append("\t".join([qid, split, *row]))
-        reciprocal = score_run(ranked, qrels, ["RR@10"], args.relevance_level)["RR@10"]
+        reciprocal = values.get("RR@10")
+        if reciprocal is None:  # it was not asked for; the check below needs it
+            reciprocal = score_run(ranked, qrels, ["RR@10"], args.relevance_level)["RR@10"]
         first = {qid: entry.pids[:10] for qid, entry in ranked.items()}
         official = mrr_at_k(first, qrels, 10, args.relevance_level)
         ours = np.mean(list(reciprocal.values()))
@@ -287,7 +287,7 @@ def main():
         result["policy"]["compared with"] = args.compare
     write_lines(out / "per_query.tsv", table)
     write_json(out / "metrics.json", {**result, "facts": facts, "versions": versions()})
-    show(read_json(out / "metrics.json"))
+    show(result)
 
 
 if __name__ == "__main__":

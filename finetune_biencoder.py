@@ -75,6 +75,7 @@ from lib.generations import Generation, Refresh, checkpoint_path, remove_old_che
 from lib.gradcache import contrastive_backward
 from lib.groups import GroupCollator, Groups, TrainingFile, preview
 from lib.loader import StepSampler, load
+from lib.masking import DROPOUT
 from lib.optim import (
     descend,
     lr_at,
@@ -289,8 +290,8 @@ def main():
     inputs = {"model": model_hash(checkpoint_folder(args.model)), **file.fingerprints}
     if refresh:
         del inputs["train"]  # which generation is used when stands in generations.tsv
-    facts["inputs"] = inputs
-    if not launch.begin(accelerator, args, "fine-tuning", facts, partial(preview, collate)):
+    show = partial(preview, collate)
+    if not launch.begin(accelerator, args, "fine-tuning", facts, inputs, show):
         return
     if accelerator.is_main_process:
         check_checkpoint(model, out)
@@ -308,16 +309,16 @@ def main():
     # ---- the loss of a batch, and evaluation
     def loss_of(batch, q_reps, p_reps):
         """q_reps (B, D), p_reps (B·P·M, D) query-major -> (loss, numbers for the log)."""
-        scores, positives, mask = losses.score_batch(batch, q_reps, p_reps, temperature)
-        own = losses.group_columns(positives, P)  # (B, P)
+        scores, positives, mask, filled = losses.score_batch(batch, q_reps, p_reps, temperature)
         if args.loss != "info_nce":
             mask = mask & losses.own_group(positives, scores.shape[1], P)
         function = losses.triplet_nll if args.loss == "triplet" else contrastive_loss
         loss = function(scores, positives, mask)  # (B,)
-        stats = losses.batch_statistics(batch, scores, positives, mask)
+        stats = losses.batch_statistics(scores, positives, mask, filled)
         stats["contrastive"] = loss
         loss = args.contrastive_weight * loss
         if distilled:
+            own = losses.group_columns(positives, P)  # (B, P)
             student, keep = scores.gather(1, own), mask.gather(1, own)
             stats["kl"] = losses.kl_divergence(student, batch["teacher_scores"], keep)
             stats["margin_mse"] = losses.margin_mse(student, batch["teacher_scores"], keep)
@@ -348,7 +349,7 @@ def main():
             save(out / "best")
 
     # ---- train
-    log = launch.RunLog(accelerator, out, step if extra else -1)
+    log = launch.RunLog(accelerator, out, step)
     means = launch.Means()
     bar = tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process)
     if dev and not dev_scores:
@@ -368,7 +369,7 @@ def main():
             batches = load(collate.groups, collate, sampler, args.num_workers, device)
         # ------------------------------------------------------------------- one training step
         batch = send_to_device(next(batches), device, non_blocking=True)
-        dropout = step_seed(args.seed, 2, micro_step, rank)  # 0 and 1: data order and negatives
+        dropout = step_seed(args.seed, DROPOUT, micro_step, rank)
         with accelerator.accumulate(model):
             if chunked:
                 loss_fn = partial(loss_of, batch)

@@ -42,13 +42,13 @@ from lib.files import (
     RunList,
     TrainingRow,
     UserError,
-    lines,
-    read_qrels,
+    first_line,
+    read_positives,
     read_run,
     write_json,
     write_training_file,
 )
-from lib.index import Source, file_fingerprint, open_index
+from lib.index import Index, Source, file_fingerprint
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
 from lib.text import step_seed
 from lib.texts import Texts, open_texts, require_rows
@@ -107,7 +107,6 @@ class Lists:
 
     def __init__(self, path: str, corpus: Texts, qids: Sequence[str], need_scores: bool):
         self.path, self.name, self.corpus = path, path, corpus
-        _, first = next(lines(path), (0, ""))
         entries, self.lists, scored = read_run(path), {}, False
         for qid in qids:
             entry = entries.pop(qid, NO_LIST)
@@ -120,7 +119,7 @@ class Lists:
         if need_scores and not scored:
             wrong = f"{path}: --max_score_margin needs scores, which this file does not have"
             raise UserError(f"{wrong} — score a training file with recipes/score_pairs.py")
-        self.teacher = scored and first.startswith("{")  # a training file with scores
+        self.teacher = scored and first_line(path).startswith("{")  # a training file with scores
 
     def search(self, qids: Sequence[str], k: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
         lists = [self.lists[qid] for qid in qids]
@@ -159,11 +158,8 @@ def main():
         seed=args.seed,
     )
     accelerator = make_accelerator()
-    qrels = read_qrels(args.qrels)
-    positives = {
-        qid: [p for p, grade in judged.items() if grade > 0] for qid, judged in qrels.items()
-    }
-    qids = [qid for qid, pids in positives.items() if pids]
+    positives = read_positives(args.qrels)
+    qids = list(positives)
     if not qids:
         raise UserError(f"{args.qrels}: no passage has a grade above 0 — mining needs positives")
     with accelerator.main_process_first():
@@ -174,7 +170,7 @@ def main():
     if args.run:
         index, asked = Lists(args.run, corpus, qids, args.max_score_margin is not None), qids
     else:
-        index = open_index(source, accelerator)
+        index = Index(source, accelerator)
         asked = require_rows(index.queries, qids, args.qrels, "query")
     vectors = None if args.run or args.bm25 else index.corpus
     if vectors is not None and vectors.meta["input_fingerprint"] != corpus.fingerprint:
@@ -182,7 +178,6 @@ def main():
     inputs = {"corpus": corpus.fingerprint, "qrels": file_fingerprint(args.qrels)}
     inputs |= {"run": file_fingerprint(args.run)} if args.run else index.inputs
     if claim_output(args, accelerator, "audit.json", inputs=inputs):
-        accelerator.print(f"{args.output_dir} is complete")
         return
     facts = {
         "candidates": f"the first {args.depth} of {index.name}",

@@ -193,7 +193,7 @@ def main():
         blocks = open_corpora(args.corpus, cut, args.seed, args.balance)
         collate = BlockCollator(cut)
         probe = None
-        if args.probe_every:
+        if args.probe_every and accelerator.is_main_process:
             probe = Probe(blocks, collate, args.probe_queries, args.probe_qrels)
     texts_per_step = W * B * accumulation
     max_steps = args.max_steps or math.ceil(args.num_epochs * len(blocks) / texts_per_step)
@@ -228,8 +228,8 @@ def main():
 
     # the checkpoint, and a state with two moments
     facts["disk"] = f"{4 * weights * 4 / 1e9:.2f} GB"
-    facts["inputs"] = {name: part.texts.fingerprint for name, part in blocks.parts.items()}
-    if not launch.begin(accelerator, args, "pre-training", facts, preview):
+    inputs = {name: part.texts.fingerprint for name, part in blocks.parts.items()}
+    if not launch.begin(accelerator, args, "pre-training", facts, inputs, preview):
         return
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
@@ -245,9 +245,8 @@ def main():
     bar = tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process)
 
     def write_probe():
-        if accelerator.is_main_process:
-            with accelerator.autocast():
-                log.write(step, probe(objective, device), bar)
+        with accelerator.autocast():
+            log.write(step, probe(objective, device), bar)
 
     # ---- train
     model.train()

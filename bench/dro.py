@@ -10,29 +10,13 @@ memory, and how many groups a batch has on average.
 """
 
 import argparse
-import json
 import random
-import shutil
 import statistics
 import tempfile
 from pathlib import Path
 
-from bench.finetune import ROOT, peak_of, prepare
+from bench.finetune import prepare, train
 from lib.files import read_training_file, write_training_file
-
-
-def run(args, folder: Path, weighted: bool) -> tuple[list[float], float]:
-    """(seconds of each step, peak MB)"""
-    shutil.rmtree(folder / "out", ignore_errors=True)
-    command = f"""--model {args.model} --corpus {args.corpus} --queries {args.queries}
-        --train {folder}/train.jsonl
-        --passages_per_query {args.group} --per_device_batch_size {args.batch}
-        --max_steps {args.steps} --max_query_length 32 --max_passage_length {args.max_length}
-        --loss triplet --num_workers 0 --log_every 1 --output_dir {folder}/out"""
-    command += " --dro idro" if weighted else ""
-    peak = peak_of(ROOT / "finetune_biencoder.py", *command.split())
-    log = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
-    return [args.batch / line["queries/s"] for line in log], peak
 
 
 def main():
@@ -41,6 +25,8 @@ def main():
     )
     for name in ("model", "corpus", "queries", "qrels", "train"):
         parser.add_argument(f"--{name}")
+    triplets = ["--max_query_length", "32", "--loss", "triplet"]
+    flags = {False: triplets, True: [*triplets, "--dro", "idro"]}
     sizes = {"batch": 64, "group": 2, "max_length": 128, "steps": 6, "rounds": 3, "groups": 50}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -55,7 +41,7 @@ def main():
         write_training_file(folder / "train.jsonl", rows)
         for _ in range(args.rounds):
             for weighted in (False, True):
-                times, peak = run(args, folder, weighted)
+                times, peak = train(args, folder, *flags[weighted])
                 seconds[weighted] += times[2:]
                 peaks[weighted].append(peak)
     plain, weighted = (statistics.median(seconds[kind]) for kind in (False, True))

@@ -89,18 +89,24 @@ def prepare(args, folder: Path) -> None:
     write_json(folder / "columns.json", columns)
 
 
-def ours(args, folder: Path) -> tuple[list[float], float]:
-    """(seconds of each step, peak MB)"""
+def train(args, folder: Path, *flags: str) -> tuple[list[float], float]:
+    """(seconds of each step, peak MB) of finetune_biencoder.py on what `prepare` wrote."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     command = f"""--model {args.model} --corpus {args.corpus} --queries {args.queries}
         --train {folder}/train.jsonl
         --passages_per_query {args.group} --per_device_batch_size {args.batch}
-        --max_steps {args.steps} --chunk_size {args.chunk_size} --max_query_length {args.max_length}
-        --max_passage_length {args.max_length} --learning_rate 2e-5 --num_workers 0 --log_every 1
-        --output_dir {folder}/out {SPARSE if args.sparse else DENSE}"""
-    peak = peak_of(ROOT / "finetune_biencoder.py", *command.split())
+        --max_steps {args.steps} --max_passage_length {args.max_length} --learning_rate 2e-5
+        --num_workers 0 --log_every 1 --output_dir {folder}/out"""
+    peak = peak_of(ROOT / "finetune_biencoder.py", *command.split(), *flags)
     log = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
     return [args.batch / line["queries/s"] for line in log], peak
+
+
+def ours(args, folder: Path) -> tuple[list[float], float]:
+    """(seconds of each step, peak MB)"""
+    kind = SPARSE if args.sparse else DENSE
+    sizes = f"--max_query_length {args.max_length} --chunk_size {args.chunk_size}"
+    return train(args, folder, *sizes.split(), *kind.split())
 
 
 def theirs(args, folder: Path) -> tuple[list[float], float]:

@@ -4,7 +4,7 @@
 #     bash bench/negatives.sh DATA MODEL OUT [flags for finetune_biencoder.py ...]
 #
 # DATA    corpus.*, queries.{train,dev,test}.*, qrels.{train,dev,test}.*
-# MODEL   a checkpoint; its lengths are those of the first generation of negatives
+# MODEL   a checkpoint
 # STEPS, SLICES, DEPTH, NEGATIVES, POLL   of recipes/ance.sh; the trainer and the miner run side by side on this machine
 # The flags need --max_steps. Printed: MRR@10, nDCG@10 and R@100 on test, and the differences to the batch alone and to BM25.
 set -euo pipefail

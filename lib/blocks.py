@@ -14,7 +14,7 @@ import xxhash
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from lib.files import UserError, atomic
+from lib.files import UserError, atomic, map_array
 from lib.launch import end_with_parent
 from lib.loader import permutation
 from lib.text import join_title, pad, step_seed, to_ids
@@ -143,9 +143,7 @@ class Blocks:
         if not path.is_file():
             with atomic(path) as temporary:
                 write_table(temporary, texts, cut)
-        empty = path.stat().st_size == 0  # such a file cannot be mapped
-        table = np.zeros(0, np.int32) if empty else np.memmap(path, dtype=np.int32, mode="r")
-        self.table = table.reshape(-1, 3)  # (N, 3): row, first character, end
+        self.table = map_array(path, np.int32).reshape(-1, 3)  # (N, 3): row, first character, end
         if cut.span_tokens:
             first = np.flatnonzero(np.diff(self.table[:, 0], prepend=-1))
             counts = np.diff(first, append=len(self.table))

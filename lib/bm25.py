@@ -21,9 +21,9 @@ import Stemmer
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from lib.files import UserError
-from lib.inverted import TILE, Inverted, Rows, map_array, open_folder, write
-from lib.texts import Texts, id_hashes
+from lib.files import UserError, map_array
+from lib.inverted import TILE, Inverted, Rows, open_folder, write
+from lib.texts import Texts, id_hashes, places
 
 # Lucene's StandardTokenizer, as far as English needs it: a word is letters and digits. An
 # apostrophe, colon or full stop between two letters does not end it, nor does a comma, semicolon,
@@ -109,7 +109,7 @@ class BM25(Inverted):
 
     def __init__(self, folder, accelerator=None):
         super().__init__(folder, accelerator)
-        self.vocabulary = map_array(folder, "vocabulary", np.uint64)
+        self.vocabulary = map_array(self.folder / "vocabulary.bin", np.uint64)
 
     @classmethod
     def open(cls, texts: Texts, folder, how=Weighting(), accelerator=None) -> "BM25":  # noqa: B008
@@ -127,8 +127,8 @@ class BM25(Inverted):
     def _queries(self, queries: Sequence[str]) -> Rows:
         lists = [self.terms(query) for query in queries]
         hashes = id_hashes(stem for one in lists for stem in one)
-        at = np.minimum(np.searchsorted(self.vocabulary, hashes), len(self.vocabulary) - 1)
-        known = self.vocabulary[at] == hashes
+        at = places(hashes, self.vocabulary)
+        known = at >= 0
         before = np.concatenate([[0], np.cumsum(known)])  # known terms before each term
         starts = before[np.cumsum([0, *map(len, lists)])]
         weights = np.ones(known.sum(), dtype=np.float32)

@@ -290,8 +290,8 @@ def _load_backbone(base: Path, auto: Callable, allow_new_head: bool, trust_remot
     ):
         if not allow_new_head:
             raise UserError(
-                f"{base}: has no LM head for --head sparse — add --allow_new_head to train a new "
-                "one"
+                f"{base}: has no LM head for --head sparse — train one with finetune_biencoder.py "
+                "--head new_sparse"
             )
         wrong = []
         with torch.no_grad():

@@ -2,7 +2,7 @@
 stands."""
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
@@ -80,8 +80,6 @@ class DevSet:
     def _encode(encoder, collate: GroupCollator, kind: str, texts: list) -> Tensor:
         device = next(encoder.parameters()).device
         side = collate.encoder_input(kind, texts)
-        found = []
-        for chunk in side["chunks"]:
-            chunk = {name: values.to(device) for name, values in chunk.items()}
-            found.append(encoder.encode(chunk).float().cpu())
+        chunks = (send_to_device(chunk, device) for chunk in side["chunks"])
+        found = [encoder.encode(chunk).float().cpu() for chunk in chunks]
         return torch.cat(found)[side["order"]]

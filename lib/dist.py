@@ -1,14 +1,36 @@
-"""What the processes of a run exchange for a contrastive loss. On one process every function is the
-identity."""
+"""What the processes of a run exchange. On one process every function is the identity."""
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
+
+from lib.files import UserError
+
+T = TypeVar("T")
 
 
 def world() -> tuple[int, int]:
     """(rank, number of processes)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def from_main(accelerator, decide: Callable[[], T]) -> T:
+    """What decide() returns on the main process, given to all. A UserError there is raised on all
+    of them, because the others already wait for the answer."""
+    answer = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = decide()
+        except UserError as error:
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    if answer[1]:
+        raise UserError(answer[1])
+    return answer[0]
 
 
 class _AllGather(torch.autograd.Function):

@@ -194,9 +194,8 @@ class GroupGradients:
         """(G, numbers of the weight), then (G, numbers of the bias), float32."""
         inputs, gradients, owner = [], [], []
         for (x, grad), own in zip(calls, rows, strict=True):
-            used = (grad != 0).any(
-                -1
-            )  # padding never, in the last layer nothing but what is pooled
+            # padding has no gradient; in the last layer only what is pooled has one
+            used = (grad != 0).any(-1)
             inputs.append(x[used])
             gradients.append(grad[used])
             owner.append(own.to(x.device)[:, None].expand(used.shape)[used])
@@ -204,17 +203,17 @@ class GroupGradients:
         ends = torch.bincount(owner, minlength=G).tolist()
         inputs = torch.cat(inputs)[order].float()
         gradients = torch.cat(gradients)[order].float()
+
+        def per_group(values: Tensor, owner=owner) -> Tensor:
+            return values.new_zeros(G, values.shape[1]).index_add_(0, owner, values)
+
         if isinstance(module, nn.LayerNorm):
             inputs = F.layer_norm(inputs, module.normalized_shape, eps=module.eps)
-            yield torch.zeros(G, inputs.shape[1], device=inputs.device).index_add_(
-                0, owner, inputs * gradients
-            )
+            yield per_group(inputs * gradients)
         else:
             table = inputs.new_empty(G, gradients.shape[1], inputs.shape[1])
             for out, x, grad in zip(table, inputs.split(ends), gradients.split(ends), strict=True):
                 torch.mm(grad.T, x, out=out)
             yield table.flatten(1)
         if module.bias is not None:
-            yield torch.zeros(G, gradients.shape[1], device=inputs.device).index_add_(
-                0, owner, gradients
-            )
+            yield per_group(gradients)

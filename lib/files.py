@@ -62,6 +62,11 @@ def lines(path) -> Iterator[tuple[int, str]]:
             ) from error
 
 
+def first_line(path) -> str:
+    """The first line of a file that is not blank, or an empty string."""
+    return next(lines(path), (0, ""))[1]
+
+
 @contextlib.contextmanager
 def atomic(path) -> Iterator[Path]:
     """A temporary name beside `path` for a file or folder. It becomes `path` when the block ends
@@ -122,6 +127,11 @@ def json_object(path, number: int, line: str) -> dict:
     if not isinstance(record, dict):
         raise UserError(f"{path}:{number}: not a JSON object — correct the line")
     return record
+
+
+def map_array(path: Path, dtype) -> np.ndarray:
+    """The numbers of a binary file, memory-mapped. (An empty file cannot be mapped.)"""
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.frombuffer(b"", dtype)
 
 
 def line_of(path, *fields) -> str:
@@ -211,6 +221,14 @@ def _is_header(place: str, columns: list[str]) -> bool:
             "(RetroMAE)"
         )
     return False
+
+
+def read_positives(path) -> dict[str, list[str]]:
+    """{qid: its passages with a grade above 0}, without the queries that have none. UserError: see
+    read_qrels."""
+    qrels = read_qrels(path)
+    found = {qid: [p for p, grade in judged.items() if grade > 0] for qid, judged in qrels.items()}
+    return {qid: pids for qid, pids in found.items() if pids}
 
 
 def write_qrels(path, qrels: dict[str, dict[str, int]]) -> None:
@@ -341,7 +359,7 @@ def read_run(path) -> dict[str, RunList]:
 
     UserError: another shape, a line of another shape than the first, a passage that a run lists
     twice for a query, an empty file."""
-    _, first = next(lines(path), (0, ""))
+    first = first_line(path)
     columns = first.split("\t")
     judgments = len(columns) == 4 and columns[1] in ("0", "Q0") and columns[3].isdigit()
     if first.startswith("{"):

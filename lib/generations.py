@@ -19,11 +19,11 @@ itself, and leave no record of what was used when.)"""
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from accelerate.utils import broadcast_object_list
-
+from lib.dist import from_main
 from lib.files import UserError, read_json, write_lines
 
 
@@ -69,8 +69,7 @@ def read_generations(folder) -> list[Generation]:
         if found and step < found[-1].step:
             raise UserError(
                 f"{path}: its step {step} is below {found[-1].step} of the generation before, so "
-                "two runs have "
-                "written to this folder — give each run its own"
+                "two runs have written to this folder — give each run its own"
             )
         found.append(Generation(number, step, path / "train.jsonl"))
     return found
@@ -96,44 +95,40 @@ class Refresh:
 
     def first(self) -> Generation:
         """What was used last, or will be used first. Writes nothing."""
+        found = read_generations(self.folder)
         last = max(self.decisions, default=None)
-        return self._newest(0) if last is None else self._find(self.decisions[last])
+        return self._newest(found, 0) if last is None else self._find(found, self.decisions[last])
 
     def at(self, step: int, accelerator) -> Generation:
         """What to use after `step` steps, the same on every process; call it on all of them."""
-        verdict = [None, None]
-        if accelerator.is_main_process:
-            try:
-                if step not in self.decisions:
-                    self._decide(step)
-                verdict[0] = self._find(self.decisions[step])
-            except UserError as error:  # the other ranks are blocked in the broadcast
-                verdict[1] = str(error)
-        broadcast_object_list(verdict)
-        if verdict[1]:
-            raise UserError(verdict[1])
-        return verdict[0]
+        return from_main(accelerator, partial(self._look, step))
 
-    def _decide(self, step: int) -> None:
+    def _look(self, step: int) -> Generation:
+        found = read_generations(self.folder)
+        if step not in self.decisions:
+            self._decide(found, step)
+        return self._find(found, self.decisions[step])
+
+    def _decide(self, found: list[Generation], step: int) -> None:
         earlier = [number for look, number in self.decisions.items() if look < step]
-        number = max([self._newest(step).number, *earlier])
+        number = max([self._newest(found, step).number, *earlier])
         with open(self.record, "a") as stream:
             stream.write(f"{step}\t{number}\n")
             stream.flush()
             os.fsync(stream.fileno())
         self.decisions[step] = number
 
-    def _newest(self, step: int) -> Generation:
-        found = [one for one in read_generations(self.folder) if one.step <= step]
-        if not found:
+    def _newest(self, found: list[Generation], step: int) -> Generation:
+        reached = [generation for generation in found if generation.step <= step]
+        if not reached:
             raise UserError(
                 f"{self.folder}: it has no generation of training data for step {step} — publish "
                 "one (recipes/ance.sh)"
             )
-        return found[-1]
+        return reached[-1]
 
-    def _find(self, number: int) -> Generation:
-        for generation in read_generations(self.folder):
+    def _find(self, found: list[Generation], number: int) -> Generation:
+        for generation in found:
             if generation.number == number:
                 return generation
         raise UserError(

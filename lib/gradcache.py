@@ -29,20 +29,18 @@ def contrastive_backward(
     stats)`, backpropagate into the parameters. Returns (loss, stats), detached; the loss is neither
     scaled nor divided by the accumulation.
 
-    model: the prepared (DDP-wrapped) one; model(query, passage) encodes either side, or one with
-    the other None batch: "query" and "passage" as lib/groups.py makes them; loss_fn gets (B, D) and
-    (B·P·M, D) in query-major order, may gather over processes, and must depend on the model through
-    the representations alone.
+    model     the prepared (DDP-wrapped) one; model(query, passage) encodes both sides, or one side
+              where the other is None
+    batch     "query" and "passage" as lib/groups.py makes them
+    loss_fn   gets (B, D) and (B·P·M, D) in query-major order, may gather over processes, and must
+              depend on the model through the representations alone
 
     Call it under `accelerator.accumulate(model)`."""
     query, passage = batch["query"], batch["passage"]
     queries = len(query["chunks"])
 
-    def encoder(chunk: dict, of_query: bool) -> Callable:
-        return lambda: ((model(chunk, None)[0] if of_query else model(None, chunk)[1]), 0.0)
-
-    encoders = [encoder(chunk, True) for chunk in query["chunks"]]
-    encoders += [encoder(chunk, False) for chunk in passage["chunks"]]
+    encoders = [lambda chunk=chunk: (model(chunk, None)[0], 0.0) for chunk in query["chunks"]]
+    encoders += [lambda chunk=chunk: (model(None, chunk)[1], 0.0) for chunk in passage["chunks"]]
 
     def loss_of(reps: list[Tensor]) -> tuple[Tensor, dict]:
         q_reps = torch.cat(reps[:queries])[query["order"]]

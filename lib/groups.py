@@ -17,18 +17,25 @@ import xxhash
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lib.files import TrainingRow, UserError, foreign_format, lines, read_qrels, read_training_file
+from lib.files import (
+    TrainingRow,
+    UserError,
+    first_line,
+    foreign_format,
+    read_positives,
+    read_training_file,
+)
 from lib.text import TextFormat, chunk_ids, format_texts, pad, step_seed, to_ids
-from lib.texts import Texts, require_rows
+from lib.texts import Texts, places, require_rows
 
 LINES_AT_A_TIME = 4096
 NEGATIVES_AT_A_TIME = 1 << 22
 
 
-def read_rows(path) -> Iterator[tuple[int, TrainingRow]]:
-    """(line number, row) of what --train takes: a training file, or judgments, whose queries have
-    no negatives."""
-    _, first = next(lines(path), (0, ""))
+def read_rows(path) -> Iterator[TrainingRow]:
+    """The rows of what --train takes: a training file, or judgments, whose queries have no
+    negatives."""
+    first = first_line(path)
     foreign = foreign_format(first)
     if foreign == "negative-lists":
         raise UserError(
@@ -36,22 +43,21 @@ def read_rows(path) -> Iterator[tuple[int, TrainingRow]]:
             f"mine_negatives.py --run {path} --qrels QRELS --corpus CORPUS --output_dir OUT"
         )
     if first.lstrip().startswith("{") or foreign:
-        yield from read_training_file(path)
+        yield from (row for _, row in read_training_file(path))
         return
-    for qid, judged in read_qrels(path).items():
-        positives = [pid for pid, grade in judged.items() if grade > 0]
-        if positives:
-            yield 0, TrainingRow(qid, positives)
+    for qid, pids in read_positives(path).items():
+        yield TrainingRow(qid, pids)
 
 
 class TrainingFile:
     """A training file, or judgments, as flat arrays of rows in queries and corpus; workers share
     them.
 
-    query_rows (Q,)    positive_rows (E,), positive_starts (Q + 1,)    negative_rows,
-                       negative_starts (Q + 1,)
-    positive_scores, negative_scores: float32 beside the rows, or None    clusters (Q,) int64, or
-                                                                          None
+    query_rows         (Q,)
+    positive_rows      (E,); those of query i begin at positive_starts[i], (Q + 1,)
+    negative_rows      (N,); negative_starts (Q + 1,) in the same way
+    positive_scores    float32 beside positive_rows, or None; negative_scores in the same way
+    clusters           (Q,) int64, or None
 
     UserError: an id without a text; a file without a positive; a negative that is a positive of its
     query, by id or by its exact text; scores or clusters that only some of the lines have."""
@@ -64,7 +70,7 @@ class TrainingFile:
         positive_counts, negative_counts = array("q"), array("q")
         self.clusters, scored = array("q"), 0
         rows = read_rows(path)
-        while block := [row for _, row in islice(rows, LINES_AT_A_TIME)]:
+        while block := list(islice(rows, LINES_AT_A_TIME)):
             self.query_rows.extend(self._rows(queries, [row.qid for row in block], "query"))
             for row_ids, found in (
                 ([row.pos for row in block], self.positive_rows),
@@ -143,17 +149,15 @@ class TrainingFile:
         owners = np.repeat(np.arange(len(self)), np.diff(self.negative_starts))
         for start in range(0, len(owners), NEGATIVES_AT_A_TIME):
             part = slice(start, start + NEGATIVES_AT_A_TIME)
-            found = pairs(self.negative_rows[part], owners[part])
-            at = np.minimum(np.searchsorted(positives, found), len(positives) - 1)
-            wrong = positives[at] == found
+            wrong = places(pairs(self.negative_rows[part], owners[part]), positives) >= 0
             if wrong.any():
                 first = start + int(wrong.argmax())
                 qid = self.queries.id(self.query_rows[owners[first]])
                 pid = self.corpus.id(self.negative_rows[first])
                 raise UserError(
                     f"{self.path}: passage {pid} is a negative of query {qid}, but it is one of "
-                    "its positives or an "
-                    "exact copy of one — mine the negatives again with mine_negatives.py"
+                    "its positives or an exact copy of one — mine the negatives again with "
+                    "mine_negatives.py"
                 )
 
 
@@ -199,9 +203,8 @@ class Groups(Dataset):
         file, query = self.file, int(self.query_of[example])
         start = file.negative_starts[query]
         pool = np.arange(start, min(file.negative_starts[query + 1], start + self.depth))
-        if (
-            len(pool) > self.num_negatives
-        ):  # the 1: a stream of its own, beside that of the permutations
+        if len(pool) > self.num_negatives:
+            # the 1 is a stream of random numbers beside that of the permutations
             draw = np.random.default_rng(step_seed(self.seed, 1, micro_step, global_row))
             pool = draw.choice(pool, self.num_negatives, replace=False)
         rows = np.full(1 + self.num_negatives, -1, dtype=np.int64)
@@ -219,9 +222,10 @@ class GroupCollator:
     """Items of Groups -> the batch of one micro-step. Text becomes ids here, in the workers.
 
     query, passage     what the encoder reads, see encoder_input
-    passage_rows       (n,) corpus row, -1 = filler        passage_keys     (n,) text key
-    query_rows         (B,) row of the query               positive_rows    (B,) corpus row of its
-                       positive
+    passage_rows       (n,) corpus row, -1 = filler
+    passage_keys       (n,) text key
+    query_rows         (B,) row of the query
+    positive_rows      (B,) corpus row of its positive
     positive_keys      (B, K) text keys of all positives of each query, padded by repetition
     teacher_scores     (B, P), 0 where there is none
     clusters           (B,), if the file has them"""

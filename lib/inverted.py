@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.embeddings import Embeddings
-from lib.files import UserError, atomic, read_json, write_json
+from lib.files import UserError, atomic, map_array, read_json, write_json
 from lib.search import (
     DEVICE_QUERY_TILE,
     EMPTY,
@@ -140,12 +140,6 @@ def as_rows(matrix: csr_matrix) -> Rows:
 
 def _file(folder, name: str) -> Path:
     return Path(folder) / f"{name}.bin"
-
-
-def map_array(folder, name: str, dtype) -> np.ndarray:
-    """An array of an index, memory-mapped (an empty file cannot be)."""
-    path = _file(folder, name)
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.frombuffer(b"", dtype)
 
 
 def open_folder(
@@ -274,7 +268,7 @@ class Inverted:
         weights = WEIGHTS[self.meta.get("bits", 32)]
         dtypes = Lists(np.uint16, weights, np.int64, np.float32, np.int32, np.int64)
         parts = zip(Lists._fields, dtypes, strict=True)
-        self.lists = Lists(*(map_array(folder, name, dtype) for name, dtype in parts))
+        self.lists = Lists(*(map_array(_file(folder, name), dtype) for name, dtype in parts))
         rank = accelerator.process_index if accelerator else 0
         self.world = accelerator.num_processes if accelerator else 1
         tiles = len(self.lists.tiles) - 1

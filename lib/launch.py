@@ -2,6 +2,7 @@
 resume state."""
 
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -20,20 +21,26 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor
 from tqdm import tqdm
 
 from lib.cpu import onednn
-from lib.dist import all_gather
+from lib.dist import all_gather, from_main
 from lib.files import UserError, lines, read_json, write_json, write_lines
 
 PACKAGES = "torch transformers tokenizers accelerate datasets faiss-cpu faiss-gpu numpy".split()
 
-
 # arguments of training scripts that do not change their result
-WITHOUT_EFFECT = ("log_every", "save_every", "num_workers", "report_to")
-WITHOUT_EFFECT += ("probe_every", "probe_queries", "probe_qrels")
+WITHOUT_EFFECT = (
+    "log_every",
+    "save_every",
+    "num_workers",
+    "report_to",
+    "probe_every",
+    "probe_queries",
+    "probe_qrels",
+)
 
 
 def run(main) -> None:
@@ -95,14 +102,13 @@ def make_accelerator(
     if accelerator.distributed_type not in plain:
         raise UserError(
             f"{accelerator.distributed_type.value} is not supported — run `accelerate config` and "
-            "choose plain data "
-            "parallelism"
+            "choose plain data parallelism"
         )
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise UserError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but Accelerate runs "
-            f"{accelerator.num_processes} process — on a "
-            "CPU use `ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`"
+            f"{accelerator.num_processes} process — on a CPU use "
+            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`"
         )
     on_cpu = accelerator.device.type == "cpu"
     wanted = {accelerator.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION")}
@@ -118,6 +124,7 @@ def make_accelerator(
     return accelerator
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide numbers, and the commit of this code."""
     found = {"python": platform.python_version()}
@@ -149,68 +156,60 @@ def claim_output(
     folder only by that flag, others by the same command.
 
     ignore   arguments that do not change the result
-    inputs   fingerprints of what the run reads; a run that was made from other inputs is not this
-             one
+    inputs   fingerprints of what the run reads; other inputs make another run
     UserError: the folder holds anything else, or a run with other arguments or inputs."""
     skipped = {"output_dir", "resume", "dry_run", *ignore}
     arguments = {name: value for name, value in asdict(args).items() if name not in skipped}
     made = json.loads(json.dumps({"arguments": arguments, "inputs": inputs or {}}))
-    verdict = [None, False]
-    if accelerator.is_main_process:
+
+    def claim() -> bool:
         folder = Path(args.output_dir)
-        verdict = [*_claim(folder, made, last_file, getattr(args, "resume", None))]
-        if not any(verdict):
+        complete = _is_complete(folder, made, last_file, getattr(args, "resume", None))
+        if not complete:
             command = [sys.executable, *sys.argv]
             write_json(folder / "args.json", {**made, "versions": versions(), "command": command})
-    broadcast_object_list(verdict)
-    if verdict[0]:
-        raise UserError(verdict[0])
-    if verdict[1]:
+        return complete
+
+    complete = from_main(accelerator, claim)
+    if complete:
         accelerator.print(f"{args.output_dir} is complete")
-    return verdict[1]
+    return complete
 
 
-def _claim(
-    folder: Path, made: dict, last_file: str, resume: bool | None
-) -> tuple[str | None, bool]:
-    """(what is wrong with the folder, whether it is complete)."""
+def _is_complete(folder: Path, made: dict, last_file: str, resume: bool | None) -> bool:
+    """Whether an equal run has completed the folder; otherwise this run may begin or continue it.
+    UserError: see claim_output."""
     if folder.is_file():
-        return f"{folder}: this is a file — choose another --output_dir", False
+        raise UserError(f"{folder}: this is a file — choose another --output_dir")
     if not folder.is_dir():
-        return None, False
+        return False
     unfinished = [p for p in folder.iterdir() if p.name.startswith((".tmp-", ".old-"))]
     others = [p for p in folder.iterdir() if p not in unfinished]
     if others and not (folder / "args.json").is_file():
-        return (
+        raise UserError(
             f"{folder}: it holds something else ({others[0].name}, ...) — choose another "
-            "--output_dir or empty it",
-            False,
+            "--output_dir or empty it"
         )
     for leftover in unfinished:  # of a killed run
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    if [p.name for p in others] in (
-        [],
-        ["args.json"],
-    ):  # a run that stopped before it made anything
-        return None, False
+    if {p.name for p in others} <= {"args.json"}:  # a run that stopped before it made anything
+        return False
     before = read_json(folder / "args.json")
     for kind, shown in (("arguments", "--{}"), ("inputs", "{}")):
         old, new = before.get(kind, {}), made[kind]
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key):
-                return (
+                raise UserError(
                     f"{folder}: it was made with {shown.format(key)} {old.get(key)}, now "
-                    f"{new.get(key)} — choose another "
-                    "--output_dir or remove the folder"
-                ), False
+                    f"{new.get(key)} — choose another --output_dir or remove the folder"
+                )
     if (folder / last_file).is_file():
-        return None, True
+        return True
     if resume is False:
-        return (
-            f"{folder}: it holds an unfinished run — add --resume to continue, or remove it",
-            False,
+        raise UserError(
+            f"{folder}: it holds an unfinished run — add --resume to continue, or remove it"
         )
-    return None, False
+    return False
 
 
 def echo(accelerator, heading: str, facts: dict) -> None:
@@ -221,12 +220,14 @@ def echo(accelerator, heading: str, facts: dict) -> None:
     accelerator.print(end="", flush=True)
 
 
-def begin(accelerator, args, heading: str, facts: dict, preview: Callable) -> bool:
+def begin(
+    accelerator, args, heading: str, facts: dict, inputs: dict, preview: Callable[[], dict]
+) -> bool:
     """The last thing before a training run: claim its folder and print the facts. False if the
-    folder is complete, or if this is a dry run, which shows preview() too. facts may have "inputs",
-    see claim_output."""
-    inputs = facts.pop("inputs", {})
-    facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions().items())
+    folder is complete, or if this is a dry run, which shows preview() too. inputs: see
+    claim_output."""
+    found = versions().items()
+    facts = facts | {"versions": ", ".join(f"{name} {version}" for name, version in found)}
     if args.dry_run:
         echo(accelerator, f"dry run: {heading}", facts | preview())
         return False
@@ -252,13 +253,13 @@ class RunLog:
     def __init__(self, accelerator, output_dir, step: int = 0):
         self.accelerator, self.path = accelerator, Path(output_dir) / "log.jsonl"
         if accelerator.is_main_process and self.path.is_file():
-            write_lines(self.path, self._lines_up_to(step))
+            write_lines(self.path, self._lines_up_to(step) if step else [])
         if accelerator.log_with:
             accelerator.init_trackers("isthmus")
 
     def _lines_up_to(self, step: int) -> list[str]:
-        """A resumed run does later steps again. The last line may be half written, by a run that
-        was killed."""
+        """A resumed run does later steps again; without a state, all of them. The last line may be
+        half written, by a run that was killed."""
         kept = []
         for _, line in lines(self.path):
             with contextlib.suppress(json.JSONDecodeError):

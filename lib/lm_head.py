@@ -121,10 +121,11 @@ def max_pooled_logits(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor
     """The highest logit of each term of the vocabulary over the positions of a text.
 
     pooled[b, v] = max_{l: mask[b, l]} (hidden[b, l] @ weight[v] + bias[v]);  0 without a position
-    hidden: (B, L, D)   weight: (V, D)   bias: (V,)   mask: (B, L) bool, True = take   ->   (B, V)
-    fp32 Keeps the position of each maximum (of equal ones the first), and the gradient goes back
-    through this position alone: at most B·V weighted rows in place of two products as large as the
-    forward pass."""
+    hidden: (B, L, D)   weight: (V, D)   bias: (V,)   mask: (B, L) bool, True = take
+    -> (B, V) fp32
+    Keeps the position of each maximum (of equal ones the first), and the gradient goes back through
+    this position alone: at most B·V weighted rows in place of two products as large as the forward
+    pass."""
     assert hidden.shape[:2] == mask.shape and mask.dtype == torch.bool
     pooled = _MaxPooledLogits.apply(hidden, weight, bias, mask)
     return pooled.masked_fill(~mask.any(1, keepdim=True), 0.0)

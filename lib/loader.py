@@ -58,9 +58,8 @@ class StepSampler:
 def load(dataset: Dataset, collate: Callable, sampler, num_workers: int, device) -> Iterator[dict]:
     """Batches without end, made by loader workers. sampler: of batches; None = the dataset yields
     them whole."""
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # or tokenizers warns at every fork of a worker
+    # without it tokenizers warns at every fork of a worker
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     how = {"batch_sampler": sampler} if sampler else {"batch_size": None}
     how |= {
         "num_workers": num_workers,

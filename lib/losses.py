@@ -20,9 +20,10 @@ from lib.files import UserError
 
 def score_batch(
     batch: dict, q_reps: Tensor, p_reps: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Local queries against the passages of all processes -> scores (B, N), positives (B,), and
-    mask (B, N), True = the column counts.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Local queries against the passages of all processes -> scores (B, N), positives (B,), mask
+    (B, N), True = the column counts for this query, and filled (N,), True = a passage and no
+    filler.
 
     batch: of lib/groups.py    q_reps: (B, D)    p_reps: (B·P·M, D), query-major
     The score of a passage is that of its best chunk. Raises an AssertionError if a label does not
@@ -35,7 +36,8 @@ def score_batch(
     assert torch.equal(rows[positives], batch["positive_rows"]), "a label misses its positive"
     scores = q_reps @ all_gather_with_grad(p_reps).T / temperature  # (B, N·M)
     scores = scores.unflatten(1, (len(rows), -1)).amax(2)  # (B, N)
-    return scores, positives, candidate_mask(positives, rows < 0, keys, batch["positive_keys"])
+    mask = candidate_mask(positives, rows < 0, keys, batch["positive_keys"])
+    return scores, positives, mask, rows >= 0
 
 
 def candidate_mask(
@@ -210,13 +212,12 @@ def in_batch_accuracy(scores: Tensor, positives: Tensor, mask: Tensor) -> Tensor
 
 
 def batch_statistics(
-    batch: dict, scores: Tensor, positives: Tensor, mask: Tensor
+    scores: Tensor, positives: Tensor, mask: Tensor, filled: Tensor
 ) -> dict[str, Tensor]:
-    """accuracy, and masked: how many real passages of the batch count for no query, per query."""
-    real = all_gather(batch["passage_rows"]) >= 0
+    """accuracy, and masked: how many passages (filled, see score_batch) do not count, per query."""
     return {
         "accuracy": in_batch_accuracy(scores.detach(), positives, mask),
-        "masked": (real & ~mask).sum() / len(scores),
+        "masked": (filled & ~mask).sum() / len(scores),
     }
 
 

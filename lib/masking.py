@@ -118,9 +118,7 @@ def corrupt(ids: Tensor, mask: Tensor, noise: Tensor, mask_id: int, ordinary: Te
     return torch.where(mask, replaced, ids)
 
 
-def position_specific_view(
-    words: Tensor, attention_mask: Tensor, hidden: Tensor, noise: Tensor
-) -> Tensor:
+def position_specific_view(attention_mask: Tensor, hidden: Tensor, noise: Tensor) -> Tensor:
     """(B, L, L) bool, True = row i may attend to column j: RetroMAE's enhanced decoding (arXiv
     2205.12035, Eq. 7).
 

@@ -175,7 +175,7 @@ class RetroMAE(MLM):
         budget = masking.mask_budget(keep.sum(1), self.options["decoder_mask_ratio"])
         hidden = masking.whole_word_mask(words, budget, noise)
         pick = self.noise(batch, seed, DECODER_ROW, L)
-        return masking.position_specific_view(words, keep, hidden, pick)
+        return masking.position_specific_view(keep, hidden, pick)
 
     def decode(self, h: Tensor, input_ids: Tensor, view: Tensor, places: Tensor) -> Tensor:
         """h: (B, D)   input_ids: (B, L) clean   view: (B, L, L) bool, True = visible   -> (n, D)"""

@@ -71,9 +71,8 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
             u = torch._foreach_sqrt(v)
             torch._foreach_add_(u, group["eps"])
-            torch._foreach_reciprocal_(
-                u
-            )  # and not m / u, which would be a second tensor of the size of the model
+            # m / u in one call would need a second tensor of the size of the model
+            torch._foreach_reciprocal_(u)
             torch._foreach_mul_(u, m)
             if group["weight_decay"]:
                 torch._foreach_add_(u, params, alpha=group["weight_decay"])

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import send_to_device
 
 from lib.blocks import BlockCollator, Corpora
-from lib.files import UserError, read_qrels
+from lib.files import UserError, read_positives
 from lib.losses import spread
 from lib.texts import open_texts, require_rows
 
@@ -36,10 +36,7 @@ class Probe:
             self._read(corpora, open_texts(queries), qrels, draw)
 
     def _read(self, corpora: Corpora, queries, qrels, draw: random.Random) -> None:
-        judged = {}
-        for qid, grades in read_qrels(qrels).items():
-            if pids := {pid for pid, grade in grades.items() if grade > 0}:
-                judged[qid] = pids
+        judged = read_positives(qrels)
         chosen = draw.sample(sorted(judged), min(QUERIES, len(judged)))
         rows = require_rows(queries, chosen, qrels, "query")
         wanted = set().union(*(judged[qid] for qid in chosen))

@@ -15,8 +15,8 @@ from lib.text import step_seed
 
 
 def span_contrast(h: Tensor) -> Term:
-    """Cross-entropy of each span over all others of all processes; its partner, row r XOR 1, is
-    right.
+    """Cross-entropy of each span over all other spans of all processes. The right one is its
+    partner, row r XOR 1.
 
     loss_r = -log( exp(s[r, r ^ 1]) / sum_{j != r} exp(s[r, j]) ),  s = h @ h_all.T in fp32
     h: (n, D), n even, the same n on all processes   ->   the sum over the n local rows

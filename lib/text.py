@@ -114,11 +114,8 @@ def pad(ids: Sequence[Sequence[int]], tokenizer, width: int = 0) -> dict[str, Te
     input_ids = np.full((len(ids), width), tokenizer.pad_token_id, dtype=np.int64)
     attention_mask = np.zeros((len(ids), width), dtype=np.int64)
     for row, one in enumerate(ids):
-        place = (
-            slice(width - len(one), width)
-            if tokenizer.padding_side == "left"
-            else slice(0, len(one))
-        )
+        first = width - len(one) if tokenizer.padding_side == "left" else 0
+        place = slice(first, first + len(one))
         input_ids[row, place] = one
         attention_mask[row, place] = 1
     return {
@@ -134,9 +131,8 @@ def token_batches(lengths: np.ndarray, budget: int, limit: int) -> list[tuple[np
     window are split by powers of two."""
     order, batches = np.argsort(-lengths, kind="stable"), []
     while len(order):
-        longest = max(
-            int(lengths[order[0]]), 1
-        )  # 0: a text without a token, from a tokenizer without special ones
+        # a text may have no token, where the tokenizer adds no special ones
+        longest = max(int(lengths[order[0]]), 1)
         step = 1 << max(longest.bit_length() - 4, 0)
         width = min(-(-longest // step) * step, limit)
         rows = max(budget // width, 1)

@@ -157,13 +157,20 @@ def id_hashes(ids: Iterable[str]) -> np.ndarray:
     return np.fromiter((xxhash.xxh3_64_intdigest(i.encode()) for i in ids), dtype=np.uint64)
 
 
-def find_rows(ids: Iterable[str], sorted_hashes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """(n,) int64 row of each id, -1 where unknown, by binary search in the sorted hashes."""
-    wanted = id_hashes(ids)
-    if not len(sorted_hashes):
+def places(wanted: np.ndarray, ascending: np.ndarray) -> np.ndarray:
+    """(n,) int64 place of each number in `ascending`, -1 where it is absent."""
+    if not len(ascending):
         return np.full(len(wanted), -1, dtype=np.int64)
-    at = np.minimum(np.searchsorted(sorted_hashes, wanted), len(sorted_hashes) - 1)
-    return np.where(sorted_hashes[at] == wanted, rows[at], -1).astype(np.int64)
+    at = np.minimum(np.searchsorted(ascending, wanted), len(ascending) - 1)
+    return np.where(ascending[at] == wanted, at, -1)
+
+
+def find_rows(ids: Iterable[str], sorted_hashes: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """(n,) int64 row of each id, -1 where unknown."""
+    at = places(id_hashes(ids), sorted_hashes)
+    found = np.full(len(at), -1, dtype=np.int64)
+    found[at >= 0] = rows[at[at >= 0]]
+    return found
 
 
 def require_rows(texts, ids: list[str], path, what: str, *beside: str) -> np.ndarray:
@@ -175,8 +182,7 @@ def require_rows(texts, ids: list[str], path, what: str, *beside: str) -> np.nda
         unknown = ids[int(rows.argmin())]
         raise UserError(
             f"{line_of(path, unknown, *beside)}: {what} {unknown} is not in {texts.source} "
-            f"({(rows < 0).sum()} unknown "
-            "ids in all) — give the files that belong together"
+            f"({(rows < 0).sum()} unknown ids in all) — give the files that belong together"
         )
     return rows
 

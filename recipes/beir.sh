@@ -15,7 +15,6 @@ set -euo pipefail
 model=$(model "$1") folder=$(path "$2")
 out=$(path "${3:-runs/beir-$(basename "$model")}")
 flags=("${@:4}")
-read -ra launch <<<"${LAUNCH:-accelerate launch}"
 
 found=0
 for collection in "$folder" "$folder"/*/; do

@@ -20,7 +20,6 @@ Writes  --output_dir: train.jsonl (the rows of --train, each with its "cluster")
         --queries queries.tsv --clusters 50 --output_dir clusters
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from lib.files import (
     write_lines,
     write_training_file,
 )
+from lib.index import file_fingerprint
 from lib.launch import claim_output, echo, make_accelerator, run, versions
 from lib.texts import open_texts
 
@@ -148,8 +148,7 @@ def main():
     lines = {row.qid: number for number, row in read_training_file(args.train)}
     if not lines:
         raise UserError(f"{args.train}: no query in it — is this the right file?")
-    train = [os.path.getsize(args.train), os.path.getmtime(args.train)]
-    inputs = {"embeddings": source, "training file": train}
+    inputs = {"embeddings": source, "training file": file_fingerprint(args.train)}
     if claim_output(args, accelerator, "meta.json", inputs=inputs):
         return
 

@@ -36,7 +36,6 @@ case ${flags[0]:--} in
     -*) ;;
     *) out=$(path "${flags[0]}") flags=("${flags[@]:1}") ;;
 esac
-read -ra launch <<<"${LAUNCH:-accelerate launch}"
 
 depth=1000 top=top1000 level=2 metrics=(RR@10 nDCG@10 AP R@1000 Hole@10)
 if [ -n "$documents" ]; then

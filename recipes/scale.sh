@@ -1,11 +1,8 @@
 # The recipes of published pipelines source this file, after they have set corpus= and out=. It sets
-#   launch   the command that starts a script: $LAUNCH, by default "accelerate launch" as `accelerate config` configured
-#            it
 #   from     the flags that name the model to pre-train: $MODEL, by default bert-base-uncased
 #   short    flags for the end of each training command: empty, except with SCALE=tiny
 #   few      the same for recipes/train_cross_encoder.py
 # SCALE=tiny trains a small BERT with a vocabulary of its own for two steps. It tests that the stages fit together.
-read -ra launch <<<"${LAUNCH:-accelerate launch}"
 from=(--model "${MODEL:-bert-base-uncased}") short=() few=()
 if [ "${SCALE:-}" = tiny ]; then
     python -m recipes.train_tokenizer --corpus "$corpus" --vocab_size 1000 --output_dir "$out/tokenizer"

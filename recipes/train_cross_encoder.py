@@ -1,8 +1,8 @@
 """Train a cross-encoder on the groups of a training file, by sentence-transformers' own trainer.
 
 The loss is the listwise softmax cross-entropy over 1 positive + n negatives of RetroMAE's teacher
-(arXiv 2205.12035). Everything else, resuming and several GPUs included, is CrossEncoderTrainer's:
-pip install 'sentence-transformers==6.2.0'
+(arXiv 2205.12035). Everything else is CrossEncoderTrainer's, which needs
+pip install 'sentence-transformers==6.2.0'. A killed run begins again from its first step.
 
 Reads   --model, an encoder; --train, --corpus, --queries
 Writes  --output_dir: a folder for recipes/score_pairs.py, AutoModelForSequenceClassification and
@@ -63,8 +63,10 @@ def main():
     try:
         from datasets import Dataset
         from sentence_transformers import cross_encoder as st
+        from transformers import set_seed
     except ImportError as error:
         raise UserError(f"{error} — pip install sentence-transformers") from error
+    set_seed(args.seed)  # of the new head; the trainer sets it only after this line
     model = st.CrossEncoder(args.model, num_labels=1, max_length=args.max_length)
     settings = st.CrossEncoderTrainingArguments(
         output_dir=args.output_dir,

@@ -1,6 +1,6 @@
 """Train a WordPiece tokenizer as BERT's (lower case) on a corpus, for a model from scratch.
 
-Reads   --corpus (any format of lib/files.py)
+Reads   --corpus (any format of lib/texts.py)
 Writes  --output_dir: a Hugging Face tokenizer, for pretrain_mae.py --tokenizer; of the same texts
         the same, each time
 

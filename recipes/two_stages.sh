@@ -14,7 +14,6 @@ set -euo pipefail
 [ $# -ge 3 ] || usage 6,11
 data=$(path "$1") model=$(model "$2") out=$(path "$3")
 flags=("${@:4}")
-read -ra launch <<<"${LAUNCH:-accelerate launch}"
 corpus=$(ls "$data"/corpus.jsonl* | head -1) queries=$(ls "$data"/queries.jsonl* | head -1)
 texts=(--corpus "$corpus" --queries "$queries")
 

@@ -197,7 +197,7 @@ def test_rows_of_the_decoder():
     budget = mask_budget(keep.sum(1), 0.5)
     hidden = whole_word_mask(words, budget, counter_uniform(0, 0, torch.arange(20), (10, 24)))
     noise = counter_uniform(1, 0, torch.arange(20), (24,))
-    view = position_specific_view(words, keep, hidden, noise)
+    view = position_specific_view(keep, hidden, noise)
     masks = {tuple(m) for m in (~hidden[5]).tolist()}
     used = set()
     for b in range(1, 20):
@@ -219,7 +219,7 @@ def test_rows_of_the_decoder():
     more = whole_word_mask(longer[0], budget, counter_uniform(0, 0, torch.arange(20), (16, 30)))[
         :, :10
     ]
-    again = position_specific_view(*longer, more, counter_uniform(1, 0, torch.arange(20), (30,)))
+    again = position_specific_view(longer[1], more, counter_uniform(1, 0, torch.arange(20), (30,)))
     inside = keep.bool()[:, :, None] & keep.bool()[:, None]
     assert torch.equal((again[:, :24, :24] & inside)[1:], (view & inside)[1:]), (
         "padding changes nothing"

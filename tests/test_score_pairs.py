@@ -132,7 +132,7 @@ def test_a_trained_cross_encoder_ranks_positives_first(
     pytest.importorskip("sentence_transformers")
     flags = ["--model", tiny_model_dir, "--train", tiny_collection.train, "--max_length", 64]
     flags += ["--corpus", tiny_collection.corpus, "--queries", tiny_collection.queries]
-    flags += ["--max_steps", 100, "--learning_rate", 2e-3, "--passages_per_query", 4]
+    flags += ["--max_steps", 400, "--learning_rate", 2e-3, "--passages_per_query", 4]
     status, _, error = script(
         "recipes.train_cross_encoder", *flags, "--output_dir", tmp_path / "teacher"
     )

@@ -230,8 +230,9 @@ def main():
         corpus = open_texts(args.corpus)
         queries = open_texts(args.queries)
         wanted = args.dev_queries or args.dev_qrels or args.dev_candidates or args.eval_every
-        dev_files = args.dev_queries, args.dev_qrels, args.dev_candidates
-        dev = DevSet(*dev_files, corpus) if wanted else None
+        dev = None
+        if wanted:
+            dev = DevSet(args.dev_queries, args.dev_qrels, args.dev_candidates, corpus)
     refresh = Refresh(args.train, out / "generations.tsv") if Path(args.train).is_dir() else None
     used = refresh.first() if refresh else Generation(0, 0, Path(args.train))
     file = TrainingFile(used.train, queries, corpus)
@@ -380,7 +381,7 @@ def main():
                 loss, stats = loss_of(batch, q_reps, p_reps)
                 accelerator.backward(loss)
             if dro:
-                orders = batch["query"]["order"], batch["passage"]["order"]
+                orders = (batch[side]["order"] for side in ("query", "passage"))
                 dro.update(gradients, groups_of_rows(batch["clusters"], *orders))
             lr = lr_at(step, args.learning_rate, warmup_steps, max_steps)
             norm, finite = descend(

@@ -13,7 +13,8 @@ from accelerate.state import AcceleratorState, GradientState
 from gloo import spawn_two
 from torch import nn
 
-from lib.dist import all_gather, all_gather_with_grad, world
+from lib.dist import all_gather, all_gather_with_grad, from_main, world
+from lib.files import UserError
 from lib.gradcache import contrastive_backward
 from lib.losses import candidate_mask, info_nce, own_group, triplet_nll
 
@@ -95,6 +96,14 @@ def all_cases():
 def one_of_two(rank, folder):
     accelerator, results = all_cases()
     assert accelerator.num_processes == 2 and world() == (rank, 2)
+
+    def refuse():
+        raise UserError("refused on the main process")
+
+    with pytest.raises(UserError, match="refused on the main process"):
+        from_main(accelerator, refuse)
+    assert from_main(accelerator, lambda: f"asked on {rank}") == "asked on 0"
+
     x = torch.tensor([[float(rank)]], requires_grad=True)
     gathered = all_gather_with_grad(x)
     (

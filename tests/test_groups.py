@@ -206,8 +206,8 @@ class Length(torch.nn.Module):
 def test_the_development_set_is_ranked_by_score(tiny, tiny_collection, monkeypatch):
     groups, collate = tiny
     corpus = groups.file.corpus
-    files = tiny_collection.queries, tiny_collection.qrels, tiny_collection.candidates
-    dev = DevSet(*files, corpus)
+    paths = tiny_collection
+    dev = DevSet(paths.queries, paths.qrels, paths.candidates, corpus)
     qids = sorted(dev.candidates)
     ranked = dev.rerank(Length(), collate, qids, 4)
     monkeypatch.setattr("lib.dev.NUMBERS", 1)  # one query at a time

@@ -350,8 +350,9 @@ def test_encode_gives_a_vector_to_each_chunk(encode, documents, naive, tmp_path)
 
 def test_two_processes_write_the_same_bytes(encode, checkpoint, documents, two_processes, tmp_path):
     encode(tmp_path / "one")
-    what = "--model", checkpoint, "--input", documents.corpus, "--kind", "passage"
-    two_processes("encode.py", *what, "--output_dir", tmp_path / "two", *SMALL)
+    flags = ["--model", checkpoint, "--input", documents.corpus, "--kind", "passage"]
+    flags += ["--output_dir", tmp_path / "two", *SMALL]
+    two_processes("encode.py", *flags)
     assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
@@ -489,8 +490,8 @@ def test_mining_and_evaluation_see_documents(
         and len(queries) == queries.num_vectors == 5
     )
     vectors = queries.take(range(5))
-    pairs = "--queries_embeddings", "q", "--corpus_embeddings", "p", "--qrels", documents.qrels
-    how = "--corpus", documents.corpus, "--depth", 6, "--output_dir", "n"
+    pairs = ["--queries_embeddings", "q", "--corpus_embeddings", "p", "--qrels", documents.qrels]
+    how = ["--corpus", documents.corpus, "--depth", 6, "--output_dir", "n"]
     status, _, error = script("mine_negatives", *pairs, *how)
     assert status == 0, error
     status, _, error = script("evaluate", *pairs, "--depth", 20, "--output_dir", "e")

@@ -41,7 +41,7 @@ from lib.files import (
     write_lines,
     write_run,
 )
-from lib.index import Index, Source, file_fingerprint
+from lib.index import Index, Source, file_fingerprint, open_index
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
 from lib.metrics import (
     bootstrap_interval,
@@ -219,7 +219,7 @@ def main():
     if len(set(names)) < len(names):
         raise UserError("--qrels: two files have the same name, and so their splits — rename one")
     splits = {name: read_qrels(path) for name, path in zip(names, args.qrels, strict=True)}
-    index = None if args.run else Index(source, accelerator)
+    index = None if args.run else open_index(source, accelerator)
     lost = check_judgments(args, splits, index) if index else 0
     runs = [read_run(path) for path in args.run]
     other = read_run(args.compare) if args.compare else None

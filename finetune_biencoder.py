@@ -291,8 +291,8 @@ def main():
     inputs = {"model": model_hash(checkpoint_folder(args.model)), **file.fingerprints}
     if refresh:
         del inputs["train"]  # which generation is used when stands in generations.tsv
-    show = partial(preview, collate)
-    if not launch.begin(accelerator, args, "fine-tuning", facts, inputs, show):
+    facts["inputs"] = inputs
+    if not launch.begin(accelerator, args, "fine-tuning", facts, partial(preview, collate)):
         return
     if accelerator.is_main_process:
         check_checkpoint(model, out)

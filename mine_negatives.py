@@ -48,7 +48,7 @@ from lib.files import (
     write_json,
     write_training_file,
 )
-from lib.index import Index, Source, file_fingerprint
+from lib.index import Source, file_fingerprint, open_index
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
 from lib.text import step_seed
 from lib.texts import Texts, open_texts, require_rows
@@ -170,7 +170,7 @@ def main():
     if args.run:
         index, asked = Lists(args.run, corpus, qids, args.max_score_margin is not None), qids
     else:
-        index = Index(source, accelerator)
+        index = open_index(source, accelerator)
         asked = require_rows(index.queries, qids, args.qrels, "query")
     vectors = None if args.run or args.bm25 else index.corpus
     if vectors is not None and vectors.meta["input_fingerprint"] != corpus.fingerprint:

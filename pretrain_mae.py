@@ -228,8 +228,8 @@ def main():
 
     # the checkpoint, and a state with two moments
     facts["disk"] = f"{4 * weights * 4 / 1e9:.2f} GB"
-    inputs = {name: part.texts.fingerprint for name, part in blocks.parts.items()}
-    if not launch.begin(accelerator, args, "pre-training", facts, inputs, preview):
+    facts["inputs"] = {name: part.texts.fingerprint for name, part in blocks.parts.items()}
+    if not launch.begin(accelerator, args, "pre-training", facts, preview):
         return
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)

@@ -126,3 +126,7 @@ class Index:
     def score(self, queries: np.ndarray, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Rows of Q queries and Q arrays of rows of passages -> Q float32 arrays of scores."""
         return self.engine.score(self._asked(queries), rows)
+
+
+def open_index(source: Source, accelerator) -> Index:
+    return Index(source, accelerator)

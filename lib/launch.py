@@ -220,14 +220,13 @@ def echo(accelerator, heading: str, facts: dict) -> None:
     accelerator.print(end="", flush=True)
 
 
-def begin(
-    accelerator, args, heading: str, facts: dict, inputs: dict, preview: Callable[[], dict]
-) -> bool:
+def begin(accelerator, args, heading: str, facts: dict, preview: Callable[[], dict]) -> bool:
     """The last thing before a training run: claim its folder and print the facts. False if the
-    folder is complete, or if this is a dry run, which shows preview() too. inputs: see
-    claim_output."""
-    found = versions().items()
-    facts = facts | {"versions": ", ".join(f"{name} {version}" for name, version in found)}
+    folder is complete, or if this is a dry run, which shows preview() too. facts may have "inputs",
+    see claim_output; they are not printed."""
+    inputs = facts.get("inputs", {})
+    facts = {name: value for name, value in facts.items() if name != "inputs"}
+    facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions().items())
     if args.dry_run:
         echo(accelerator, f"dry run: {heading}", facts | preview())
         return False

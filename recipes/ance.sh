@@ -35,7 +35,7 @@ read -ra mine_launch <<<"${MINE_LAUNCH:-${LAUNCH:-accelerate launch}}"
 file() { # NAME ...: prints the first DATA/NAME.* that exists
     local found
     for found in "${@/#/$data/}"; do
-        found=$(compgen -G "$found.*" | head -1) || continue
+        found=$(compgen -G "$(printf %q "$found").*" | head -1) || continue # %q: * and [ in a path are themselves
         echo "$found"
         return
     done

@@ -57,7 +57,9 @@ for ((episode = 1; episode <= ${EPISODES:-3}; episode++)); do
         --output_dir "$here/negatives"
     python -m recipes.cluster_queries --train "$here/negatives/train.jsonl" --queries_embeddings "$here/queries" \
         --queries "$queries" --clusters "$K" --niter 500 --nredo 5 --output_dir "$here/clusters"
-    rate=$(python -c "print(5e-6 * max(0.2, 1 - ($episode - 1) * $steps / 300_000))")
+    rate=$(python -c 'import sys
+episode, steps = map(int, sys.argv[1:])
+print(5e-6 * max(0.2, 1 - (episode - 1) * steps / 300_000))' "$episode" "$steps")
     "${launch[@]}" finetune_biencoder.py --model "$model" --corpus "$corpus" --queries "$queries" \
         --train "$here/clusters/train.jsonl" "${triplets[@]}" "${dro[@]}" --max_query_length 64 \
         --max_passage_length 256 --per_device_batch_size 64 --learning_rate "$rate" --warmup_steps 3000 \

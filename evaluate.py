@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 
 from lib.arguments import arg, parse_args
-from lib.bm25 import Weighting
 from lib.files import (
     RunList,
     UserError,
@@ -41,12 +40,11 @@ from lib.files import (
     write_lines,
     write_run,
 )
-from lib.index import Index, Source, file_fingerprint, open_index
+from lib.index import Index, file_fingerprint, open_index
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
 from lib.metrics import (
     bootstrap_interval,
     metric_name,
-    mrr_at_k,
     order,
     randomisation_test,
     reciprocal_rank_fusion,
@@ -114,15 +112,14 @@ def search(args: Args, index: Index, qids: list[str]) -> tuple[dict[str, RunList
         wanted = [index.corpus.rows(listed[qid].pids if qid in listed else []) for qid in qids]
         lost = sum(int((rows < 0).sum()) for rows in wanted)
         none = sum(qid not in listed for qid in qids)
-        facts["candidates"] = (
-            f"{args.candidates}; {lost} not in the corpus, {none} queries without any"
-        )
+        missing = f"{lost} not in the corpus, {none} queries without any"
+        facts["candidates"] = f"{args.candidates}; {missing}"
         wanted = [np.sort(rows[rows >= 0]) for rows in wanted]
         lists = zip(index.score(asked, wanted), wanted, strict=True)
     else:
         lists = zip(*index.search(asked, args.depth + args.ignore_identical_ids), strict=True)
-    if index.source.folder.is_dir():
-        size = sum(path.stat().st_size for path in index.source.folder.iterdir())
+    if index.folder.is_dir():
+        size = sum(path.stat().st_size for path in index.folder.iterdir())
         facts["index"] = f"{size / 1e6:.1f} MB"
     found = {}
     for qid, (scores, rows) in zip(qids, lists, strict=True):
@@ -135,10 +132,12 @@ def search(args: Args, index: Index, qids: list[str]) -> tuple[dict[str, RunList
     return found, facts
 
 
+def take(entry: RunList, places: list[int]) -> RunList:
+    return RunList([entry.pids[at] for at in places], entry.scores[places])
+
+
 def without(entry: RunList, pid: str) -> RunList:
-    """The list without one passage."""
-    keep = [at for at, one in enumerate(entry.pids) if one != pid]
-    return RunList([entry.pids[at] for at in keep], entry.scores[keep])
+    return take(entry, [at for at, one in enumerate(entry.pids) if one != pid])
 
 
 def check_judgments(args: Args, splits: dict[str, dict], index: Index) -> int:
@@ -147,8 +146,7 @@ def check_judgments(args: Args, splits: dict[str, dict], index: Index) -> int:
     lost = 0
     for path, qrels in zip(args.qrels, splits.values(), strict=True):
         require_rows(index.queries, list(qrels), path, "query")
-        pairs = [pair for judged in qrels.values() for pair in judged.items()]
-        pids = [pid for pid, grade in pairs if grade > 0]
+        pids = [pid for judged in qrels.values() for pid, grade in judged.items() if grade > 0]
         lost += int((index.corpus.rows(pids) < 0).sum())
         if lost and not args.allow_unknown:
             try:
@@ -188,8 +186,9 @@ def show(result: dict) -> None:
             line = f"   {name:<10} {value:.4f}   95% {low:.4f} to {high:.4f}"
             if "compare" in part:
                 other = part["compare"][name]
+                low, high = other["interval"]
                 line += f"   {other['difference']:+.4f} against {other['value']:.4f}, "
-                line += f"p {other['p']:.4f}, 95% {{:+.4f}} to {{:+.4f}}".format(*other["interval"])
+                line += f"p {other['p']:.4f}, 95% {low:+.4f} to {high:+.4f}"
             print(line)
     for name, text in result["policy"].items():
         print(f"{name}: {text}")
@@ -198,28 +197,16 @@ def show(result: dict) -> None:
 def main():
     # ---- setup
     args = parse_args(Args)
-    source = Source(
-        queries_embeddings=args.queries_embeddings,
-        corpus_embeddings=args.corpus_embeddings,
-        bm25=args.bm25,
-        queries=args.queries,
-        corpus=args.corpus,
-        run=args.run,
-        folder=Path(args.bm25_index or Path(args.output_dir) / "index"),
-        index=None if args.candidates else args.index,
-        bits=args.bits,
-        weighting=Weighting(args.k1, args.b),
-        seed=args.seed,
-    )
     if args.candidates and args.run:
         raise UserError("--candidates: a run file is ranked already — give embeddings or --bm25")
+    args.index = None if args.candidates else args.index  # candidates are scored exactly
     args.metrics = list(dict.fromkeys(metric_name(name) for name in args.metrics))
     accelerator = make_accelerator()
     names = [Path(path).name.removesuffix(".gz").rsplit(".", 1)[0] for path in args.qrels]
     if len(set(names)) < len(names):
         raise UserError("--qrels: two files have the same name, and so their splits — rename one")
     splits = {name: read_qrels(path) for name, path in zip(names, args.qrels, strict=True)}
-    index = None if args.run else open_index(source, accelerator)
+    index = open_index(args, accelerator)
     lost = check_judgments(args, splits, index) if index else 0
     runs = [read_run(path) for path in args.run]
     other = read_run(args.compare) if args.compare else None
@@ -249,10 +236,7 @@ def main():
     echo(accelerator, "evaluation", {"running on": describe(accelerator), **facts})
     if not accelerator.is_main_process:
         return
-    ranked = {}
-    for qid, entry in found.items():
-        best = order(entry)
-        ranked[qid] = RunList([entry.pids[at] for at in best], entry.scores[best])
+    ranked = {qid: take(entry, order(entry)) for qid, entry in found.items()}
     write_run(out / "run.trec", ((qid, *entry) for qid, entry in ranked.items()))
 
     # ---- metrics
@@ -260,26 +244,18 @@ def main():
     for split, qrels in splits.items():
         result["splits"][split], values = measure(ranked, qrels, other, args)
         for qid in qrels:
-            row = [f"{values[name][qid]:.6g}" for name in args.metrics]
+            row = [f"{by_query[qid]:.6g}" for by_query in values.values()]
             table.append("\t".join([qid, split, *row]))
-        reciprocal = values.get("RR@10")
-        if reciprocal is None:  # it was not asked for; the check below needs it
-            reciprocal = score_run(ranked, qrels, ["RR@10"], args.relevance_level)["RR@10"]
-        first = {qid: entry.pids[:10] for qid, entry in ranked.items()}
-        official = mrr_at_k(first, qrels, 10, args.relevance_level)
-        ours = np.mean(list(reciprocal.values()))
-        assert abs(official - ours) < 1e-9, "RR@10 is not the official definition's"
     missing = sum(qid not in ranked or not ranked[qid].pids for qid in qids)
-    grades = [max(judged.values()) for qrels in splits.values() for judged in qrels.values()]
     level = args.relevance_level
-    empty = sum(grade < level for grade in grades)
+    judgments = [judged for qrels in splits.values() for judged in qrels.values()]
+    empty = sum(max(judged.values()) < level for judged in judgments)
     dropped = "dropped" if args.ignore_identical_ids else "kept (--ignore_identical_ids drops it)"
     result["policy"] = {
         "ties": "score descending, then id descending, as trec_eval",
         "queries without a result": f"{missing}, count 0",
         "queries without a relevant passage": f"{empty}, count 0 (relevant: grade >= {level})",
         "passage id = query id": dropped,
-        "RR@10": "equals the official MS MARCO definition on run.trec",
     }
     if lost:
         result["policy"]["corpus"] = f"{lost} relevant passages are not in the corpus"

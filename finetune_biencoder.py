@@ -1,56 +1,37 @@
 """Fine-tune a bi-encoder: queries and passages share one encoder, a score is the dot product of
 their vectors.
 
-    info_nce   softmax over the passages of the batch on all processes: DPR (arXiv 2004.04906),
-               RetroMAE (2205.12035)
+    info_nce   softmax over the passages of the batch: DPR (arXiv 2004.04906), RetroMAE (2205.12035)
     own_group  the same over the passages of the query's own group alone
-    triplet    -log softmax over (positive, negative) pairs, no in-batch negatives: ANCE
-               (2007.00808)
-    distilled  --kl_weight (RetroMAE, LexMAE) or --margin_mse_weight (SPLADE) on teacher scores in
-               the training file
+    triplet    -log softmax over pairs of positive and negative: ANCE (2007.00808)
+    distilled  --kl_weight (RetroMAE, LexMAE) or --margin_mse_weight (SPLADE) on a teacher's scores
     sparse     --head sparse: a weight per term of the vocabulary, and the FLOPS regulariser:
                SPLADE-max (2109.10086), LexMAE (2208.14754)
     MaxP       --max_chunks: the best chunk of a document is its score: ANCE
-    robust     --dro: the clusters in the training file are weighted: COCO-DR (2210.15212),
-               lib/dro.py
+    robust     --dro: the clusters in the training file are weighted: COCO-DR (2210.15212)
 
-A group is 1 positive + n negatives, drawn anew at each visit from the first --negatives_depth of
-the query's list in the training file; or in the newest generation of it, if --train is a folder
-that a miner fills meanwhile (ANCE, lib/generations.py). Deliberate deviations from the papers'
-official code:
-  1. Passages of other processes carry gradient: W processes of batch B train like one of W·B
-     (RetroMAE has 1/W of it).
-  2. Positives of a query and exact copies of them are never its negatives, neither drawn nor, where
-     they stand in the batch for another query, in the softmax.
-  3. A list shorter than the group is filled with masked columns (RetroMAE: random passages, LexMAE:
-     repeats).
-  4. Each positive is an example, shuffled over the epoch (ANCE: one per query, its triplets in a
-     row).
-  5. FLOPS is of the batch of all processes (LexMAE, SPLADE: of each GPU's own). If steps are
-     accumulated, it is of one micro-step.
-  6. A file in which only some lines have teacher scores stops the run (RetroMAE switches
-     distillation off silently).
-  7. Each chunk of MaxP begins with [CLS] (ANCE: the first). lib/dro.py lists the deviations of DRO.
+Deliberate deviations from the papers' official code (those of --dro are in lib/dro.py):
+  1. Passages of other processes carry gradient, so W processes are one of W·B (RetroMAE: 1/W).
+  2. Positives of a query and exact copies of them are never its negatives, drawn or in the batch.
+  3. Short lists are filled with masked columns (RetroMAE: random passages; LexMAE: repeats).
+  4. Each positive is an example, shuffled over the epoch (ANCE: one per query, triplets in a row).
+  5. FLOPS is of the micro-batch of all processes (LexMAE, SPLADE: of each GPU's own).
+  6. Lines without teacher scores stop the run (RetroMAE switches distillation off silently).
+  7. Each chunk of MaxP begins with [CLS] (ANCE: the first).
 
-Reads   --model (ours, sentence-transformers, or Hugging Face with --pooling); --train: a training
-        file (mine_negatives.py, recipes/import_training_data.py), judgments, or a folder of
-        generations; corpus and queries
-Writes  --output_dir: the checkpoint, and best/ by MRR@10 on the development set, each also a
-        sentence-transformers folder; log.jsonl, args.json, state/ to --resume from, `done` last;
-        for a miner also checkpoints/ and generations.tsv
+Reads   --model (ours, sentence-transformers, or Hugging Face with --pooling); corpus; queries;
+        --train: training file, judgments, or folder that a miner fills meanwhile (ANCE)
+Writes  --output_dir: the checkpoint, and best/ by MRR@10 on the development set; log.jsonl,
+        args.json, state/ for --resume; for a miner checkpoints/, generations.tsv; `done` last
 
-CPU toy   python finetune_biencoder.py --model M --corpus C --queries Q --train qrels.tsv \\
-              --output_dir O
-1 GPU     accelerate launch --mixed_precision bf16 finetune_biencoder.py ... \\
-              --train negatives/train.jsonl
-N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 \\
-              finetune_biencoder.py ...
+CPU toy   python finetune_biencoder.py --model M --corpus C --queries Q --train T --output_dir O
+1 GPU     accelerate launch --mixed_precision bf16 finetune_biencoder.py ...
+N GPUs    accelerate launch --multi_gpu --num_processes 8 finetune_biencoder.py ...
 """
 
 import math
 import sys
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -58,36 +39,21 @@ import torch
 from accelerate.utils import send_to_device
 from tqdm import tqdm
 
-from lib import launch, losses
+from lib import checkpoint, launch, losses
 from lib.arguments import arg, parse_args
-from lib.checkpoint import (
-    check_checkpoint,
-    checkpoint_folder,
-    load_encoder,
-    model_hash,
-    save_encoder,
-)
 from lib.cpu import speed_up_attention
-from lib.dev import DevSet
-from lib.dro import GroupGradients, GroupWeights, Robustness, groups_of_rows
+from lib.dev import open_dev_set
+from lib.dro import GroupGradients, GroupWeights, groups_of_rows
+from lib.encoder import Head
 from lib.files import UserError
-from lib.generations import Generation, Refresh, checkpoint_path, remove_old_checkpoints
+from lib.generations import Generations, checkpoint_path, remove_old_checkpoints
 from lib.gradcache import contrastive_backward
-from lib.groups import GroupCollator, Groups, TrainingFile, preview
+from lib.groups import GroupCollator, Groups, TrainingFile
 from lib.loader import StepSampler, load
 from lib.masking import DROPOUT
-from lib.optim import (
-    descend,
-    lr_at,
-    make_optimizer,
-    parameter_groups,
-    recompute_activations,
-    steps_of,
-)
+from lib.optim import descend, lr_at, make_optimizer, recompute_activations, steps_of
 from lib.text import TextFormat, step_seed
 from lib.texts import open_texts
-
-KEPT_CHECKPOINTS = 2  # for the miner, if --train is a folder of generations
 
 
 @dataclass(kw_only=True)
@@ -102,80 +68,53 @@ class Args:
     dev_queries: str = arg(None, group="development set", help="its queries")
     dev_qrels: str = arg(None, help="its judgments")
     dev_candidates: str = arg(None, help="passages to re-rank for MRR@10: a run or top1000.dev")
-    eval_every: int = arg(None, least=1, help="steps between evaluations (default: ten in all)")
-    title: Literal["none", "space", "sep"] | None = arg(
-        None, group="texts (default: as the checkpoint states)", help="how titles join their texts"
-    )
-    query_prompt: str = arg(None, help="text put before every query")
+    eval_every: int = arg(None, least=1, help="evaluate every N steps (default: ten times in all)")
+    query_prompt: str = arg(None, group="texts (default: as --model)", help="text before a query")
     passage_prompt: str = arg(None, help="text put before every passage")
+    title: Literal["none", "space", "sep"] = arg(None, help="how title and text are joined")
     max_query_length: int = arg(None, least=3, help="tokens of a query (RetroMAE 32, ANCE 64)")
-    max_passage_length: int = arg(
-        None, least=3, help="tokens of a passage (RetroMAE 140, ANCE 512)"
-    )
+    max_passage_length: int = arg(None, least=3, help="tokens of a passage (ANCE 512)")
     max_chunks: int = arg(None, least=1, help="maximum number of chunks per passage (MaxP 4)")
     max_characters: int = arg(None, least=0, help="cut passages to N characters first (ANCE 10000)")
+    pooling: str = arg(None, group="model", help="cls, mean, last_token, if the model states none")
     head: Literal["dense", "sparse", "new_sparse"] = arg(
-        "dense", group="model", help="sparse: with the LM head; new_sparse: make a new LM head"
+        "dense", help="sparse: with the LM head of --model; new_sparse: with a new one"
     )
-    pooling: str = arg(None, help="cls, mean or last_token, if the checkpoint states none")
     normalize: bool = arg(False, help="make unit vectors; a checkpoint that has them keeps them")
-    projection: int = arg(
-        0, least=0, help="add Linear + LayerNorm of this size (ANCE 768); 0: none"
-    )
+    projection: int = arg(0, least=0, help="add Linear + LayerNorm of this size (ANCE 768); 0: no")
     exclude_special_tokens: bool = arg(False, help="sparse: pool over no special tokens (LexMAE)")
-    loss: Literal["info_nce", "triplet", "own_group"] = arg(
-        "info_nce", group="objective", help="the contrastive loss, see above"
-    )
-    temperature: float = arg(
-        None, above=0, help="divides scores (default: unit vectors 0.05, else 1)"
-    )
-    contrastive_weight: float = arg(1.0, least=0, help="weight of --loss (LexMAE's stage 3: 0.2)")
+    contrastive_weight: float = arg(1.0, least=0, group="objective", help="weight of --loss")
+    loss: Literal["info_nce", "triplet", "own_group"] = arg("info_nce", help="the contrastive loss")
+    temperature: float = arg(None, above=0, help="divides scores (default: 1, unit vectors 0.05)")
     kl_weight: float = arg(0.0, least=0, help="weight of KL(teacher, student) per query (LexMAE 1)")
-    margin_mse_weight: float = arg(
-        0.0, least=0, help="weight of the teacher's margin-MSE (SPLADE 1)"
-    )
-    flops_passages: float = arg(
-        0.002, least=0, help="sparse: FLOPS weight of passages (LexMAE 0.002)"
-    )
+    margin_mse_weight: float = arg(0.0, least=0, help="weight of the margin-MSE (SPLADE 1)")
+    flops_passages: float = arg(0.002, least=0, help="sparse: FLOPS weight of passages (as LexMAE)")
     flops_queries: float = arg(None, least=0, help="sparse: of queries (default: 0.75 of passages)")
     flops_warmup_steps: int = arg(0, least=0, help="sparse: steps in which the FLOPS weights grow")
-    dro: Literal["idro", "greedy"] | None = arg(
-        None, help="weight the clusters of the training file"
-    )
-    dro_alpha: float = arg(0.25, above=0, most=1, help="idro: power of losses; greedy: worst share")
-    dro_ema: float = arg(
-        0.1, least=0, most=1, help="idro: power of the previous weight; greedy: rate"
-    )
-    dro_rho: float = arg(0.05, least=0, help="idro: step size of the weights (COCO-DR 0.05)")
-    dro_eps: float = arg(0.01, least=0, most=1, help="least weight of a cluster (COCO-DR 0.01)")
-    per_device_batch_size: int = arg(
-        16, group="optimisation", least=1, help="queries per process and micro-step (RetroMAE 16)"
-    )
-    chunk_size: int = arg(0, least=0, help="GradCache: texts encoded at a time; 0 = all at once")
-    gradient_checkpointing: bool = arg(
-        False,
-        help="recompute activations in the backward pass: about 20% slower, a third less memory",
-    )
-    gradient_accumulation_steps: int = arg(
-        1, least=1, help="micro-steps per step; does not add in-batch negatives (use --chunk_size)"
-    )
+    dro: bool = arg(False, help="weight the clusters of the training file")
+    dro_alpha: float = arg(0.25, above=0, most=1, help="--dro: power of the losses (as COCO-DR)")
+    dro_ema: float = arg(0.1, least=0, most=1, help="--dro: power of the last weight (COCO-DR)")
+    dro_rho: float = arg(0.05, least=0, help="--dro: step size of the weights (as COCO-DR)")
+    dro_eps: float = arg(0.01, least=0, most=1, help="--dro: least weight of a cluster (COCO-DR)")
+    per_device_batch_size: int = arg(16, least=1, group="optimisation", help="queries per process")
+    gradient_accumulation_steps: int = arg(1, least=1, help="micro-steps per optimizer step")
+    chunk_size: int = arg(0, least=0, help="texts encoded at a time (GradCache); 0 is all")
+    gradient_checkpointing: bool = arg(False, help="recompute activations: 20% slower, less memory")
     optimizer: Literal["adamw", "lamb"] = arg("adamw", help="betas 0.9 and 0.999, eps 1e-8")
     learning_rate: float = arg(2e-5, above=0, help="peak learning rate (RetroMAE 2e-5)")
-    weight_decay: float = arg(0.01, least=0, help="not for biases and norms (RetroMAE 0)")
+    weight_decay: float = arg(0.01, least=0, help="weight decay, except of biases and norms")
     max_grad_norm: float = arg(1.0, least=0, help="clip gradients to this norm; 0 = do not")
     num_epochs: float = arg(4.0, above=0, help="passes over the examples (RetroMAE 4)")
-    max_steps: int = arg(None, least=1, help="optimizer steps, in place of --num_epochs")
-    warmup_steps: float = arg(0.05, least=0, help="linear warm-up: steps, or below 1 their share")
-    seed: int = arg(42, group="runtime", least=0, help="decides data order, negatives and dropout")
-    save_every: int = arg(1000, least=1, help="steps between states to --resume from")
-    log_every: int = arg(
-        20, least=1, help="steps between log lines, and looks for a new generation"
-    )
+    max_steps: int = arg(0, least=0, help="optimizer steps; if given, --num_epochs is not used")
+    warmup_steps: float = arg(0.05, least=0, help="steps of warm-up; below 1, a share of all steps")
+    seed: int = arg(42, group="runtime", help="seed of data order, negatives, dropout, new weights")
+    save_every: int = arg(1000, least=1, help="save a state for --resume every N steps")
+    log_every: int = arg(20, least=1, help="write a log line, look for a generation every N steps")
     resume: bool = arg(False, help="continue from the last saved state")
     num_workers: int = arg(2, least=0, help="loader processes that turn text into ids")
-    report_to: Literal["none", "tensorboard", "wandb"] = arg("none", help="tracker of the log")
-    deterministic: bool = arg(False, help="bit-identical reruns on CUDA, slower")
-    dry_run: bool = arg(False, help="show the first inputs, batch, steps and disk, and stop")
+    report_to: Literal["none", "tensorboard", "wandb"] = arg("none", help="also log to a tracker")
+    deterministic: bool = arg(False, help="make reruns on CUDA bit-identical")
+    dry_run: bool = arg(False, help="show the first inputs, batch, steps and disk space, then stop")
 
 
 def contrastive_loss(scores, positives, mask):
@@ -184,44 +123,28 @@ def contrastive_loss(scores, positives, mask):
     return losses.info_nce(scores, positives, mask)
 
 
-def check(args, passages_per_query: int, candidates: int) -> None:
-    """UserError where flags contradict each other. candidates: passages that a query is compared
-    with."""
-    distilled = args.kl_weight or args.margin_mse_weight
-    in_batch = args.loss == "info_nce" or args.head != "dense"
-    by_parts = args.chunk_size or args.gradient_checkpointing
-    if candidates < 2:
-        raise UserError(
-            f"--loss {args.loss} has no negatives — raise --passages_per_query or "
-            "--per_device_batch_size"
-        )
-    if distilled and passages_per_query < 2:
-        raise UserError(
-            "distillation compares the passages of a group — give --passages_per_query 2 or more"
-        )
-    if args.dro and (in_batch or by_parts):
-        raise UserError(
-            "--dro needs a loss of each query alone, of a batch encoded at once — give --loss "
-            "triplet or "
-            "own_group, and leave out --head sparse, --chunk_size and --gradient_checkpointing"
-        )
+def check(args: Args, passages_per_query: int, processes: int) -> None:
+    """UserError where arguments do not fit together."""
+    own_group = args.loss != "info_nce" or args.kl_weight or args.margin_mse_weight
+    if passages_per_query * (1 if own_group else processes * args.per_device_batch_size) < 2:
+        raise UserError(f"--loss {args.loss} has no negatives — raise --passages_per_query")
+    in_batch = args.loss == "info_nce" or args.head != "dense" or args.chunk_size
+    if args.dro and (in_batch or args.gradient_checkpointing):
+        remedy = "give --loss triplet or own_group, no --chunk_size, no --gradient_checkpointing"
+        raise UserError(f"--dro needs a loss of each query alone, of a whole batch — {remedy}")
     if Path(args.train).is_dir() and not args.max_steps:
-        raise UserError(
-            "--train with generations has no fixed number of examples — give --max_steps"
-        )
+        raise UserError("--train with generations has no number of examples — give --max_steps")
 
 
 def main():
     # ---- setup
     args = parse_args(Args)
     accumulation = args.gradient_accumulation_steps
-    accelerator = launch.make_accelerator(
-        accumulation, args.report_to, args.output_dir, args.deterministic
-    )
+    out = Path(args.output_dir)
+    accelerator = launch.make_accelerator(accumulation, args.report_to, out, args.deterministic)
     rank = accelerator.process_index
     W = accelerator.num_processes
     device = accelerator.device
-    out = Path(args.output_dir)
     B = args.per_device_batch_size
     sparse = args.head != "dense"
 
@@ -229,18 +152,16 @@ def main():
     with accelerator.main_process_first():
         corpus = open_texts(args.corpus)
         queries = open_texts(args.queries)
-        wanted = args.dev_queries or args.dev_qrels or args.dev_candidates or args.eval_every
-        dev = None
-        if wanted:
-            dev = DevSet(args.dev_queries, args.dev_qrels, args.dev_candidates, corpus)
-    refresh = Refresh(args.train, out / "generations.tsv") if Path(args.train).is_dir() else None
-    used = refresh.first() if refresh else Generation(0, 0, Path(args.train))
-    file = TrainingFile(used.train, queries, corpus)
-    P = args.passages_per_query or (8 if len(file.negative_rows) else 1)
-    check(args, P, W * B * P if args.loss == "info_nce" else P)
-    groups = Groups(file, P - 1, args.negatives_depth, args.seed)
+        dev = open_dev_set(args.dev_queries, args.dev_qrels, args.dev_candidates, corpus)
     distilled = bool(args.kl_weight or args.margin_mse_weight)
-    file.require(scores=distilled, clusters=bool(args.dro))
+
+    def read(train):
+        file = TrainingFile(train, queries, corpus, scores=distilled, clusters=args.dro)
+        return Groups(file, args.passages_per_query, args.negatives_depth, args.seed)
+
+    data = Generations(args.train, out / "generations.tsv", read)
+    groups, P = data.groups, data.groups.passages_per_query
+    check(args, P, W)
     batch_size = W * B * accumulation
     max_steps = args.max_steps or math.ceil(args.num_epochs * len(groups) / batch_size)
     warmup_steps = steps_of(args.warmup_steps, max_steps)
@@ -249,98 +170,84 @@ def main():
     lambda_q = 0.75 * lambda_p if args.flops_queries is None else args.flops_queries
 
     # ---- model
-    torch.manual_seed(args.seed)  # of a new projection
-    model = load_encoder(
-        args.model,
-        args.pooling,
-        {name: getattr(args, name) for name in TextFormat.__dataclass_fields__},
-        projection=args.projection,
-        normalize=args.normalize,
-        head="sparse" if sparse else "dense",
-        exclude_special_tokens=args.exclude_special_tokens,
-        allow_new_head=args.head == "new_sparse",
-    )
+    torch.manual_seed(args.seed)  # of new weights
+    head = Head(args.pooling, args.head, args.projection, args.normalize)
+    head.exclude_special_tokens = args.exclude_special_tokens
+    texts = {name: getattr(args, name) for name in TextFormat.__dataclass_fields__}
+    model = checkpoint.load_encoder(args.model, head, texts)
     form, dim = model.format, model.dim
     temperature = args.temperature or (0.05 if model.normalized else 1.0)
     speed_up_attention(model.backbone)
     if args.gradient_checkpointing:
         recompute_activations(model.backbone)
-    robustness = Robustness(args.dro, args.dro_alpha, args.dro_ema, args.dro_rho, args.dro_eps)
-    dro = GroupWeights(int(file.clusters.max()) + 1, robustness) if args.dro else None
-    gradients = GroupGradients(model.backbone) if args.dro == "idro" else None
+    if args.dro:
+        clusters = int(groups.file.clusters.max()) + 1
+        dro = GroupWeights(clusters, args.dro_alpha, args.dro_ema, args.dro_rho, args.dro_eps)
+        gradients = GroupGradients(model.backbone)
     chunked = 0 < args.chunk_size < B * P * form.max_chunks
     at_a_time = args.chunk_size if chunked else 16 if device.type == "cpu" else 64
     collate = GroupCollator(groups, model.tokenizer, form, at_a_time)
     weights = sum(p.numel() for p in model.parameters())
     facts = {
-        "model": f"{args.model}, {weights / 1e6:.1f} M weights, "
-        f"{model.pooling} pooling, {dim} dimensions",
-        "texts": ", ".join(f"{name} {value!r}" for name, value in asdict(form).items()),
+        "model": f"{args.model}, {weights / 1e6:.1f} M weights, {dim} dimensions",
+        "texts": form,
         "running on": launch.describe(accelerator),
-        "batch": f"{B} queries x {W} process(es) x {accumulation} accumulated = "
-        f"{batch_size} per step",
+        "batch": f"{B} queries x {W} process(es) x {accumulation} accumulated = {batch_size}",
         "encoded at a time": f"{args.chunk_size} texts (GradCache)" if chunked else "all texts",
-        "scores": f"{'cosine' if model.normalized else 'dot product'} / {temperature}",
-        "training data": f"{used.train}, of step {used.step}" if refresh else args.train,
+        "scores": f"{model.pooling}, {'cosine' if model.normalized else 'dot'} / {temperature}",
         **groups.notes,
-        "steps": f"{max_steps}, {len(groups) / batch_size:.2f} per epoch, "
-        f"{warmup_steps} of warm-up",
+        "steps": f"{max_steps}, {warmup_steps} of warm-up",
+        "epochs": f"{max_steps * batch_size / len(groups):.2f}",
+        "disk": f"{(4 + bool(dev) + 2 * data.is_folder) * weights * 4 / 1e9:.2f} GB",  # 3 in state/
     }
-    copies = 4 + bool(dev) + KEPT_CHECKPOINTS * bool(refresh)  # of the weights, 3 in state/
-    facts["disk"] = f"{copies * weights * 4 / 1e9:.2f} GB"
-    inputs = {"model": model_hash(checkpoint_folder(args.model)), **file.fingerprints}
-    if refresh:
-        del inputs["train"]  # which generation is used when stands in generations.tsv
-    facts["inputs"] = inputs
-    if not launch.begin(accelerator, args, "fine-tuning", facts, partial(preview, collate)):
+    facts["inputs"] = {"model": checkpoint.model_hash(checkpoint.checkpoint_folder(args.model))}
+    facts["inputs"] |= {"corpus": corpus.fingerprint, "queries": queries.fingerprint}
+    facts["inputs"] |= {"train": data.fingerprint}
+    if not launch.begin(accelerator, args, "fine-tuning", facts, collate.preview):
         return
     if accelerator.is_main_process:
-        check_checkpoint(model, out)
-    parameters = parameter_groups(model, args.weight_decay)
-    optimizer = make_optimizer(args.optimizer, parameters, args.learning_rate)
+        checkpoint.check_checkpoint(out, lambda path: checkpoint.save_encoder(model, path, {}))
+    optimizer = make_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     # ---- resume
     step, extra = launch.load_state(out, accelerator, model, optimizer)
     micro_step = step * accumulation
-    dev_scores = extra.get("dev_scores", {})
-    if dro and extra:
-        dro.load(extra["dro"])
+    dev_scores = extra.setdefault("dev_scores", {})  # from here on filled in place
+    if args.dro:
+        dro.h = extra.setdefault("group_weights", dro.h)
+    log = launch.RunLog(accelerator, out, step)
+    means = launch.Means()
+    bar = tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process)
 
     # ---- the loss of a batch, and evaluation
     def loss_of(batch, q_reps, p_reps):
         """q_reps (B, D), p_reps (B·P·M, D) query-major -> (loss, numbers for the log)."""
-        scores, positives, mask, filled = losses.score_batch(batch, q_reps, p_reps, temperature)
+        scores, positives, mask = losses.score_batch(batch, q_reps, p_reps, temperature)
         if args.loss != "info_nce":
             mask = mask & losses.own_group(positives, scores.shape[1], P)
         function = losses.triplet_nll if args.loss == "triplet" else contrastive_loss
-        loss = function(scores, positives, mask)  # (B,)
-        stats = losses.batch_statistics(scores, positives, mask, filled)
-        stats["contrastive"] = loss
-        loss = args.contrastive_weight * loss
+        stats = {"contrastive": function(scores, positives, mask), "candidates": mask.sum(1)}
+        loss = args.contrastive_weight * stats["contrastive"]
         if distilled:
-            own = losses.group_columns(positives, P)  # (B, P)
-            student, keep = scores.gather(1, own), mask.gather(1, own)
-            stats["kl"] = losses.kl_divergence(student, batch["teacher_scores"], keep)
-            stats["margin_mse"] = losses.margin_mse(student, batch["teacher_scores"], keep)
+            stats |= losses.distillation(scores, positives, mask, batch["teacher_scores"])
             loss = loss + args.kl_weight * stats["kl"]
             loss = loss + args.margin_mse_weight * stats["margin_mse"]
-        loss = dro.loss(loss, batch["clusters"]) if dro else loss.mean()
-        real = (batch["passage_rows"] >= 0).repeat_interleave(form.max_chunks)
+        loss = dro.loss(loss, batch["clusters"]) if args.dro else loss.mean()
         if sparse:
+            stats |= losses.sparsity(q_reps, p_reps, batch["passage_rows"] >= 0)
             growth = min((step + 1) / max(args.flops_warmup_steps, 1), 1) ** 2
-            stats |= losses.sparsity(q_reps, p_reps, real, P)
             loss = loss + growth * (lambda_q * stats["q_flops"] + lambda_p * stats["p_flops"])
-        stats["q_std"], stats["q_cosine"] = losses.spread(q_reps)
-        stats["p_std"], stats["p_cosine"] = losses.spread(p_reps[real])
+        stats["accuracy"] = losses.in_batch_accuracy(scores, positives, mask)
+        stats |= losses.spreads(q_reps, p_reps, batch["passage_rows"] >= 0)
         return loss, {name: value.detach().float().mean() for name, value in stats.items()}
 
     def save(folder):
         if accelerator.is_main_process:
-            metrics = {"steps": step, "dev MRR@10": dev_scores.get(step)}
-            data = [args.corpus, args.queries, args.train]
-            card = {"base": args.model, "data": data, "command": sys.argv, "metrics": metrics}
-            save_encoder(accelerator.unwrap_model(model), folder, card)
+            data = f"{args.corpus} {args.queries} {args.train}"
+            card = {"base": args.model, "data": data, "command": " ".join(sys.argv)}
+            card["metrics"] = {"steps": step, "dev MRR@10": dev_scores.get(step)}
+            checkpoint.save_encoder(accelerator.unwrap_model(model), folder, card)
         accelerator.wait_for_everyone()
 
     def evaluate():
@@ -350,52 +257,40 @@ def main():
             save(out / "best")
 
     # ---- train
-    log = launch.RunLog(accelerator, out, step)
-    means = launch.Means()
-    bar = tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process)
     if dev and not dev_scores:
         evaluate()
     batches = None
     model.train()
     while step < max_steps:
-        due = micro_step % accumulation == 0 and step % args.log_every == 0
-        if refresh and (due or batches is None):
-            newest = refresh.at(step - step % args.log_every, accelerator)
-            if newest != used:  # optimizer and schedule go on
-                used, batches = newest, None
-                file = TrainingFile(used.train, queries, corpus)
-                collate.groups = Groups(file, P - 1, args.negatives_depth, args.seed)
-        if batches is None:
-            sampler = StepSampler(len(collate.groups), B, rank, W, args.seed, start=micro_step)
-            batches = load(collate.groups, collate, sampler, args.num_workers, device)
+        if batches is None or (micro_step % accumulation == 0 and step % args.log_every == 0):
+            renewed = data.renew(step - step % args.log_every, accelerator)
+            if batches is None or renewed:  # optimizer and schedule go on
+                collate.groups = data.groups
+                sampler = StepSampler(data.groups, B, rank, W, micro_step)
+                batches = load(data.groups, collate, sampler, args.num_workers, device)
         # ------------------------------------------------------------------- one training step
         batch = send_to_device(next(batches), device, non_blocking=True)
         dropout = step_seed(args.seed, DROPOUT, micro_step, rank)
         with accelerator.accumulate(model):
             if chunked:
-                loss_fn = partial(loss_of, batch)
-                loss, stats = contrastive_backward(accelerator, model, batch, loss_fn, dropout)
+                loss, stats = contrastive_backward(accelerator, model, batch, loss_of, dropout)
             else:
                 torch.manual_seed(step_seed(dropout))
                 q_reps, p_reps = model(batch["query"], batch["passage"])
                 loss, stats = loss_of(batch, q_reps, p_reps)
                 accelerator.backward(loss)
-            if dro:
-                orders = (batch[side]["order"] for side in ("query", "passage"))
-                dro.update(gradients, groups_of_rows(batch["clusters"], *orders))
+            if args.dro:
+                dro.update(gradients.products(groups_of_rows(batch), dro.present))
             lr = lr_at(step, args.learning_rate, warmup_steps, max_steps)
-            norm, finite = descend(
-                accelerator, model, optimizer, loss.detach(), lr, args.max_grad_norm
-            )
+            loss = loss.detach()
+            norm, finite = descend(accelerator, model, optimizer, loss, lr, args.max_grad_norm)
             if not finite:
                 qids = ", ".join(queries.ids(batch["query_rows"].tolist()))
-                raise UserError(
-                    f"step {step + 1}: the loss or gradient is not finite for queries {qids} — "
-                    "lower --learning_rate"
-                )
+                wrong = f"step {step + 1}: the loss or gradient is not finite for queries {qids}"
+                raise UserError(f"{wrong} — lower --learning_rate")
         # ------------------------------------------------- log, evaluate, save: once per step
         micro_step += 1
-        means.add({"loss": loss.detach(), **stats})
+        means.add({"loss": loss, **stats})
         if not accelerator.sync_gradients:
             continue
         step += 1
@@ -404,26 +299,20 @@ def main():
         if step % args.log_every == 0 or last_step:
             values, seconds = means.take()
             values |= {"lr": lr, "grad_norm": norm.item(), "queries/s": W * B / seconds}
-            if refresh:
-                values |= {"generation": used.number, "lag": step - used.step}
-            if dro:
+            values |= data.log(step)
+            if args.dro:
                 values["group_weights"] = dro.h.tolist()
             log.write(step, values, bar)
             settled = max(warmup_steps, args.flops_warmup_steps) + max(max_steps // 4, 100)
             losses.stop_on_collapse(step, values, dim, settled=step > settled)
-            if max(values["q_cosine"], values["p_cosine"]) > 0.95 and step > warmup_steps:
-                bar.write(
-                    "warning: the encoder collapses: different texts have a mean cosine above 0.95"
-                )
         if dev and (last_step or step % eval_every == 0):
             with means.paused():
                 evaluate()
         if step % args.save_every == 0 and not last_step:
-            extra = {"dev_scores": dev_scores, "dro": dro.state() if dro else None}
             launch.save_state(out, step, accelerator, model, optimizer, extra)
-            if refresh:  # after the state: no checkpoint is of a step that a resume begins before
+            if data.is_folder:  # after the state: a resume never begins before a checkpoint
                 save(checkpoint_path(out, step))
-                remove_old_checkpoints(out, KEPT_CHECKPOINTS)
+                remove_old_checkpoints(out)
     bar.close()
 
     # ---- save

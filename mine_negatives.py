@@ -37,7 +37,6 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.arguments import arg, parse_args
-from lib.bm25 import Weighting
 from lib.files import (
     RunList,
     TrainingRow,
@@ -48,7 +47,7 @@ from lib.files import (
     write_json,
     write_training_file,
 )
-from lib.index import Source, file_fingerprint, open_index
+from lib.index import file_fingerprint, open_index
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
 from lib.text import step_seed
 from lib.texts import Texts, open_texts, require_rows
@@ -144,20 +143,8 @@ class Lists:
 def main():
     # ---- setup
     args = parse_args(Args)
-    source = Source(
-        queries_embeddings=args.queries_embeddings,
-        corpus_embeddings=args.corpus_embeddings,
-        bm25=args.bm25,
-        queries=args.queries,
-        corpus=args.corpus,
-        run=args.run,
-        folder=Path(args.bm25_index or Path(args.output_dir) / "index"),
-        index=args.index,
-        bits=args.bits,
-        weighting=Weighting(args.k1, args.b),
-        seed=args.seed,
-    )
     accelerator = make_accelerator()
+    index = open_index(args, accelerator)
     positives = read_positives(args.qrels)
     qids = list(positives)
     if not qids:
@@ -167,16 +154,16 @@ def main():
     flat = [pid for qid in qids for pid in positives[qid]]
     edges = np.cumsum([len(positives[qid]) for qid in qids])[:-1]
     positive_rows = np.split(require_rows(corpus, flat, args.qrels, "passage"), edges)
-    if args.run:
-        index, asked = Lists(args.run, corpus, qids, args.max_score_margin is not None), qids
-    else:
-        index = open_index(source, accelerator)
-        asked = require_rows(index.queries, qids, args.qrels, "query")
-    vectors = None if args.run or args.bm25 else index.corpus
-    if vectors is not None and vectors.meta["input_fingerprint"] != corpus.fingerprint:
-        raise UserError(f"{vectors.folder}: not the embeddings of {args.corpus} — encode it")
     inputs = {"corpus": corpus.fingerprint, "qrels": file_fingerprint(args.qrels)}
-    inputs |= {"run": file_fingerprint(args.run)} if args.run else index.inputs
+    if index is None:
+        index, asked = Lists(args.run, corpus, qids, args.max_score_margin is not None), qids
+        inputs["run"] = file_fingerprint(args.run)
+    else:
+        asked = require_rows(index.queries, qids, args.qrels, "query")
+        inputs |= index.inputs
+    if args.corpus_embeddings and index.corpus.meta["input_fingerprint"] != corpus.fingerprint:
+        problem = f"{args.corpus_embeddings}: not the embeddings of {args.corpus}"
+        raise UserError(f"{problem} — encode it")
     if claim_output(args, accelerator, "audit.json", inputs=inputs):
         return
     facts = {

@@ -38,8 +38,9 @@ N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16
 
 import math
 import sys
-import time
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -48,8 +49,9 @@ from tqdm import tqdm
 
 from lib import checkpoint, launch
 from lib.arguments import arg, parse_args
-from lib.blocks import BlockCollator, Cut, open_corpora
+from lib.blocks import Blocks, Corpora, Cut
 from lib.cpu import speed_up_attention
+from lib.encoder import positions
 from lib.files import UserError
 from lib.loader import StepSampler, load
 from lib.masking import DROPOUT
@@ -58,19 +60,16 @@ from lib.optim import descend, lr_at, parameter_groups, recompute_activations, s
 from lib.probe import Probe
 from lib.spans import span_backward
 from lib.text import step_seed
+from lib.texts import open_texts
 
 
 @dataclass(kw_only=True)
 class Args:
-    corpus: list[str] = arg(
-        group="data", help="texts to learn from: FILE or NAME=FILE, one or more"
-    )
+    corpus: list[str] = arg(group="data", help="texts to learn from, one or more files")
     output_dir: str = arg(help="folder for the checkpoint")
-    balance: float = arg(
-        1.0, least=1, help="mix corpora by their size (1) to equally (large values)"
-    )
+    balance: float = arg(1.0, least=1, help="mix corpora by size (1) to equally (large values)")
     title: Literal["none", "space", "sep"] | None = arg(
-        None, help="how title and text are joined (default: as in the checkpoint, else a space)"
+        None, help="how titles join their texts (default: as in the checkpoint, else a space)"
     )
     max_length: int = arg(512, least=4, help="tokens of a block (RetroMAE 150, LexMAE 144)")
     model: str | None = arg(None, group="model", help="checkpoint to start from")
@@ -90,13 +89,9 @@ class Args:
     decoder_layers: int | None = arg(
         None, least=1, help="lexmae, [co]condenser (2), seed (3, or 1 with a window of 8 or more)"
     )
-    attention_window: int | None = arg(
-        None, least=1, help="seed: tokens that the decoder sees, the current one included (2)"
-    )
+    attention_window: int | None = arg(None, least=1, help="seed: tokens the decoder sees (2)")
     span_tokens: int | None = arg(None, least=1, help="cocondenser: maximum tokens of a span (30)")
-    chunk_size: int | None = arg(
-        None, least=0, help="cocondenser: documents encoded at a time (GradCache); 0 is all (0)"
-    )
+    chunk_size: int | None = arg(None, least=0, help="cocondenser: documents encoded at once (all)")
     per_device_batch_size: int = arg(
         32, least=1, group="optimisation", help="blocks, or documents, per process and micro-step"
     )
@@ -106,9 +101,7 @@ class Args:
     )
     learning_rate: float = arg(1e-4, above=0, help="peak learning rate of AdamW")
     weight_decay: float = arg(0.01, least=0, help="weight decay, except of biases and norms")
-    max_grad_norm: float = arg(
-        1.0, least=0, help="clip the gradient to this norm; 0 is no clipping"
-    )
+    max_grad_norm: float = arg(1.0, least=0, help="clip gradients to this norm; 0 = do not")
     num_epochs: float = arg(8.0, above=0, help="passes over the corpus (RetroMAE on MS MARCO 20)")
     max_steps: int = arg(0, least=0, help="optimizer steps; if given, --num_epochs is not used")
     warmup_steps: float = arg(0.1, least=0, help="steps of warm-up; below 1, a share of all steps")
@@ -136,11 +129,9 @@ def objective_options(args: Args) -> dict:
 
 def check(args: Args, positions: int, processes: int) -> None:
     """UserError where arguments do not fit together."""
-    files = args.probe_queries, args.probe_qrels
+    files = [args.probe_queries, args.probe_qrels]
     if args.max_length > positions:
-        raise UserError(
-            f"--max_length {args.max_length}: the model has {positions} positions — lower it"
-        )
+        raise UserError(f"--max_length: the model has {positions} positions — lower it")
     if any(files) and not (all(files) and args.probe_every):
         raise UserError("give all of --probe_every, --probe_queries and --probe_qrels, or no files")
     if args.objective == "cocondenser" and processes * args.per_device_batch_size < 2:
@@ -148,28 +139,20 @@ def check(args: Args, positions: int, processes: int) -> None:
 
 
 def mean_loss(accelerator, terms):
-    """(loss to backpropagate, sums over all processes: a row of loss, labels, correct for each
-    term). DDP averages the gradients of W processes. So W times the local sum, divided by the
-    labels of all processes, gives the gradient of the mean over the whole batch."""
-    rows = [
-        torch.stack([t.loss.detach(), t.loss.new_tensor(t.labels), t.correct.float()])
-        for t in terms.values()
-    ]
-    sums = accelerator.reduce(torch.stack(rows), "sum")  # (terms, 3)
-    labels = sums[:, 1].clamp(min=1)  # texts without ordinary tokens have no label
-    W = accelerator.num_processes
-    loss = sum(t.weight * W * t.loss / n for t, n in zip(terms.values(), labels, strict=True))
-    return loss, sums
-
-
-def term_means(terms, totals) -> dict[str, float]:
-    """The numbers of a log line. totals: `sums` of mean_loss, added up since the last line."""
-    values = {"loss": 0.0}
-    for (name, term), (loss, labels, correct) in zip(terms.items(), totals.tolist(), strict=True):
-        values[f"{name}_loss"] = loss / max(labels, 1)
-        values[f"{name}_accuracy"] = correct / max(labels, 1)
-        values["loss"] += term.weight * values[f"{name}_loss"]
-    return values
+    """(loss to backpropagate, numbers for the log). DDP averages the gradients of W processes. So W
+    times the local sum, divided by the labels of all processes, gives the gradient of the mean over
+    the whole batch."""
+    own = [torch.stack([t.loss, t.loss.new_tensor(t.labels), t.correct]) for t in terms.values()]
+    sums = accelerator.reduce(torch.stack(own).detach(), "sum")  # (terms, 3)
+    loss = 0.0
+    stats = {"loss": 0.0}
+    for (name, term), (total, labels, correct) in zip(terms.items(), sums, strict=True):
+        labels = labels.clamp(min=1)  # texts without ordinary tokens have no label
+        loss = loss + term.weight * accelerator.num_processes * term.loss / labels
+        stats[f"{name}_loss"] = total.double() / labels
+        stats[f"{name}_accuracy"] = correct.double() / labels
+        stats["loss"] = stats["loss"] + term.weight * stats[f"{name}_loss"]
+    return loss, stats
 
 
 def main():
@@ -179,131 +162,131 @@ def main():
     accelerator = launch.make_accelerator(
         accumulation, args.report_to, args.output_dir, args.deterministic
     )
-    rank, W, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    rank = accelerator.process_index
+    W = accelerator.num_processes
+    device = accelerator.device
+    out = Path(args.output_dir)
     B = args.per_device_batch_size
-    config, tokenizer = checkpoint.read_architecture(args.model, args.model_config, args.tokenizer)
-    check(args, checkpoint.max_positions(config), W)
+    torch.manual_seed(args.seed)  # of new weights
+    lm, tokenizer, origin = checkpoint.load_lm(args.model, args.model_config, args.tokenizer)
+    check(args, positions(lm), W)
     options = objective_options(args)
+    speed_up_attention(lm)
+    if args.gradient_checkpointing:
+        recompute_activations(lm)
+    # here, as cutting a corpus that is new draws from torch's generator
+    objective = OBJECTIVES[args.objective](lm, tokenizer, **options)
     chunk_size = options.get("chunk_size", 0)
+    chunked = 0 < chunk_size < B
 
     # ---- data
     title = args.title or checkpoint.stated_title(args.model) or "space"
     cut = Cut(tokenizer, args.max_length, title, options.get("span_tokens", 0))
     with accelerator.main_process_first():
-        blocks = open_corpora(args.corpus, cut, args.seed, args.balance)
-        collate = BlockCollator(cut)
+        parts = [Blocks(open_texts(path), cut) for path in args.corpus]
+        blocks = Corpora(parts, args.seed, args.balance)
         probe = None
         if args.probe_every and accelerator.is_main_process:
-            probe = Probe(blocks, collate, args.probe_queries, args.probe_qrels)
-    texts_per_step = W * B * accumulation
-    max_steps = args.max_steps or math.ceil(args.num_epochs * len(blocks) / texts_per_step)
+            probe = Probe(blocks, cut.collate, args.probe_queries, args.probe_qrels)
+    batch_size = W * B * accumulation
+    max_steps = args.max_steps or math.ceil(args.num_epochs * len(blocks) / batch_size)
     warmup_steps = steps_of(args.warmup_steps, max_steps)
 
     # ---- model
-    torch.manual_seed(args.seed)  # of new weights
-    lm, origin = checkpoint.load_lm(config, args.model)
-    speed_up_attention(lm)
-    if args.gradient_checkpointing:
-        recompute_activations(lm)
-    model = OBJECTIVES[args.objective](lm, tokenizer, **options)
-    weights = sum(p.numel() for p in model.parameters())
+    weights = sum(p.numel() for p in objective.parameters())
     unit = "documents" if args.objective == "cocondenser" else "blocks"
     facts = {
-        "model": f"{origin}, {config.model_type}, {weights / 1e6:.1f} M weights",
-        "decoder": checkpoint.load_decoder(model, args.model),
-        "objective": f"{args.objective}, {model.options}",
+        "model": f"{origin}, {lm.config.model_type}, {weights / 1e6:.1f} M weights",
+        "decoder": checkpoint.load_decoder(objective, args.model),
+        "objective": f"{args.objective}, {objective.options}",
         "running on": launch.describe(accelerator),
-        "batch": f"{B} {unit} x {W} process(es) x {accumulation} accumulated = {texts_per_step}",
+        "batch": f"{B} {unit} x {W} process(es) x {accumulation} accumulated = {batch_size}",
         unit: f"{len(blocks)} of at most {args.max_length} tokens, title: {title}",
         **blocks.shares(),
         "steps": f"{max_steps}, {warmup_steps} of warm-up",
-        "epochs": f"{max_steps * texts_per_step / len(blocks):.2f}",
+        "epochs": f"{max_steps * batch_size / len(blocks):.2f}",
     }
 
     def preview():
-        first = collate([blocks[index, 0, index] for index in range(min(B, len(blocks)))])
+        first = cut.collate([blocks[index, 0, index] for index in range(min(B, len(blocks)))])
         length = int(first["attention_mask"][0].sum())
-        shown = model.preview(first, args.seed)
+        shown = objective.preview(first, args.seed)
         return {name: tokenizer.decode(ids[0, :length]) for name, ids in shown.items()}
 
-    # the checkpoint, and a state with two moments
-    facts["disk"] = f"{4 * weights * 4 / 1e9:.2f} GB"
-    facts["inputs"] = {name: part.texts.fingerprint for name, part in blocks.parts.items()}
+    facts["disk"] = f"{4 * weights * 4 / 1e9:.2f} GB"  # 4 copies of the weights, 3 in state/
+    texts = zip(args.corpus, parts, strict=True)
+    facts["inputs"] = {path: part.texts.fingerprint for path, part in texts}
     if not launch.begin(accelerator, args, "pre-training", facts, preview):
         return
-    groups = parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    objective = accelerator.unwrap_model(model)
+    if accelerator.is_main_process:
+        save = partial(checkpoint.save_checkpoint, objective, tokenizer, title=title, card={})
+        checkpoint.check_checkpoint(out, save)
+    parameters = parameter_groups(objective, args.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, fused=True)
+    model, optimizer = accelerator.prepare(objective, optimizer)
 
     # ---- resume
-    step, _ = launch.load_state(args.output_dir, accelerator, model, optimizer)
+    step, _ = launch.load_state(out, accelerator, model, optimizer)
     micro_step = step * accumulation
-    sampler = StepSampler(len(blocks), B, rank, W, args.seed, micro_step, blocks.order)
-    batches = load(blocks, collate, sampler, args.num_workers, device)
-    log = launch.RunLog(accelerator, args.output_dir, step)
-    bar = tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process)
 
     def write_probe():
         with accelerator.autocast():
             log.write(step, probe(objective, device), bar)
 
     # ---- train
+    log = launch.RunLog(accelerator, out, step)
+    means = launch.Means()
+    bar = tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process)
     model.train()
-    objective.lm.train(args.encoder_dropout)
+    lm.train(args.encoder_dropout)
     if probe and not step:
         write_probe()
-    totals, tokens, waited, clock = 0, 0, 0.0, time.perf_counter()  # since the last log line
+    sampler = StepSampler(blocks, B, rank, W, micro_step)
+    batches = load(blocks, cut.collate, sampler, args.num_workers, device)
     while step < max_steps:
-        # ---- one training step
-        asked = time.perf_counter()
+        # ------------------------------------------------------------------- one training step
         batch = send_to_device(next(batches), device, non_blocking=True)
-        waited += time.perf_counter() - asked
         with accelerator.accumulate(model):
-            if 0 < chunk_size < B:
+            if chunked:
                 terms = span_backward(accelerator, model, batch, args.seed, 2 * chunk_size)
-                loss, sums = mean_loss(accelerator, terms)
+                loss, stats = mean_loss(accelerator, terms)
             else:
                 torch.manual_seed(step_seed(args.seed, DROPOUT, micro_step, rank))
-                terms = model(batch, args.seed)
-                loss, sums = mean_loss(accelerator, terms)
+                loss, stats = mean_loss(accelerator, model(batch, args.seed))
                 accelerator.backward(loss)
             lr = lr_at(step, args.learning_rate, warmup_steps, max_steps)
             loss = loss.detach()
             norm, finite = descend(accelerator, model, optimizer, loss, lr, args.max_grad_norm)
             if not finite:
                 pids = ", ".join(blocks.ids(batch["examples"].tolist()))
-                wrong = f"step {step + 1}: loss or gradient not finite for texts {pids}"
+                wrong = f"step {step + 1}: the loss or gradient is not finite for texts {pids}"
                 raise UserError(f"{wrong} — lower --learning_rate")
-        # ---- log and save, once per optimizer step
+        # ------------------------------------------------- log, probe, save: once per step
         micro_step += 1
-        totals = totals + sums.double()  # on the device until it is logged
-        tokens += batch["tokens"]
+        means.add({**stats, "tokens/s": batch["attention_mask"].sum()})
         if not accelerator.sync_gradients:
             continue
         step += 1
         last_step = step == max_steps
         bar.update()
         if step % args.log_every == 0 or last_step:
-            values = term_means(terms, totals) | {"lr": lr, "grad_norm": norm.item()}
-            spent = time.perf_counter() - clock
-            speed = {"tokens/s": W * tokens / spent, "waited": waited / spent}  # of this process
-            log.write(step, values | speed, bar)
-            totals, tokens, waited, clock = 0, 0, 0.0, time.perf_counter()
+            values, seconds = means.take()
+            values |= {"lr": lr, "grad_norm": norm.item()}
+            values["tokens/s"] *= W / seconds
+            log.write(step, values, bar)
         if probe and (step % args.probe_every == 0 or last_step):
-            paused = time.perf_counter()
-            write_probe()
-            clock += time.perf_counter() - paused
+            with means.paused():
+                write_probe()
         if step % args.save_every == 0 and not last_step:
-            launch.save_state(args.output_dir, step, accelerator, model, optimizer, {})
+            launch.save_state(out, step, accelerator, model, optimizer, {})
     bar.close()
 
     # ---- save
     if accelerator.is_main_process:
         card = {"base": origin, "data": ", ".join(args.corpus), "command": " ".join(sys.argv)}
         card["metrics"] = {"steps": step, **values}
-        checkpoint.save_checkpoint(objective, tokenizer, args.output_dir, title, card)
-    launch.finish(accelerator, args.output_dir)
+        checkpoint.save_checkpoint(objective, tokenizer, out, title, card)
+    launch.finish(accelerator, out)
 
 
 if __name__ == "__main__":

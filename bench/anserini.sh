@@ -72,7 +72,7 @@ from scipy.sparse import vstack
 from lib.embeddings import Embeddings, finish_embeddings, write_shard
 from lib.files import RunList, read_json, read_run
 from lib.index import check_pair
-from lib.inverted import Sparse
+from lib.inverted import open_sparse
 from recipes.export_anserini import quantise
 
 queries, corpus, out, hits = Embeddings(sys.argv[1]), Embeddings(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
@@ -93,7 +93,7 @@ if not (out / "impacts/meta.json").is_file():
     finish_embeddings(out / "impacts", {**corpus.meta, "dtype": "float32"})
 asked, qids = vstack(list(impacts(queries, "export-queries")), "csr"), queries.ids(range(len(queries)))
 began = time.perf_counter()
-index = Sparse.open(Embeddings(out / "impacts"), out / "inverted")
+index = open_sparse(Embeddings(out / "impacts"), out / "inverted")
 print(f"ours: indexed in {time.perf_counter() - began:.3f} s, or opened")
 index.search(asked[:1], hits)  # compiles
 began = time.perf_counter()

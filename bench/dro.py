@@ -1,5 +1,5 @@
-"""What weighting groups of queries costs: steps of finetune_biencoder.py with --dro idro against
-the same without.
+"""What weighting groups of queries costs: steps of finetune_biencoder.py with --dro against the
+same without.
 
     python -m bench.dro --model DIR --corpus FILE --queries FILE --qrels FILE [--train FILE]
 
@@ -26,7 +26,7 @@ def main():
     for name in ("model", "corpus", "queries", "qrels", "train"):
         parser.add_argument(f"--{name}")
     triplets = ["--max_query_length", "32", "--loss", "triplet"]
-    flags = {False: triplets, True: [*triplets, "--dro", "idro"]}
+    flags = {False: triplets, True: [*triplets, "--dro"]}
     sizes = {"batch": 64, "group": 2, "max_length": 128, "steps": 6, "rounds": 3, "groups": 50}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -5,14 +5,14 @@
 #
 # DATA   corpus.jsonl; queries.train.jsonl, qrels.train.tsv and clusters.tsv (`qid TAB cluster`); queries.test.jsonl, and a
 #        qrels.NAME.tsv for each group's test queries
-# DRO    flags of the robust run, default "--dro idro"; SEEDS default "0 1 2"
+# DRO    flags of the robust run, default "--dro"; SEEDS default "0 1 2"
 # Each model re-ranks the first 20 passages of BM25. Printed for every group: MRR@10 of both, means over the seeds, and their difference
 # with a bootstrap interval over queries, each of which counts with the mean over its seeds.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../recipes/paths.sh"
 [ $# -ge 3 ] || usage 4,8
 data=$(path "$1") model=$(model "$2") out=$(path "$3") flags=("${@:4}")
-read -ra robust <<<"${DRO:---dro idro}"
+read -ra robust <<<"${DRO:---dro}"
 texts=(--corpus "$data/corpus.jsonl") train=(--queries "$data/queries.train.jsonl" --qrels "$data/qrels.train.tsv")
 tests=() 
 for file in "$data"/qrels.*.tsv; do if [ "$file" != "$data/qrels.train.tsv" ]; then tests+=("$file"); fi; done

@@ -30,8 +30,8 @@ import transformers
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
-from lib.blocks import BlockCollator, Cut, open_corpora
-from lib.checkpoint import load_lm, read_architecture
+from lib.blocks import Blocks, Corpora, Cut
+from lib.checkpoint import load_lm
 from lib.cpu import speed_up_attention
 from lib.files import read_json, write_json
 from lib.lm_head import head_transform
@@ -40,6 +40,7 @@ from lib.objectives import OBJECTIVES
 from lib.optim import parameter_groups, recompute_activations
 from lib.spans import span_contrast
 from lib.text import step_seed
+from lib.texts import open_texts
 from pretrain_mae import mean_loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,14 +65,17 @@ def whole_words(tokens: list[str], ratio: float) -> list[bool]:
 
 
 class PlainCollator:
-    """What BlockCollator gives, and the masks: input_ids corrupted, clean ids, labels, and by
+    """What Cut.collate gives, and the masks: input_ids corrupted, clean ids, labels, and by
     objective the decoder's (B, L, L) attention or the (B, V) bag of words."""
 
-    def __init__(self, collate: BlockCollator, objective: str, ratio: float):
-        self.collate, self.objective, self.ratio = collate, objective, ratio
+    def __init__(self, cut: Cut, objective: str, ratio: float):
+        self.cut = cut
+        self.objective = objective
+        self.ratio = ratio
 
     def __call__(self, items):
-        batch, tokenizer = self.collate(items), self.collate.cut.tokenizer
+        batch = self.cut.collate(items)
+        tokenizer = self.cut.tokenizer
         ids, (B, L) = batch["input_ids"], batch["input_ids"].shape
         masks, views = torch.zeros(B, L, dtype=torch.bool), torch.zeros(B, L, L, dtype=torch.bool)
         bags = torch.zeros(B, len(tokenizer)) if self.objective == "dupmae" else torch.zeros(0)
@@ -123,18 +127,17 @@ def plain_loss(model, batch: dict, seed: int):
     if name in ("retromae", "dupmae"):
         view = batch["views"] | ~batch["views"].any(-1, keepdim=True)
         loss = loss + cross_entropy(
-            logits_of(model.decode(hidden[:, 0], ids, view, everywhere)), batch["targets"]
+            logits_of(model.rows(hidden[:, 0], ids, view, everywhere)), batch["targets"]
         )
     if name == "dupmae":
         pooled = (logits[:, 1:] - 1000.0 * (1 - keep[:, 1:, None])).max(1).values
         loss = loss - 0.1 * (batch["bags"] * pooled.log_softmax(1)).sum(1).mean()
     if name == "lexmae":
         pooled = (logits - 10_000.0 * ~batch["targets"][..., None]).max(1).values
+        bottleneck = pooled.softmax(1) @ lm.get_input_embeddings().weight.detach()
         decoder_ids, mask = model.corrupt_again(batch, batch["masks"], seed)
         rest = lm.base_model.embeddings(input_ids=decoder_ids)
-        states = model.decoder["head"](
-            model.decoder["layers"](model.bottleneck(pooled), rest, keep, everywhere)
-        )
+        states = model.decoder["head"](model.decoder["layers"](bottleneck, rest, keep, everywhere))
         loss = loss + cross_entropy(F.linear(states, output.weight, model.decoder.bias), mask)
     if name == "seed":
         E = lm.get_input_embeddings()
@@ -156,24 +159,24 @@ def run_one(args) -> None:
     transformers.utils.logging.disable_progress_bar()
     accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.precision)
     device = accelerator.device
-    config, tokenizer = read_architecture(args.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     pairs = args.run == "cocondenser"
     cut = Cut(tokenizer, args.length, span_tokens=args.length // 2 if pairs else 0)
-    blocks = open_corpora([args.corpus], cut, seed=0)
+    blocks = Corpora([Blocks(open_texts(args.corpus), cut)], seed=0)
     torch.manual_seed(0)
-    collate = BlockCollator(cut)
+    collate = cut.collate
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    lm, _ = load_lm(config, args.model)
+    lm, _, _ = load_lm(args.model)
     model = OBJECTIVES[args.run](lm, tokenizer)
     if not args.plain:
         speed_up_attention(lm)
         if args.gradient_checkpointing:
             recompute_activations(lm)
     else:
-        collate = PlainCollator(collate, args.run, model.encoder_mask_ratio)
+        collate = PlainCollator(cut, args.run, model.encoder_mask_ratio)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-4, fused=True)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
-    sampler = StepSampler(len(blocks), args.batch, 0, 1, 0, epoch_order=blocks.order)
+    sampler = StepSampler(blocks, args.batch, 0, 1)
     batches = iter(DataLoader(blocks, batch_sampler=sampler, collate_fn=collate, num_workers=2))
     seconds, waits, losses, tokens = [], [], [], []
     for step in range(args.steps):

@@ -57,10 +57,10 @@ def best(scores):  # (q, N): the depth best rows, in order
     return np.take_along_axis(found, order, 1)
 """
 OURS = """
-from lib.inverted import Sparse
+from lib.inverted import open_sparse
 before = memory("VmHWM")
 began = clock()
-index = Sparse.open(corpus, folder + "/index{bits}", {bits})
+index = open_sparse(corpus, folder + "/index{bits}", {bits})
 build, grown = (clock() - began)[0], memory("VmHWM") - before
 index.search(queries[:2], depth)  # compiles, or loads what an earlier run compiled
 # this also brings the pages of the index into memory, where the arrays of the others are

@@ -13,13 +13,22 @@ import argparse
 import dataclasses
 import difflib
 import math
+import operator
 import sys
 import types
+from argparse import RawDescriptionHelpFormatter
+from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin
 
 from lib.files import UserError
 
 REQUIRED = dataclasses.MISSING
+LIMITS = {  # how a limit is checked, and how it is called
+    "least": (operator.ge, "at least"),
+    "most": (operator.le, "at most"),
+    "above": (operator.gt, "above"),
+    "below": (operator.lt, "below"),
+}
 
 
 def arg(default: Any = REQUIRED, *, help: str, group: str | None = None, **limits: float) -> Any:
@@ -28,7 +37,7 @@ def arg(default: Any = REQUIRED, *, help: str, group: str | None = None, **limit
     default   the value when the flag is not given; None means "not given"; a list is copied
     group     heading in --help; it also holds for the fields that follow, until the next group
     limits    of a number: least, most (inclusive), above, below (exclusive)"""
-    assert limits.keys() <= {"least", "most", "above", "below"}
+    assert limits.keys() <= LIMITS.keys()
     metadata = {"help": help, "group": group, "limits": limits}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -40,20 +49,17 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} — see --help")
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=34, width=110)
-
-
 def parse_args(cls: type):
     """The arguments of a script from its command line. --help shows the docstring of the script and
     every flag.
 
     UserError: an unknown, abbreviated or missing flag, a value of another type, a number out of its
     range."""
-    script = sys.modules["__main__"].__doc__
     parser = _Parser(
-        description=script, formatter_class=_Help, allow_abbrev=False, usage="%(prog)s [flags]"
+        usage="%(prog)s [flags]",
+        description=sys.modules["__main__"].__doc__,
+        formatter_class=partial(RawDescriptionHelpFormatter, max_help_position=34, width=110),
+        allow_abbrev=False,
     )
     section, flags = parser, []
     for field in dataclasses.fields(cls):
@@ -62,32 +68,34 @@ def parse_args(cls: type):
         flags.append(_add(section, field))
     given, unknown = parser.parse_known_args()
     if unknown:
-        raise UserError(_unknown(unknown[0], flags))
-    args = cls(**vars(given))
+        name = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(name, flags, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see --help"
+        raise UserError(f"unknown argument {name} — {hint}")
     for field in dataclasses.fields(cls):
-        _check_range(field, getattr(args, field.name))
-    return args
+        _check_range(field, getattr(given, field.name))
+    return cls(**vars(given))
 
 
 def _add(section, field: dataclasses.Field) -> str:
     """Add the flag of a field to a section of the parser; returns the flag."""
-    kind, required = _kind(field.type), field.default is REQUIRED
-    default = None if required else field.default
-    if field.default_factory is not dataclasses.MISSING:
-        default, required = field.default_factory(), False
-    text = field.metadata["help"].replace("%", "%%")
+    listed = field.default_factory is not dataclasses.MISSING
+    default = field.default_factory() if listed else field.default
+    kind = field.type
+    if get_origin(kind) in (Union, types.UnionType):  # int | None
+        kind = next(kind for kind in get_args(kind) if kind is not type(None))
+    options = {"dest": field.name, "default": default, "help": field.metadata["help"]}
+    options["help"] = options["help"].replace("%", "%%")
     if kind is bool:
         flag = f"--no_{field.name}" if default else f"--{field.name}"
-        action = "store_false" if default else "store_true"
-        section.add_argument(flag, dest=field.name, action=action, default=default, help=text)
+        section.add_argument(flag, action="store_false" if default else "store_true", **options)
         return flag
-    if required:
-        text += " (required)"
+    if default is REQUIRED:
+        options["required"] = True
+        options["help"] += " (required)"
     elif default not in (None, [], ""):
-        shown = " ".join(default) if isinstance(default, list) else f"{default}"
-        text += f" (default: {shown})"
-    options: dict[str, Any] = {"dest": field.name, "default": default, "help": text}
-    options["required"] = required
+        shown = " ".join(default) if isinstance(default, list) else default
+        options["help"] += f" (default: {shown})"
     if get_origin(kind) is Literal:
         options["choices"] = get_args(kind)
     elif get_origin(kind) is list:
@@ -98,34 +106,10 @@ def _add(section, field: dataclasses.Field) -> str:
     return f"--{field.name}"
 
 
-def _kind(annotation):
-    """`int | None` -> int; anything else as it is."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return next(kind for kind in get_args(annotation) if kind is not type(None))
-    return annotation
-
-
-def _unknown(flag: str, flags: list[str]) -> str:
-    name = flag.partition("=")[0]
-    near = difflib.get_close_matches(name, flags, n=1)
-    hint = f"did you mean {near[0]}?" if near else "see --help"
-    return f"unknown argument {name} — {hint}"
-
-
 def _check_range(field: dataclasses.Field, value) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    limits = field.metadata["limits"]
-    fits = {
-        "least": lambda bound: value >= bound,
-        "most": lambda bound: value <= bound,
-        "above": lambda bound: value > bound,
-        "below": lambda bound: value < bound,
-    }
-    if math.isfinite(value) and all(fits[name](bound) for name, bound in limits.items()):
-        return
-    words = {"least": "at least", "most": "at most", "above": "above", "below": "below"}
-    wanted = " and ".join(f"{words[name]} {bound:g}" for name, bound in limits.items())
-    raise UserError(
-        f"--{field.name} {value} — give a finite number{f' {wanted}' if wanted else ''}"
-    )
+    limits = field.metadata["limits"].items()
+    if not math.isfinite(value) or not all(LIMITS[name][0](value, n) for name, n in limits):
+        wanted = " and ".join(f"{LIMITS[name][1]} {n:g}" for name, n in limits)
+        raise UserError(f"--{field.name} {value} — give a finite number {wanted}".rstrip())

@@ -1,6 +1,5 @@
 """The texts of pre-training: a corpus cut into blocks, or into the short spans that coCondenser
-pairs, both of whole sentences. Text becomes ids in the loader workers; every draw is a function of
-(seed, step, row)."""
+pairs, both of whole sentences. Every draw is a function of (seed, step, row)."""
 
 import json
 import os
@@ -11,14 +10,13 @@ from functools import partial
 import numpy as np
 import torch
 import xxhash
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lib.files import UserError, atomic, map_array
-from lib.launch import end_with_parent
-from lib.loader import permutation
+from lib.loader import load, permutation
 from lib.text import join_title, pad, step_seed, to_ids
-from lib.texts import Texts, open_texts
+from lib.texts import Texts
 
 AT_ONCE = 2000  # texts that are cut at a time
 BLOCKS_VERSION = 2  # part of the cache key: raise it when the code below cuts differently
@@ -38,7 +36,7 @@ SENTENCE_END = re.compile(
 
 @dataclass
 class Cut:
-    """How texts are cut."""
+    """How texts are cut, and how pieces become a batch."""
 
     tokenizer: object
     max_length: int  # of a block with its special tokens
@@ -59,8 +57,7 @@ class Cut:
         """(first character, end) of each block or span of a text whose tokens have these offsets.
 
         A text that fits into a block stays whole. Spans follow COCO-DR: a text of one sentence, or
-        with a first span of at most two tokens, has none. Their random numbers depend on the
-        row."""
+        with a first span of at most two tokens, has none. Their draws depend on the row."""
         room = self.max_length - self.tokenizer.num_special_tokens_to_add()
         if not offsets:
             return []
@@ -74,15 +71,29 @@ class Cut:
         spans = split(string, offsets, room, min(self.span_tokens, room), draw)
         return spans if len(offsets) > 2 and offsets[2][1] <= spans[0][1] else []
 
+    def collate(self, items: list[tuple[int, list[str], int, int]]) -> dict:
+        """Items of Corpora -> input_ids, attention_mask (B, L); rows (B,), the strings' numbers in
+        the batch of all processes; examples (B,), or (B / 2,) if each has two strings, which then
+        are rows 2i and 2i + 1; micro_step and tokens, ints."""
+        examples, strings, micro_steps, rows = zip(*items, strict=True)
+        each = len(strings[0])
+        ids = to_ids(sum(strings, []), self.tokenizer, self.max_length)
+        return pad(ids, self.tokenizer) | {
+            "rows": torch.tensor([each * row + number for row in rows for number in range(each)]),
+            "examples": torch.tensor(examples),
+            "micro_step": micro_steps[0],
+            "tokens": sum(map(len, ids)),
+        }
+
 
 def split(text: str, offsets: list, room: int, size: int, draw=None) -> list[tuple[int, int]]:
     """(first character, end) of pieces that hold as many whole sentences as fit into `size` tokens,
     but at least one. offsets: (start, end) of each token.
 
-    Sentences end where SENTENCE_END says. One longer than `room` is cut before the last word that
-    begins in the room, and its rest is packed with what follows. A piece begins where the previous
-    one ended, white space included, so that it has the same tokens as in its text.
-    draw: a random Generator that ends a piece before one sentence in ten (SHORT)"""
+    A sentence longer than `room` is cut before the last word that begins in the room, and its rest
+    is packed with what follows. A piece begins where the previous one ended, white space included,
+    so that it has the same tokens as in its text.
+    draw: a random Generator that ends a piece early with probability SHORT"""
     starts, ends = np.array(offsets).T
     word = np.append(True, starts[1:] > ends[:-1])  # token i follows white space, so a word begins
     sentence_ends = [match.end() for match in SENTENCE_END.finditer(text)]
@@ -103,8 +114,7 @@ def split(text: str, offsets: list, room: int, size: int, draw=None) -> list[tup
 
 
 def cut_texts(texts: Texts, cut: Cut, first: int) -> np.ndarray:
-    """(n, 3) int32 (row, first character, end) of the pieces of the AT_ONCE texts from row
-    `first`."""
+    """(n, 3) int32 (row, first character, end) of the pieces of AT_ONCE texts from row `first`."""
     strings = [cut.join(*row[1:]) for row in texts.stream(first, first + AT_ONCE)]
     backend = cut.tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -121,10 +131,7 @@ def write_table(path, texts: Texts, cut: Cut) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     firsts = range(0, len(texts), AT_ONCE)
     workers = min(cores, 16) if len(firsts) > 2 * cores else 0  # tokenizers has its own threads
-    if workers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns at every fork
-    options = {"num_workers": workers, "worker_init_fn": end_with_parent}
-    parts = DataLoader(firsts, None, collate_fn=partial(cut_texts, texts, cut), **options)
+    parts = load(firsts, partial(cut_texts, texts, cut), None, workers)
     with open(path, "wb") as stream:
         for part in tqdm(parts, desc="blocks", unit_scale=AT_ONCE, total=len(firsts)):
             np.asarray(part).tofile(stream)
@@ -132,9 +139,8 @@ def write_table(path, texts: Texts, cut: Cut) -> None:
 
 class Blocks:
     """The examples of a corpus: its blocks, or two spans of a document, drawn anew at every visit.
-    Documents with fewer than two spans are left out (COCO-DR pairs a span with itself). The corpus
-    is cut once; the table is kept beside its Arrow copy and mapped by all processes and workers.
-    Call it under accelerator.main_process_first()."""
+    Documents with fewer than two spans are left out. The corpus is cut once; the table is kept
+    beside its Arrow copy, for all processes. Call it under accelerator.main_process_first()."""
 
     def __init__(self, texts: Texts, cut: Cut):
         self.texts = texts
@@ -167,9 +173,10 @@ class Blocks:
         row, start, end = self.table[line].tolist()
         return self.whole(row)[start:end]
 
-    def row(self, index: int) -> int:
-        """The row of the text that an example is taken from."""
-        return int(self.table[self.first[index] if self.cut.span_tokens else index, 0])
+    def id(self, index: int) -> str:
+        """The id of the text that an example is taken from."""
+        line = self.first[index] if self.cut.span_tokens else index
+        return self.texts.id(self.table[line, 0])
 
     def strings(self, index: int, seed: int) -> list[str]:
         """The block, or two spans of the document drawn by the seed."""
@@ -181,14 +188,14 @@ class Blocks:
 
 
 class Corpora(Dataset):
-    """The examples of one or several corpora, {name: Blocks}, one after the other. A corpus of n_c
-    examples has a share ~ n_c ** (1 / temperature) of an epoch: 1 = proportional, large = equal. A
-    small corpus then repeats; a large one continues in the next epoch where it stopped."""
+    """The examples of one or several corpora, one after the other. A corpus of n_c examples has a
+    share ~ n_c ** (1 / temperature) of an epoch: 1 = proportional, large = equal. A small corpus
+    then repeats; a large one continues in the next epoch where it stopped."""
 
-    def __init__(self, parts: dict[str, Blocks], seed: int, temperature: float = 1.0):
+    def __init__(self, parts: list[Blocks], seed: int, temperature: float = 1.0):
         self.parts = parts
         self.seed = seed
-        self.sizes = np.array([len(part) for part in parts.values()])
+        self.sizes = np.array([len(part) for part in parts])
         self.starts = np.append(0, self.sizes.cumsum())
         shares = (self.sizes / self.sizes.max()) ** (1 / temperature)
         bounds = len(self) * shares.cumsum() / shares.sum()
@@ -213,57 +220,23 @@ class Corpora(Dataset):
     def shares(self) -> dict[str, str]:
         """One line for each corpus, shown at the start of a run."""
         facts = {}
-        for (name, part), quota in zip(self.parts.items(), self.quotas, strict=True):
-            unit = "documents of two spans or more" if part.cut.span_tokens else "blocks"
-            share = f"{quota / len(self):.1%} of a batch"
-            facts[f"corpus {name}"] = f"{len(part.texts)} texts, {len(part)} {unit}, {share}"
+        for part, quota in zip(self.parts, self.quotas, strict=True):
+            examples = f"{len(part)} examples, {quota / len(self):.1%} of a batch"
+            facts[f"corpus {part.texts.source}"] = f"{len(part.texts)} texts, {examples}"
         return facts
 
     def place(self, example: int) -> tuple[Blocks, int]:
         """The corpus of an example, and its number there."""
         corpus = int(np.searchsorted(self.starts, example, side="right")) - 1
-        return [*self.parts.values()][corpus], int(example - self.starts[corpus])
+        return self.parts[corpus], int(example - self.starts[corpus])
 
     def ids(self, examples) -> list[str]:
         """The ids of the texts that the examples are taken from."""
-        return [part.texts.id(part.row(index)) for part, index in map(self.place, examples)]
+        return [part.id(index) for part, index in map(self.place, examples)]
 
     def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, list[str], int, int]:
-        """(example, micro-step, row in the batch) of StepSampler -> (example, its strings, the
-        rest)."""
+        """(example, micro-step, row) of StepSampler -> (example, its strings, the rest)."""
         example, micro_step, row = place
         part, index = self.place(example)
         strings = part.strings(index, step_seed(self.seed, 6, micro_step, row))
         return example, strings, micro_step, row
-
-
-def open_corpora(given: list[str], cut: Cut, seed: int, temperature: float = 1.0) -> Corpora:
-    """given: FILE or NAME=FILE of each corpus"""
-    parts = {}
-    for item in given:
-        named = "=" in item and not os.path.exists(item)
-        name, path = item.split("=", 1) if named else (item, item)
-        if name in parts:
-            raise UserError(f"--corpus {item}: there are two corpora {name} — rename one of them")
-        parts[name] = Blocks(open_texts(path), cut)
-    return Corpora(parts, seed, temperature)
-
-
-@dataclass
-class BlockCollator:
-    """Items of Corpora -> input_ids, attention_mask (B, L); rows (B,), numbers of the strings in
-    the batch of all processes; examples (B,), or (B / 2,) if each has two strings, which then are
-    rows 2i and 2i + 1; micro_step and tokens, ints."""
-
-    cut: Cut
-
-    def __call__(self, items: list[tuple[int, list[str], int, int]]) -> dict:
-        examples, strings, micro_steps, rows = zip(*items, strict=True)
-        each = len(strings[0])
-        ids = to_ids(sum(strings, []), self.cut.tokenizer, self.cut.max_length)
-        return pad(ids, self.cut.tokenizer) | {
-            "rows": torch.tensor([each * row + number for row in rows for number in range(each)]),
-            "examples": torch.tensor(examples),
-            "micro_step": micro_steps[0],
-            "tokens": sum(map(len, ids)),
-        }

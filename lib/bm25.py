@@ -45,6 +45,11 @@ def term(word: str) -> str | None:
     return STEM(word) if word and word not in STOPWORDS else None
 
 
+def terms(text: str) -> list[str]:
+    """What a text is indexed as and searched for: its words without stopwords, stemmed."""
+    return [stem for stem in map(term, WORD.findall(text.lower())) if stem]
+
+
 class Weighting(NamedTuple):
     """BM25's parameters; the defaults are Anserini's for passages."""
 
@@ -56,20 +61,20 @@ def _weights(flat: np.ndarray, lengths: np.ndarray, how: Weighting) -> Iterator[
     """The weights (TILE, V) of the terms of each document, tile by tile. flat: the terms of all
     documents, one after the other; lengths (N,): how many a document has."""
     ends = np.concatenate([[0], np.cumsum(lengths)])
-    terms = int(flat.max()) + 1
+    number = int(flat.max()) + 1
 
     def counts(first: int) -> csr_matrix:
         edges = ends[first : first + TILE + 1]
-        ones = np.ones(edges[-1] - edges[0], dtype=np.float64)
-        parts = ones, flat[edges[0] : edges[-1]], edges - edges[0]
-        tile = csr_matrix(parts, shape=(len(edges) - 1, terms), copy=True)
+        found = flat[edges[0] : edges[-1]]
+        parts = np.ones(len(found)), found, edges - edges[0]
+        tile = csr_matrix(parts, shape=(len(edges) - 1, number), copy=True)
         tile.sum_duplicates()
         return tile
 
     starts = range(0, len(lengths), TILE)
-    df = sum(np.bincount(counts(first).indices, minlength=terms) for first in starts)
+    df = sum(np.bincount(counts(first).indices, minlength=number) for first in starts)
     idf = [math.log(1 + (len(lengths) - n + 0.5) / (n + 0.5)) for n in df.tolist()]
-    idf = np.array(idf, dtype=np.float32)
+    idf = np.float32(idf)
     norms = how.k1 * ((1 - how.b) + how.b * lengths / lengths.mean())
     for first in starts:
         tile = counts(first)
@@ -79,57 +84,43 @@ def _weights(flat: np.ndarray, lengths: np.ndarray, how: Weighting) -> Iterator[
 
 
 def _build(texts: Texts, how: Weighting, folder: Path) -> None:
-    """Write the index of the texts."""
-    known, terms = {}, {}  # known: word -> number of its term, -1 for a stopword
+    """Write the index of the texts; vocabulary.bin has the sorted hashes (uint64) of its terms."""
+    term_of, stems = {}, {}  # term_of: word -> number of its stem, -1 for a stopword
     flat, lengths = array("i"), array("i")
-    stream = tqdm(texts.stream(), "BM25", len(texts), leave=False, delay=5)
-    for _, titles, text in stream:
+    for _, titles, text in tqdm(texts.stream(), "BM25", len(texts), leave=False, delay=5):
         words = WORD.findall(" ".join([*titles, text]).lower())
         for word in words:
-            if word not in known:
+            if word not in term_of:
                 stem = term(word)
-                known[word] = terms.setdefault(stem, len(terms)) if stem else -1
-        ids = [i for i in map(known.__getitem__, words) if i >= 0]
-        flat.extend(ids)
-        lengths.append(len(ids))
-    if not terms:
+                term_of[word] = stems.setdefault(stem, len(stems)) if stem else -1
+        found = [number for number in map(term_of.__getitem__, words) if number >= 0]
+        flat.extend(found)
+        lengths.append(len(found))
+    if not stems:
         raise UserError(f"{texts.source}: no text has a word — is this the right file?")
-    hashes = id_hashes(terms)
+    hashes = id_hashes(stems)
     order = np.argsort(hashes)
-    place = np.empty(len(order), dtype=np.int32)  # a term's number among the sorted hashes
-    place[order] = np.arange(len(order))
+    place = np.argsort(order).astype(np.int32)  # a stem's number among the sorted hashes
     flat = place[np.frombuffer(flat, dtype=np.int32)]
-    lengths = np.frombuffer(lengths, dtype=np.int32)
-    write(folder, _weights(flat, lengths, how), 32)
+    write(folder, _weights(flat, np.frombuffer(lengths, dtype=np.int32), how), 32)
     hashes[order].tofile(folder / "vocabulary.bin")
 
 
-class BM25(Inverted):
-    """An index of texts; vocabulary.bin has the sorted hashes (uint64) of its terms."""
+def open_bm25(texts: Texts, folder, how=Weighting(), accelerator=None) -> Inverted:  # noqa: B008
+    """The index of `texts` in `folder`, built if absent; its queries are strings. All processes
+    call it. UserError: the folder holds an index of other texts or settings."""
+    manifest = {"fingerprint": texts.fingerprint, "count": len(texts), **how._asdict()}
+    manifest |= {"analyzer": ANALYZER, "tile": TILE}
+    open_folder(folder, manifest, partial(_build, texts, how), accelerator)
+    vocabulary = map_array(Path(folder) / "vocabulary.bin", np.uint64)
+    return Inverted(folder, partial(_queries, vocabulary=vocabulary), accelerator)
 
-    def __init__(self, folder, accelerator=None):
-        super().__init__(folder, accelerator)
-        self.vocabulary = map_array(self.folder / "vocabulary.bin", np.uint64)
 
-    @classmethod
-    def open(cls, texts: Texts, folder, how=Weighting(), accelerator=None) -> "BM25":  # noqa: B008
-        """The index of `texts` in `folder`, which is built if the folder is absent. All processes
-        call it. UserError: the folder holds an index of other texts or settings."""
-        manifest = {"fingerprint": texts.fingerprint, "count": len(texts), **how._asdict()}
-        manifest |= {"analyzer": ANALYZER, "tile": TILE}
-        open_folder(folder, "BM25", manifest, partial(_build, texts, how), accelerator)
-        return cls(folder, accelerator)
-
-    def terms(self, text: str) -> list[str]:
-        """What a text is indexed as and searched for: its words without stopwords, stemmed."""
-        return [stem for stem in map(term, WORD.findall(text.lower())) if stem]
-
-    def _queries(self, queries: Sequence[str]) -> Rows:
-        lists = [self.terms(query) for query in queries]
-        hashes = id_hashes(stem for one in lists for stem in one)
-        at = places(hashes, self.vocabulary)
-        known = at >= 0
-        before = np.concatenate([[0], np.cumsum(known)])  # known terms before each term
-        starts = before[np.cumsum([0, *map(len, lists)])]
-        weights = np.ones(known.sum(), dtype=np.float32)
-        return Rows(starts, at[known].astype(np.int32), weights)
+def _queries(queries: Sequence[str], vocabulary: np.ndarray) -> Rows:
+    """vocabulary: the hashes of the index's terms, ascending."""
+    lists = [terms(query) for query in queries]
+    at = places(id_hashes(stem for one in lists for stem in one), vocabulary)
+    known = at >= 0
+    before = np.concatenate([[0], np.cumsum(known)])  # known terms before each term
+    starts = before[np.cumsum([0, *map(len, lists)])]
+    return Rows(starts, at[known].astype(np.int32), np.ones(known.sum(), dtype=np.float32))

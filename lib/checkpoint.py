@@ -1,35 +1,29 @@
 """The only door for model folders: bi-encoders, masked LMs with their decoder, cross-encoders;
 load, save, read back.
 
-A checkpoint is a Hugging Face folder that is a sentence-transformers folder as well
-(lib/sentence_files.py):
+A checkpoint is a Hugging Face folder and a sentence-transformers folder (lib/sentence_files.py):
 
-    config.json, model.safetensors, tokenizer files   backbone, as AutoModel and AutoTokenizer read
-                                                      it; of a sparse
-                                                      bi-encoder or a masked LM, as
-                                                      AutoModelForMaskedLM does
-    modules.json, 1_Pooling/, ...                     the head of a bi-encoder, for
-                                                      sentence-transformers and for us
-    isthmus.json                                      how titles are joined, how passages are cut,
-                                                      what the tokenizer
-                                                      gave when it was saved
-    decoder.safetensors, decoder.json                 the decoder of a pre-training objective
+    config.json, model.safetensors,    the backbone and its tokenizer; of a masked LM or a sparse
+    tokenizer files                    bi-encoder with the LM head
+    modules.json, 1_Pooling/, ...      the head of a bi-encoder
+    isthmus.json                       how titles are joined, how passages are cut, what the
+                                       tokenizer gave when it was saved
+    decoder.safetensors, decoder.json  the decoder of a pre-training objective
 
-Weights and tokenizers never run code of the checkpoint, unless trust_remote_code says so.
-B texts, D dimensions of a vector.
-"""
+Weights and tokenizers never run code of the checkpoint, unless trust_remote_code says so."""
 
 import contextlib
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 import tokenizers
 import torch
+from accelerate.utils import send_to_device
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -42,40 +36,23 @@ from transformers import (
     AutoTokenizer,
 )
 
-from lib.encoder import BiEncoder, Normalize, SparseBiEncoder, extend_head, positions
+from lib.encoder import BiEncoder, Head, SparseBiEncoder, extend, positions
 from lib.files import UserError, atomic, read_json, write_json, write_lines
 from lib.lm_head import ARCHITECTURES
-from lib.sentence_files import read_head, read_list, stated_format, write_head
+from lib.sentence_files import read_head, stated_format, write_head
 from lib.text import TextFormat, format_texts, pad, to_ids
 
 VERSION = 1  # of isthmus.json
-LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-
 
 # The logits of a new LM head are normal, with the norm of the term's embedding for standard
-# deviation: its inputs leave a LayerNorm. So many of these lower, some per cent of the terms have
-# their maximum above zero, as with a trained head, and not all of them, from which training must
-# first find back.
+# deviation: its inputs leave a LayerNorm. So many of these lower, a few per cent of the terms have
+# their maximum above zero, as with a trained head.
 NEW_HEAD = 3.5
 
-
-FILES = (  # of a checkpoint: what decides its vectors
-    "config.json",
-    "model*.safetensors*",
-    "pytorch_model*",
-    "*.py",
-    "*token*.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "modules.json",
-    "sentence_*_config.json",
-    "config_sentence_transformers.json",
-    "isthmus.json",
-    "[0-9]*_*/*",
-)
-
+# the files of a checkpoint that decide its vectors
+FILES = """config.json model*.safetensors* pytorch_model* *.py *token*.json vocab* merges.txt
+    *.model chat_template* modules.json sentence_*_config.json config_sentence_transformers.json
+    isthmus.json [0-9]*_*/*""".split()
 
 PROBES = (  # what the tokenizer is asked when a checkpoint is saved, and again when it is loaded
     "The quick brown fox jumps over the lazy dog.",
@@ -85,293 +62,311 @@ PROBES = (  # what the tokenizer is asked when a checkpoint is saved, and again 
     "pneumonoultramicroscopicsilicovolcanoconiosis e-mail C++ don't",
 )
 
-
-TRIAL = (  # what is encoded before and after a save
-    ((), "ants"),
-    (("Ants",), "A queen may live for decades."),
-    ((), "How long does a volcano sleep before it erupts again?"),
-    (("Glaciers",), "Ice that flows downhill. " * 20),
-    ((), "1 + 1 = 2"),
-    (("Ünïcödé",), "déjà vu, 机器学习"),
-    (("A title alone",), ""),
-    ((), "the " * 400),
-)
+# what is encoded before and after a save
+TRIAL = [*(((), text) for text in PROBES), (("Ants",), PROBES[0] * 20), (("A title alone",), "")]
 
 
+# ------------------------------------------------------------------------------------------------
 # load
+
+
 def load_encoder(
     model,
-    pooling: str | None = None,
+    head: Head | None = None,
     overrides: dict | None = None,
-    projection: int | None = None,
-    normalize: bool = False,
     strict: bool = False,
     trust_remote_code: bool = False,
-    head: Literal["dense", "sparse"] | None = None,
-    exclude_special_tokens: bool = False,
-    allow_new_head: bool = False,
 ) -> BiEncoder:
-    """A bi-encoder in fp32 from our folder, any sentence-transformers folder of these two kinds, or
-    a Hugging Face folder with `pooling`, or with `head` sparse. `model` may also be a name on the
-    hub.
+    """A bi-encoder in fp32 and eval mode from our folder, a sentence-transformers folder of these
+    two kinds, a Hugging Face folder if `head` has a pooling or is sparse, or a name on the hub. New
+    weights are drawn from torch's generator.
 
-    overrides    fields of TextFormat in place of what the checkpoint states; None = as it states.
-                 With `strict` one
-                 that differs is an error (a stage that only uses the checkpoint), else it is the
-                 new checkpoint's
-    projection   add ANCE's head, Linear(H -> projection) + LayerNorm, weights from N(0, 0.02),
-                 biases zero, drawn from
-                 torch's generator; a checkpoint that has one of this size keeps it. 0 or None = as
-                 the checkpoint is
-    normalize    add L2 normalisation at the end if there is none
-    head         None = as the folder states. sparse: of anything with an LM head, or with
-                 `allow_new_head` a new one,
-                 drawn from torch's generator
-    exclude_special_tokens   of a new sparse head; a folder that states its own keeps it
-
-    UserError: missing weights (but BERT's pooler, which is never kept), a pooling that contradicts
-    the folder, lengths beyond the model's positions, several chunks with a sparse head or a slow
-    tokenizer, a tokenizer that gives other ids than when the checkpoint was saved, modules or
-    settings that cannot be expressed here."""
+    overrides   fields of TextFormat in place of what the checkpoint states; None = as it states
+    strict      what contradicts the checkpoint is an error, as in a stage that only uses it"""
     folder = checkpoint_folder(model)
-    private = read_json(folder / "isthmus.json") if (folder / "isthmus.json").is_file() else {}
-    if private.get("version", VERSION) > VERSION:
-        raise UserError(f"{folder}: written by a newer version of this project — update it")
-    modules = read_list(folder / "modules.json")
-    base, stored_pooling, layers = folder, None, []
-    if modules:
-        base, stored_pooling, layers = read_head(folder, modules)
-    stored = None if not modules else "sparse" if stored_pooling == "max" else "dense"
-    sparse = (head or stored) == "sparse"
-    if stored == "sparse" and not sparse:
-        raise UserError(f"{folder}: a sparse checkpoint — add --head sparse")
-    if stored == "dense" and sparse and strict:
-        raise UserError(f"{folder}: a dense checkpoint, not a sparse one — leave --head out")
-    if sparse and (pooling or projection or normalize):
-        raise UserError(
-            "a sparse head is pooled by max — leave out --pooling, --projection and --normalize"
-        )
-    if not modules and not pooling and not sparse:
-        raise UserError(
-            f"{folder}: states no pooling (a plain Hugging Face folder) — add --pooling cls, mean "
-            "or last_token"
-        )
-    if modules and not sparse and pooling not in (None, stored_pooling):
-        raise UserError(
-            f"{folder}: its pooling is {stored_pooling}, not {pooling} — leave --pooling out"
-        )
+    private = _private(folder)
+    head = head or Head()
+    with _loading(folder):
+        base, pooling, layers = read_head(folder)
+    own = "sparse" if pooling == "max" else "dense"
+    kind = (head.kind or own).removeprefix("new_")
+    if pooling and kind != own and (strict or kind == "dense"):
+        raise UserError(f"{folder}: a {own} checkpoint, not a {kind} one — add --head {own}")
+    if kind == "sparse" and (head.pooling or head.projection or head.normalize):
+        flags = "--pooling, --projection and --normalize"
+        raise UserError(f"{folder}: a sparse head is pooled by max — leave out {flags}")
+    if kind == "dense" and not (pooling or head.pooling):
+        raise UserError(f"{folder}: states no pooling — add --pooling cls, mean or last_token")
 
-    auto = _masked_lm if sparse else _encoder
-    backbone, tokenizer = _load_backbone(base, auto, allow_new_head, trust_remote_code)
+    auto = AutoModelForMaskedLM if kind == "sparse" else AutoModel
+    backbone, tokenizer, new_head = _load(base, auto, trust_remote_code)
+    if new_head and head.kind != "new_sparse":
+        raise UserError(f"{base}: no LM head for --head sparse — train one by --head new_sparse")
+    if new_head:
+        output = backbone.get_output_embeddings()
+        output.bias.data.copy_(-NEW_HEAD * output.weight.data.norm(dim=1))
     limit = positions(backbone)
     stated = {}
-    if modules:
-        stated = stated_format(folder, base, stored, tokenizer, limit)
+    if pooling:
+        stated = stated_format(folder, base, own == "sparse", tokenizer, limit)
     if private:
         stated = {"query_prompt": "", "passage_prompt": "", **stated, "title": private["title"]}
-        if modules:
-            stated |= {
-                "max_chunks": private.get("max_chunks", 1),
-                "max_characters": private.get("max_characters", 0),
-            }
-        if private["tokenizer"]["ids"] != fingerprint(tokenizer):
-            raise UserError(
-                f"{folder}: the tokenizer gives other ids than when the checkpoint was saved "
-                "(tokenizers "
-                f"{private['tokenizer']['version']} then, {tokenizers.__version__} now) — install "
-                "that version"
-            )
-    form = TextFormat(**stated)
-    for name in ("max_query_length", "max_passage_length"):
-        setattr(form, name, min(getattr(form, name), limit or getattr(form, name)))
-    for name, value in (overrides or {}).items():
-        assert name in asdict(form), name
-        if value is None:
-            continue
-        if strict and stated.get(name, value) != value:
-            raise UserError(
-                f"{folder}: its {name} is {stated[name]!r}, not {value!r} — leave it out, or add "
-                "--override"
-            )
-        if name.endswith("_length") and not 2 < value <= (limit or value):
-            raise UserError(
-                f"{folder}: {name} {value} — the model has {limit} positions, give 3 to {limit}"
-            )
-        least = {"max_chunks": 1, "max_characters": 0}.get(name)
-        if least is not None and value < least:
-            raise UserError(f"{folder}: {name} {value} — give {least} or more")
-        setattr(form, name, value)
-    if form.title == "sep" and tokenizer.sep_token is None:
-        raise UserError(
-            f"{folder}: the tokenizer has no separator token for --title sep — use --title space"
-        )
-    if form.max_chunks > 1 and (sparse or not tokenizer.is_fast):
-        reason = "a sparse vector is one per text" if sparse else "a slow tokenizer gives no chunks"
-        raise UserError(
-            f"{folder}: max_chunks {form.max_chunks}, but {reason} — use --max_chunks 1"
-        )
-    if sparse:
-        if stored == "sparse":
-            own = private.get("exclude_special_tokens", False)
-            if exclude_special_tokens and not own:
-                raise UserError(
-                    f"{folder}: pools over special tokens too — leave --exclude_special_tokens out"
-                )
-            exclude_special_tokens = own
-        return SparseBiEncoder(backbone, tokenizer, exclude_special_tokens, form, stated).eval()
-    if (
-        normalize
-        and strict
-        and modules
-        and not any(isinstance(module, Normalize) for module in layers)
-    ):
-        raise UserError(
-            f"{folder}: its vectors are not normalised — leave --normalize out, or add --override"
-        )
-    layers = extend_head(folder, layers, backbone.config.hidden_size, projection, normalize)
-    return BiEncoder(backbone, tokenizer, pooling or stored_pooling, layers, form, stated).eval()
+        if pooling:
+            stated["max_chunks"] = private.get("max_chunks", 1)
+            stated["max_characters"] = private.get("max_characters", 0)
+        saved = private["tokenizer"]
+        if saved["ids"] != fingerprint(tokenizer):
+            what = "the tokenizer gives other ids than when the checkpoint was saved"
+            version = f"{saved['version']} (now {tokenizers.__version__})"
+            raise UserError(f"{folder}: {what} — install tokenizers {version}")
+    form = _text_format(folder, stated, overrides or {}, strict, limit)
+    if form.title == "sep":
+        _check_fit(folder, backbone, tokenizer, "sep_token")
+    if form.max_chunks > 1 and (kind == "sparse" or not tokenizer.is_fast):
+        why = "a sparse vector is one per text" if tokenizer.is_fast else "the tokenizer is slow"
+        raise UserError(f"{folder}: max_chunks {form.max_chunks}, but {why} — give 1")
+    if kind == "sparse":
+        excluded = private.get("exclude_special_tokens", False)
+        encoder = SparseBiEncoder(backbone, tokenizer, excluded, form)
+    else:
+        encoder = BiEncoder(backbone, tokenizer, pooling or head.pooling, layers, form)
+    extend(encoder, head, strict and pooling is not None, folder)
+    return encoder.eval()
+
+
+def _text_format(folder, stated: dict, overrides: dict, strict: bool, limit: int) -> TextFormat:
+    given = {name: value for name, value in overrides.items() if value is not None}
+    for name, value in given.items():
+        own = stated.get(name, value)
+        if strict and own != value:
+            what = f"its {name} is {own!r}, not {value!r}"
+            raise UserError(f"{folder}: {what} — leave it out, or add --override")
+        if name.endswith("_length") and value > limit:
+            raise UserError(f"{folder}: {name} {value} — lower it, the model has {limit} positions")
+    form = TextFormat(**stated | given)
+    form.max_query_length = min(form.max_query_length, limit)
+    form.max_passage_length = min(form.max_passage_length, limit)
+    return form
+
+
+def _private(folder) -> dict:
+    """The content of isthmus.json, {} without it."""
+    path = Path(folder) / "isthmus.json"
+    private = read_json(path) if path.is_file() else {}
+    if private.get("version", VERSION) > VERSION:
+        raise UserError(f"{folder}: written by a newer version of this project — update it")
+    return private
 
 
 def checkpoint_folder(model) -> Path:
-    """The folder of a checkpoint: as given, or fetched from the Hugging Face hub (or its cache) by
-    name."""
+    """The folder of a checkpoint: as given, or fetched by name from the hub or its cache."""
     folder = Path(model)
     if not folder.exists() and len(folder.parts) <= 2 and not folder.is_absolute():
-        from huggingface_hub import snapshot_download
-
-        try:
-            skip = ["*.onnx", "*.h5", "*.msgpack", "*.ot", "onnx/*", "openvino/*"]
+        skip = ["*.onnx", "*.h5", "*.msgpack", "*.ot", "onnx/*", "openvino/*"]
+        with _loading(model, "give a folder or a name on the hub"):
             folder = Path(snapshot_download(str(model), ignore_patterns=skip))
-        except Exception as error:  # of many kinds: no network, no such name, no access
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"{model}: neither a folder nor to be had from the hub ({reason}) — check it"
-            ) from error
     if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
         found = "no config.json in it" if folder.is_dir() else "no such folder"
         raise UserError(f"{folder}: {found} — give the folder of a checkpoint")
     return folder
 
 
-def _encoder(config):
-    return (
-        AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
-    )  # T5: the encoder alone
-
-
-def _masked_lm(config):
-    if config.model_type not in ARCHITECTURES:
-        raise UserError(
-            f"{config.name_or_path}: the LM head of {config.model_type} is built otherwise than "
-            "those a sparse head "
-            f"knows — use {', '.join(ARCHITECTURES)}"
-        )
-    return AutoModelForMaskedLM
-
-
-def _load_backbone(base: Path, auto: Callable, allow_new_head: bool, trust_remote_code: bool):
-    remote = {"trust_remote_code": trust_remote_code}
+@contextlib.contextmanager
+def _loading(place, remedy: str = "give the folder of a complete checkpoint") -> Iterator[None]:
+    errors = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
     try:
-        config = AutoConfig.from_pretrained(base, **remote)
-        backbone, report = auto(config).from_pretrained(
-            base, config=config, dtype=torch.float32, output_loading_info=True, **remote
-        )
-        tokenizer = AutoTokenizer.from_pretrained(base, **remote)
-    except LOADING_ERRORS as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{base}: cannot be loaded ({reason}) — give the folder of a checkpoint"
-        ) from error
-    wrong = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
-    if (
-        auto is _masked_lm
-        and wrong
-        and not any(key.startswith(backbone.base_model_prefix) for key in wrong)
-    ):
-        if not allow_new_head:
-            raise UserError(
-                f"{base}: has no LM head for --head sparse — train one with finetune_biencoder.py "
-                "--head new_sparse"
-            )
-        wrong = []
-        with torch.no_grad():
-            output = backbone.get_output_embeddings()
-            output.bias.copy_(-NEW_HEAD * output.weight.norm(dim=1))
-    wrong += [str(key) for key in report.get("mismatched_keys", ())]
-    if wrong:
-        raise UserError(
-            f"{base}: {len(wrong)} weights are missing or of another shape ({sorted(wrong)[0]}, "
-            "...) — give a "
-            f"complete {config.model_type} checkpoint"
-        )
-    if getattr(backbone, "pooler", None) is not None:  # it would be a parameter without gradient
-        backbone.pooler = None
-    align(backbone)
-    if tokenizer.pad_token_id is None:
-        raise UserError(
-            f"{base}: the tokenizer has no padding token — set one and save it in the folder"
-        )
-    if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
-        raise UserError(
-            f"{base}: the tokenizer has more tokens than the model embeddings — give the two that "
-            "match"
-        )
-    return backbone, tokenizer
+        yield
+    except errors as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{place}: cannot be loaded ({reason}) — {remedy}") from error
 
 
-def align(model: nn.Module) -> None:
-    """Copy the weights of a model that from_pretrained has just loaded. In a run of one process
-    they lie in the mapped file, not aligned as those of several processes are, and MKL would add in
-    another order."""
+def _load(folder: Path, auto, trust_remote_code: bool = False) -> tuple[nn.Module, object, bool]:
+    """(model in fp32, tokenizer, whether the weights of its head are new). auto: AutoModel, which
+    gives a backbone without its pooler, or a class with a head."""
+    remote = {"trust_remote_code": trust_remote_code}
+    with _loading(folder):
+        config = AutoConfig.from_pretrained(folder, **remote)
+        # of T5 the encoder alone; one that was saved alone says so in its `architectures`
+        alone = (config.architectures or [""])[0].endswith("EncoderModel")
+        if auto is AutoModel and (config.is_encoder_decoder or alone):
+            auto = AutoModelForTextEncoding
+        how = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+        model, report = auto.from_pretrained(folder, **how, **remote)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **remote)
+    headless = model.base_model is model
+    prefix = "" if headless else model.base_model_prefix
+    missing = report["missing_keys"]
+    lost = sorted(key for key in missing if key.startswith(prefix) and "pooler." not in key)
+    if lost:
+        what = f"{len(lost)} weights are missing ({lost[0]}, ...)"
+        raise UserError(f"{folder}: {what} — give a complete {config.model_type} checkpoint")
+    if headless and getattr(model, "pooler", None) is not None:
+        model.pooler = None  # it would be a parameter without gradient
+    # In a run of one process, from_pretrained leaves the weights in the mapped file. There they are
+    # not aligned as those of several processes are, and MKL would add in another order.
     for weight in model.parameters():
         weight.data = weight.data.clone()
+    _check_fit(folder, model, tokenizer, "pad_token")
+    return model, tokenizer, bool(missing) and not headless
 
 
+def _check_fit(place, model: nn.Module, tokenizer, *tokens: str) -> None:
+    """UserError: an LM head that we do not know, or a tokenizer of another model or without one of
+    these special tokens."""
+    kind = model.config.model_type
+    if model.get_output_embeddings() is not None and kind not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise UserError(f"{place}: the LM head of {kind} is not supported — use {known}")
+    count = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > count:
+        what = f"{count} embeddings for {len(tokenizer)} tokens of the tokenizer"
+        raise UserError(f"{place}: {what} — give the tokenizer of the model")
+    for name in tokens:
+        if getattr(tokenizer, name) is None:
+            raise UserError(f"{place}: its tokenizer has no {name}, which is needed — set one")
+
+
+def load_lm(model: str | None, model_config: str | None = None, tokenizer: str | None = None):
+    """(masked LM in fp32, its tokenizer, what the echo says of its weights): those of a checkpoint,
+    with a new LM head if it has none; or fresh ones, for a config file and a tokenizer's folder."""
+    if (model is None) == (model_config is None) or (model_config is None) != (tokenizer is None):
+        raise UserError("which model? — give --model, or --model_config and --tokenizer")
+    if model:
+        lm, tokenizer, new_head = _load(checkpoint_folder(model), AutoModelForMaskedLM)
+        origin = f"{model}, new LM head" if new_head else model
+    else:
+        origin = "from scratch"
+        with _loading(model_config, "check --model_config and --tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+            stated = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+            stated |= read_json(model_config)
+            config = AutoConfig.for_model(stated.pop("model_type", None), **stated)
+            lm = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+    place = model or model_config
+    _check_fit(place, lm, tokenizer, "cls_token", "sep_token", "mask_token", "pad_token")
+    tokenizer.padding_side = "right"  # slot 0 is the bottleneck
+    return lm, tokenizer, origin
+
+
+def load_decoder(model: nn.Module, folder: str | None) -> str:
+    """Go on with the decoder that `folder` holds if it is one of the same objective -> what the
+    echo says of it."""
+    settings = Path(folder or "") / "decoder.json"
+    if not hasattr(model, "decoder"):
+        return "none"
+    if folder is None or not settings.is_file():
+        return "new"
+    found = read_json(settings)
+    if found.get("decoder", found["objective"]) != model.settings["decoder"]:
+        return f"new, that of {folder} is of the objective {found['objective']}"
+    path = settings.with_suffix(".safetensors")
+    with _loading(path, f"remove {settings} to start a new one"):
+        model.decoder.load_state_dict(load_file(path))
+    return f"that of {folder}"
+
+
+def stated_title(model: str | None) -> str | None:
+    """How titles are joined, if the folder `model` is a checkpoint of ours that says so."""
+    return _private(model).get("title") if model else None
+
+
+# ------------------------------------------------------------------------------------------------
 # save
+
+
 def save_encoder(model: BiEncoder, folder, card: dict) -> None:
     """Write the checkpoint under a temporary name, read it back, and only then give it its name.
-    For the main process alone. card: what the model card says, {"base": ..., "data": [...],
-    "command": [...], "metrics": {...}}.
-
-    A folder that also holds other things (log, resume state) keeps them; the files of the
-    checkpoint are replaced. UserError: the folder, read again, does not give the same vectors for 8
-    fixed texts; what was written is kept aside as FOLDER.refused."""
-    folder, training = Path(folder), model.training
-    refused = folder.with_name(f"{folder.name}.refused")
-    with _taking_place_of(folder) as temporary:
-        _write_folder(model, temporary, {"name": folder.name, **card})
-        model.eval()
-        device = next(model.parameters()).device
-        expected, found = _trial(model), _trial(load_encoder(temporary).to(device))
-        model.train(training)
-        if not torch.allclose(expected, found, rtol=1e-4, atol=1e-5):
-            shutil.rmtree(refused, ignore_errors=True)
-            shutil.copytree(temporary, refused)
-            gap = (expected - found).abs().max().item()
-            raise UserError(
-                f"{folder}: the checkpoint gives other vectors when it is read back (by "
-                f"{gap:.3g}); it is in {refused} — "
-                "look for NaN in training, a full disk, other versions of transformers or "
-                "tokenizers"
-            )
+    For the main process alone. card: what the model card says (base, data, command, metrics). A
+    folder that also holds other things, such as a log, keeps them. UserError: the folder, read
+    again, does not give the same vectors; what was written is kept as FOLDER.refused."""
+    form = model.format
+    private = {"max_chunks": form.max_chunks, "max_characters": form.max_characters}
+    if isinstance(model, SparseBiEncoder):
+        private["exclude_special_tokens"] = model.exclude_special_tokens
+    with _taking_place_of(Path(folder)) as temporary:
+        write_head(model, temporary)
+        _write(temporary, model.backbone, model.tokenizer, form.title, private)
+        write_lines(temporary / "README.md", _card(model, Path(folder).name, card))
+        again = load_encoder(temporary).to(next(model.parameters()).device)
+        same = torch.allclose(_trial(model), _trial(again), rtol=1e-4, atol=1e-5)
+        _require_same(same, temporary, Path(folder))
 
 
-def check_checkpoint(model: BiEncoder, output_dir) -> None:
-    """Save a model into output_dir, read it back and remove it again: before the first step, so
-    that a model which cannot be kept is refused in the first second and not after hours. For the
-    main process alone."""
-    trial = Path(output_dir) / ".tmp-trial"
-    save_encoder(model, trial / "model", {})
+def save_checkpoint(model: nn.Module, tokenizer, folder, title: str, card: dict) -> None:
+    """The same for the masked LM of an objective, with its decoder; read again, it must have the
+    same weights."""
+    with _taking_place_of(Path(folder)) as temporary:
+        if hasattr(model, "decoder"):
+            weights = model.decoder.state_dict().items()
+            decoder = {name: tensor.contiguous().cpu() for name, tensor in weights}
+            save_file(decoder, temporary / "decoder.safetensors", metadata={"format": "pt"})
+            write_json(temporary / "decoder.json", model.settings)
+        _write(temporary, model.lm, tokenizer, title, {})
+        lines = [f"# {model.lm.config.model_type}, pre-trained: {model.settings['objective']}", ""]
+        lines += [*_facts(card | model.settings), "", "`AutoModelForMaskedLM` loads it."]
+        write_lines(temporary / "README.md", lines)
+        again, _, new_head = _load(temporary, AutoModelForMaskedLM)
+        there, here = again.state_dict(), model.lm.state_dict()
+        same = all(torch.equal(there[name], weight.cpu()) for name, weight in here.items())
+        _require_same(same and not new_head, temporary, Path(folder))
+
+
+def check_checkpoint(folder, save: Callable[[Path], None]) -> None:
+    """Let `save` write the model into a folder and read it back, and remove that again: before the
+    first step, so that a model which cannot be kept is refused at once. For the main process."""
+    trial = Path(folder) / ".tmp-trial"
+    save(trial / "model")
     shutil.rmtree(trial)
+
+
+def _write(folder: Path, model: nn.Module, tokenizer, title: str, private: dict) -> None:
+    """The files of transformers, and isthmus.json."""
+    model.save_pretrained(folder)
+    if tokenizer.is_fast:  # else the last cut would be stored as a setting
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+    ids = {"ids": fingerprint(tokenizer), "version": tokenizers.__version__}
+    content = {"version": VERSION, "title": title, "tokenizer": ids, **private}
+    write_json(folder / "isthmus.json", content)
+    mode = (folder / "isthmus.json").stat().st_mode
+    for path in folder.rglob("*.safetensors"):  # which safetensors lets only the owner read
+        path.chmod(mode)
+
+
+def _require_same(same: bool, temporary: Path, folder: Path) -> None:
+    if not same:
+        refused = folder.with_name(f"{folder.name}.refused")
+        shutil.rmtree(refused, ignore_errors=True)
+        shutil.copytree(temporary, refused)
+        what = f"the checkpoint is another model when it is read back; it is in {refused}"
+        raise UserError(f"{folder}: {what} — look for NaN in training, or a full disk")
+
+
+@contextlib.contextmanager
+def _taking_place_of(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends well; or, if that holds more
+    than a checkpoint, whose entries take the place of the old ones in it."""
+    old = {path.parts[0] for path in checkpoint_files(folder)} | {"README.md"}
+    more = folder.is_dir() and not {path.name for path in folder.iterdir()} <= old
+    staged = folder / ".tmp-checkpoint" if more else folder
+    with atomic(staged) as temporary:
+        temporary.mkdir()
+        yield temporary
+    if more:
+        for path in checkpoint_files(folder):
+            (folder / path).unlink()
+        for path in staged.iterdir():
+            os.replace(path, folder / path.name)
+        staged.rmdir()
 
 
 def checkpoint_files(folder) -> list[Path]:
     """What decides the vectors of a checkpoint (weights, tokenizer, head, settings), relative to
     `folder`, in a fixed order; neither the model card nor what a training run keeps beside it."""
-    folder, found = Path(folder), set()
-    for pattern in FILES:
-        found |= {path.relative_to(folder) for path in folder.glob(pattern) if path.is_file()}
-    return sorted(found)
+    found = [path for pattern in FILES for path in Path(folder).glob(pattern) if path.is_file()]
+    return sorted({path.relative_to(folder) for path in found})
 
 
 def model_hash(folder) -> str:
@@ -391,315 +386,64 @@ def fingerprint(tokenizer) -> str:
     return hashlib.sha256(repr(to_ids(PROBES, tokenizer, 256)).encode()).hexdigest()[:16]
 
 
-@contextlib.contextmanager
-def _taking_place_of(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well; or, if that holds more
-    than a checkpoint, whose entries take the place of the old ones in it."""
-    old = {path.parts[0] for path in checkpoint_files(folder)} | {"README.md"}
-    if not folder.is_dir() or {path.name for path in folder.iterdir()} <= old:
-        with atomic(folder) as temporary:
-            temporary.mkdir()
-            yield temporary
-        return
-    temporary = folder / f".tmp-{os.getpid()}-checkpoint"
-    temporary.mkdir()
-    try:
-        yield temporary
-        new = {path.name for path in temporary.iterdir()}
-        for name in sorted(old | new):
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
-            elif name not in new:
-                (folder / name).unlink(missing_ok=True)
-            if name in new:
-                os.replace(temporary / name, folder / name)
-    finally:
-        shutil.rmtree(temporary)
-
-
-def _write_folder(model: BiEncoder, folder: Path, card: dict) -> None:
-    form, tokenizer = model.format, model.tokenizer
-    model.backbone.save_pretrained(folder)
-    if tokenizer.is_fast:  # else the last cut would be stored as a setting
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-    tokenizer.save_pretrained(folder)
-
-    write_head(model, folder)
-    ids = {"ids": fingerprint(tokenizer), "version": tokenizers.__version__}
-    private = {"version": VERSION, "title": form.title, "tokenizer": ids}
-    private |= {"max_chunks": form.max_chunks, "max_characters": form.max_characters}
-    if isinstance(model, SparseBiEncoder):
-        private["exclude_special_tokens"] = model.exclude_special_tokens
-    write_json(folder / "isthmus.json", private)
-    write_lines(folder / "README.md", _card(model, card))
-    mode = (folder / "README.md").stat().st_mode
-    for path in folder.rglob("*.safetensors"):  # which safetensors lets only the owner read
-        path.chmod(mode)
-
-
-TITLES = {  # how a caller of sentence-transformers joins titles
-    "none": "text",
-    "space": 'f"{title} {text}" if title else text',
-    "sep": 'f"{title}{model.tokenizer.sep_token}{text}" if title else text',
-}
-
-
-def _card(model: BiEncoder, card: dict) -> Iterator[str]:
-    form, sparse = model.format, isinstance(model, SparseBiEncoder)
-    library = "sentence-transformers" if model.portable else "transformers"
-    yield from ("---", f"library_name: {library}", "pipeline_tag: sentence-similarity", "---", "")
-    yield from (f"# {card['name']}", "")
-    if sparse:
-        over = "without special tokens" if model.exclude_special_tokens else "all positions"
-        formula = f"log(1 + relu(max of the LM's logits over {over}))"
-        yield f"Sparse retriever: {formula}, {model.dim} terms,"
-    else:
-        head = " + ".join([f"{model.pooling} pooling", *(type(m).__name__ for m in model.head)])
-        yield f"Dense retriever: {head}, {model.dim} dimensions,"
-    yield "compared by dot product."
-    if model.portable:
-        name = "SparseEncoder" if sparse else "SentenceTransformer"
-        yield from ("", "```python", f"from sentence_transformers import {name}", "")
-        yield f"model = {name}({card['name']!r})"
-        yield "queries = model.encode_query(['what is it?'])"
-        yield f"passages = model.encode_document([{TITLES[form.title]} for title, text in corpus])"
-        yield "```"
-    yield from ("", "| | |", "| --- | --- |")
-    for name, value in {**asdict(form), **{k: v for k, v in card.items() if k != "name"}}.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{k}: {v}" for k, v in value.items() if v is not None)
-        value = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
-        yield f"| {name.replace('_', ' ')} | `{value}` |"
-
-
 @torch.no_grad()
 def _trial(model: BiEncoder) -> Tensor:
-    """(16, D) vectors of 8 fixed texts, as queries and as passages. By `encode`, as Accelerate
-    wraps `forward` in autocast, and vectors are compared in fp32."""
-    device = next(model.parameters()).device
+    """The vectors of TRIAL, as queries and as passages, in eval mode. By `encode`: Accelerate wraps
+    `forward` in autocast."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
     found = []
     for kind in ("query", "passage"):
         strings = format_texts(TRIAL, kind, model.format, model.tokenizer)
         ids = to_ids(strings, model.tokenizer, model.format.max_length(kind))
-        batch = pad(ids, model.tokenizer)
-        found.append(model.encode({name: values.to(device) for name, values in batch.items()}))
+        found.append(model.encode(send_to_device(pad(ids, model.tokenizer), device)))
+    model.train(training)
     return torch.cat(found).cpu()
 
 
-def read_architecture(
-    model: str | None, model_config: str | None = None, tokenizer: str | None = None
-):
-    """(config, tokenizer) of a checkpoint, or of a config file and a tokenizer's folder; reads no
-    weights and no data.
-    UserError for an architecture whose embeddings and LM head the objectives do not know, and for a
-    tokenizer without the special tokens they need."""
-    if (model is None) == (model_config is None) or (model_config is None) != (tokenizer is None):
-        raise UserError(
-            "which model? — give --model, or --model_config and --tokenizer to start from scratch"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model or tokenizer, trust_remote_code=False)
-        if model:
-            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        else:
-            stated = {
-                "vocab_size": len(tokenizer),
-                "pad_token_id": tokenizer.pad_token_id,
-            } | read_json(model_config)
-            config = AutoConfig.for_model(stated.pop("model_type", None), **stated)
-    except LOADING_ERRORS as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{model or model_config}: not a model and tokenizer ({reason}) — check the path"
-        ) from error
-    if config.model_type not in ARCHITECTURES:
-        raise UserError(
-            f"{model or model_config}: {config.model_type} is not supported, its embeddings and LM "
-            "head are built "
-            f"otherwise — use {', '.join(ARCHITECTURES)}"
-        )
-    for name in ("cls_token", "sep_token", "mask_token", "pad_token"):
-        if getattr(tokenizer, name) is None:
-            raise UserError(
-                f"{tokenizer.name_or_path}: the tokenizer has no {name} — use the one of a masked "
-                "LM"
-            )
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"{model or model_config}: {config.vocab_size} embeddings for {len(tokenizer)} tokens "
-            "of "
-            f"{tokenizer.name_or_path} — give the tokenizer that belongs to the model"
-        )
-    tokenizer.padding_side = "right"  # slot 0 is the bottleneck
-    return config, tokenizer
+def _card(model: BiEncoder, name: str, card: dict) -> Iterator[str]:
+    kind, library = "Dense", "SentenceTransformer"
+    head = " + ".join([f"{model.pooling} pooling", *(type(part).__name__ for part in model.head)])
+    if isinstance(model, SparseBiEncoder):
+        kind, library = "Sparse", "SparseEncoder"
+        over = "without special tokens" if model.exclude_special_tokens else "all positions"
+        head = f"log(1 + relu(max of the LM's logits over {over}))"
+    yield from ("---", "pipeline_tag: sentence-similarity", "---", "", f"# {name}", "")
+    yield f"{kind} retriever: {head}, {model.dim} dimensions, compared by dot product."
+    if model.portable:
+        separator = {"space": " ", "sep": "{model.tokenizer.sep_token}"}.get(model.format.title)
+        text = f'f"{{title}}{separator}{{text}}" if title else text' if separator else "text"
+        yield from ("", "```python", f"from sentence_transformers import {library}", "")
+        yield f"model = {library}({name!r})"
+        yield "queries = model.encode_query(['what is it?'])"
+        yield f"passages = model.encode_document([{text} for title, text in corpus])"
+        yield "```"
+    yield ""
+    yield from _facts(asdict(model.format) | card)
 
 
-def max_positions(config) -> int:
-    """Tokens that a text may have; RoBERTa's positions begin after that of the padding."""
-    return config.max_position_embeddings - (
-        config.pad_token_id + 1 if config.model_type == "roberta" else 0
-    )
-
-
-def load_lm(config, model: str | None) -> tuple[nn.Module, str]:
-    """(masked LM in fp32, what the echo says of it): the weights of a checkpoint, or fresh ones if
-    `model` is None. A checkpoint without LM head gets a new one; one that lacks anything else is
-    refused."""
-    if model is None:
-        return AutoModelForMaskedLM.from_config(config, dtype=torch.float32), "from scratch"
-    try:
-        lm, info = AutoModelForMaskedLM.from_pretrained(
-            model, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
-    except LOADING_ERRORS as error:
-        raise UserError(
-            f"{model}: its weights cannot be read ({str(error).strip().splitlines()[0]})"
-        ) from error
-    missing = sorted(info["missing_keys"])
-    if any(key.startswith(lm.base_model_prefix) for key in missing) or info["mismatched_keys"]:
-        example = (missing or [*info["mismatched_keys"]])[0]
-        raise UserError(
-            f"{model}: weights are missing or of another shape ({example}) — is the checkpoint "
-            "complete?"
-        )
-    return lm, f"{model}{', new LM head' if missing else ''}"
-
-
-# on disk: a Hugging Face folder with its LM head, and the decoder in a file of its own
-def load_decoder(model: nn.Module, folder: str | None) -> str:
-    """Go on with the decoder that `folder` holds if it is one of the same objective -> what the
-    echo says of it."""
-    settings = Path(folder or "") / "decoder.json"
-    if not hasattr(model, "decoder"):
-        return "none"
-    if folder is None or not settings.is_file():
-        return "new"
-    found = read_json(settings)
-    if found.get("decoder", found["objective"]) != model.settings["decoder"]:
-        return f"new, that of {folder} is of the objective {found['objective']}"
-    path = settings.with_suffix(".safetensors")
-    try:
-        model.decoder.load_state_dict(load_file(path))
-    except LOADING_ERRORS as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(
-            f"{path}: does not fit this model ({reason}) — remove {settings} to start a new one"
-        ) from error
-    return f"that of {folder}"
-
-
-def stated_title(model: str | None) -> str | None:
-    """How titles are joined, if the folder `model` is a checkpoint of ours that says so."""
-    path = Path(model or "") / "isthmus.json"
-    return read_json(path)["title"] if model and path.is_file() else None
-
-
-def save_checkpoint(model: nn.Module, tokenizer, folder, title: str, card: dict) -> None:
-    """The LM for AutoModel and AutoModelForMaskedLM, its tokenizer, decoder.safetensors with
-    decoder.json, how titles were joined, README.md from `card` (base, data, command, metrics).
-    Staged, read back and compared, then moved into `folder`, one rename per file; it is the caller
-    who marks the folder complete."""
-    staging = Path(folder) / ".tmp-checkpoint"
-    shutil.rmtree(staging, ignore_errors=True)
-    model.lm.save_pretrained(staging)
-    tokenizer.backend_tokenizer.no_truncation()  # else the last cut would be saved as a setting
-    tokenizer.save_pretrained(staging)
-    ids = {"ids": fingerprint(tokenizer), "version": tokenizers.__version__}
-    write_json(staging / "isthmus.json", {"version": VERSION, "title": title, "tokenizer": ids})
-    if hasattr(model, "decoder"):
-        decoder = {
-            name: tensor.contiguous().cpu() for name, tensor in model.decoder.state_dict().items()
-        }
-        save_file(decoder, staging / "decoder.safetensors", metadata={"format": "pt"})
-        write_json(staging / "decoder.json", model.settings)
-    lines = [f"# {model.lm.config.model_type}, pre-trained: {model.settings['objective']}", ""]
-    lines += [
-        f"- **{name}**: {value}" for name, value in {**card, "settings": model.settings}.items()
-    ]
-    write_lines(
-        staging / "README.md", [*lines, "", "`AutoModelForMaskedLM` loads it with its LM head."]
-    )
-    again, info = AutoModelForMaskedLM.from_pretrained(
-        staging, dtype=torch.float32, output_loading_info=True
-    )
-    wrong = [
-        key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]
-    ]
-    here = {name: tensor.cpu() for name, tensor in model.lm.state_dict().items()}
-    wrong += [
-        name for name, tensor in again.state_dict().items() if not torch.equal(tensor, here[name])
-    ]
-    if wrong:
-        raise RuntimeError(f"{staging}: what was saved does not read back: {wrong[:3]}")
-    mode = (staging / "README.md").stat().st_mode
-    for path in sorted(staging.iterdir()):
-        path.chmod(mode)  # safetensors lets only the owner read
-        os.replace(path, Path(folder) / path.name)
-    staging.rmdir()
+def _facts(values: dict) -> list[str]:
+    return [f"- **{name.replace('_', ' ')}**: `{value}`" for name, value in values.items()]
 
 
 # ------------------------------------------------------------------------------------------------
 # cross-encoders
 
 
-@dataclass
-class PairFormat:
-    """How a query and a passage become the input of a cross-encoder."""
-
-    title: str = "space"  # see lib/text.py
-    max_query_length: int = 64  # tokens of the query alone
-    max_length: int = 256  # tokens of the pair, special tokens included
-
-
-class CrossEncoder(nn.Module):
-    """A Hugging Face sequence classifier as a scorer: the logit of its one label, or of two labels
-    (irrelevant, relevant) logit 1 - logit 0, the log-odds of the second."""
-
-    def __init__(self, classifier: nn.Module, tokenizer, form: PairFormat):
-        super().__init__()
-        self.classifier, self.tokenizer, self.format = classifier, tokenizer, form
-
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        """input_ids, attention_mask, token_type_ids (n, L) -> (n,) fp32 scores."""
-        logits = self.classifier(**batch).logits.float()  # (n, 1 or 2)
-        return logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0)
-
-
-def load_cross_encoder(folder, form: PairFormat) -> CrossEncoder:
-    """In fp32 and eval mode. UserError: missing weights, other than one or two labels, a tokenizer
-    that cannot pad or is not fast, lengths that leave no room for the passage."""
-    how = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
-    try:
-        classifier, report = AutoModelForSequenceClassification.from_pretrained(folder, **how)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except LOADING_ERRORS as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{folder}: cannot be loaded ({reason}) — give a cross-encoder") from error
-    if report["missing_keys"]:
-        key = sorted(report["missing_keys"])[0]
-        raise UserError(
-            f"{folder}: the weights of {key} are missing, so it is no cross-encoder — train one "
-            "with "
-            "recipes/train_cross_encoder.py"
-        )
-    labels = classifier.config.num_labels
-    if labels > 2:
-        raise UserError(
-            f"{folder}: it has {labels} labels — a cross-encoder has one, or two (irrelevant, "
-            "relevant)"
-        )
-    if not tokenizer.is_fast or tokenizer.pad_token_id is None:
-        raise UserError(f"{folder}: its tokenizer cannot pad, or is not fast — save one that is")
-    if form.title == "sep" and tokenizer.sep_token is None:
-        raise UserError(f"{folder}: its tokenizer has no separator — use --title space")
-    limit = positions(classifier) or form.max_length
-    room = form.max_length - tokenizer.num_special_tokens_to_add(pair=True) - form.max_query_length
-    if room < 1 or form.max_length > limit:
-        raise UserError(
-            f"{folder}: --max_query_length {form.max_query_length} in --max_length "
-            f"{form.max_length} — the passage "
-            f"needs room beside the query, and the model has {limit} positions"
-        )
-    align(classifier)
-    return CrossEncoder(classifier, tokenizer, form).eval()
+def load_cross_encoder(folder: Path, form: TextFormat) -> tuple[nn.Module, object]:
+    """(sequence classifier in fp32 and eval mode, tokenizer). form: title, max_query_length, and in
+    max_passage_length the tokens of a pair. UserError: no trained head of one or two labels, a
+    tokenizer that is not fast, lengths that leave no room for the passage."""
+    classifier, tokenizer, new_head = _load(folder, AutoModelForSequenceClassification)
+    if new_head or classifier.config.num_labels > 2:
+        what = "it has no trained head of one or two labels, so it is no cross-encoder"
+        raise UserError(f"{folder}: {what} — train one with recipes/train_cross_encoder.py")
+    if not tokenizer.is_fast:
+        raise UserError(f"{folder}: its tokenizer is not a fast one — save one that is")
+    if form.title == "sep":
+        _check_fit(folder, classifier, tokenizer, "sep_token")
+    query, pair, limit = form.max_query_length, form.max_passage_length, positions(classifier)
+    if query + tokenizer.num_special_tokens_to_add(pair=True) >= pair or pair > limit:
+        what = f"--max_query_length {query} in --max_length {pair} of {limit} positions"
+        raise UserError(f"{folder}: {what} — the passage needs room beside the query")
+    return classifier.eval(), tokenizer

@@ -1,9 +1,6 @@
-"""What makes a run on a CPU fast. None of it is used on a GPU, and without it results are the same
-apart from rounding and the dropout that is drawn.
-
-oneDNN keeps about half a megabyte of code for each number of rows it meets. Give it few different
-ones (blocks of one size, lengths in steps), or memory grows.
-"""
+"""What makes a run on a CPU fast. Nothing here is used on a GPU, and without it results differ only
+by rounding and by the dropout that is drawn. oneDNN keeps half a megabyte of code for each number
+of rows that it meets: give it few different ones, or memory grows."""
 
 from collections.abc import Callable
 
@@ -14,32 +11,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import (
-    AttentionMaskInterface,
-    bidirectional_mask_function,
-    sdpa_mask,
-)
+from transformers.masking_utils import AttentionMaskInterface as MaskInterface
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
 
 NAME = "sdpa_in_pieces"  # of our attention, in the registry of transformers
 PIECE = 2**21  # probabilities that the attention holds at a time
 
 
 def onednn(dtype: torch.dtype) -> bool:
-    """Whether this torch has oneDNN with kernels of that dtype for this CPU (bf16 needs
-    AVX-512)."""
-    if not torch.backends.mkldnn.is_available():
+    """Whether torch has oneDNN with kernels of that dtype for this CPU (bf16 needs AVX-512)."""
+    operators = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_reorder_linear_weight"):
         return False
-    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return False
-    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype != torch.bfloat16 or operators._is_mkldnn_bf16_supported()
 
 
 def product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """A function of x (..., K) that returns x @ weight.T + bias (..., N).
-
-    weight: (N, K)   bias: (N,) or None, of the dtype of weight, as x must be
-    With oneDNN this is a tenth faster than F.linear, because the weight is laid out once and not at
-    every call (torch.compile does the same to frozen weights). Without oneDNN it is F.linear."""
+    """A function of x (..., K) that returns x @ weight.T + bias (..., N); weight (N, K), bias (N,)
+    and x of one dtype. A tenth faster than F.linear: oneDNN lays the weight out once, and not at
+    every call."""
     if not onednn(weight.dtype):
         return lambda x: F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -47,8 +37,7 @@ def product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Te
 
 
 class PackedLinear(nn.Module):
-    """A Linear for inference only. It casts its inputs to `dtype`, and its outputs have that
-    dtype."""
+    """A Linear for inference only, from inputs of any dtype to outputs of `dtype`."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         super().__init__()
@@ -61,8 +50,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_linears(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every Linear below `module` by a PackedLinear. The module can then no longer
-    train."""
+    """Replace every Linear below `module` by a PackedLinear. Then it can no longer train."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
@@ -72,11 +60,9 @@ def pack_linears(module: nn.Module, dtype: torch.dtype) -> None:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """scaled_dot_product_attention of (B, H, L, d), (B, H, S, d), (B, H, S, d) -> (B, H, L, d).
 
-    mask      bool, True = visible, or floats to add; broadcast over (B, H, L, S)
-    dropout   probability that a weight is zeroed, 0 when not training; drawn in steps of 1/65536
-              from a seed that torch's generator gives
-    On a GPU and without dropout this is PyTorch's own function. On a CPU that one keeps all
-    probabilities for the backward pass; here they are computed again, a piece at a time."""
+    mask: bool, True = visible, or floats to add; broadcast over (B, H, L, S). dropout: 0 when not
+    training; its seed comes from torch's generator. With dropout on a CPU, PyTorch's own function
+    keeps all probabilities for the backward pass; here they are computed again, piece by piece."""
     if q.device.type != "cpu" or not dropout:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return _Attention.apply(q, k, v, mask, dropout)
@@ -111,8 +97,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _pieces(q, k, mask, dropout, seed):
-    """For each piece: (slice of texts, probabilities (n, H, L, S) in fp32, bool mask of those that
-    dropout zeroes, share of the probabilities that stay)."""
+    """For each piece: (slice of texts, probabilities (n, H, L, S) fp32, bool: zeroed by dropout,
+    share of the probabilities that stay). Dropout is drawn in steps of 1/65536."""
     B, H, L, d = q.shape
     texts = max(PIECE // (H * L * k.shape[2]), 1)
     threshold = round(dropout * 2**16)
@@ -133,40 +119,39 @@ def _pieces(q, k, mask, dropout, seed):
 
 
 def speed_up_attention(model: nn.Module) -> None:
-    """Make a transformers model on a CPU use `attention` and a mask that is not expanded to (L, S).
-    A model that does not attend by PyTorch's function is left as it is. On a GPU nothing
-    changes."""
+    """Make a transformers model that attends by PyTorch's function use `attention`, and a mask that
+    is not expanded to (L, S), when it runs on a CPU."""
     if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         AttentionInterface.register(NAME, _forward)
-        AttentionMaskInterface.register(NAME, _mask)
+        MaskInterface.register(NAME, _mask)
         model.set_attn_implementation(NAME)
 
 
 def _forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """The signature by which transformers calls an attention: (B, H, L, d) -> ((B, L, H, d),
-    None)."""
-    usual = scaling is None or scaling == query.shape[-1] ** -0.5
-    if not dropout or query.device.type != "cpu" or not usual:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, **kwargs
-        )
-    out = attention(query, key, value, attention_mask, dropout)
-    return out.transpose(1, 2).contiguous(), None
+    """As transformers calls an attention: (B, H, L, d) -> ((B, L, H, d), None)."""
+    if dropout and query.device.type == "cpu" and scaling in (None, query.shape[-1] ** -0.5):
+        out = attention(query, key, value, attention_mask, dropout)
+        return out.transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, **kwargs
+    )
 
 
 def _mask(attention_mask=None, mask_function=None, **options):
-    """The signature by which transformers asks for a mask: bool, True = visible; None = see all."""
-    ours = mask_function is bidirectional_mask_function and attention_mask is not None
-    ours = ours and attention_mask.ndim == 2 and attention_mask.device.type == "cpu"
-    if not ours or attention_mask.shape[1] != options["kv_length"]:
-        return sdpa_mask(attention_mask=attention_mask, mask_function=mask_function, **options)
-    return None if attention_mask.all() else attention_mask.bool()[:, None, None]
+    """As transformers asks for a mask: bool, True = visible; None = all are visible."""
+    if (
+        attention_mask is not None
+        and mask_function is bidirectional_mask_function
+        and attention_mask.device.type == "cpu"
+        and attention_mask.shape[1:] == (options["kv_length"],)
+    ):
+        return None if attention_mask.all() else attention_mask.bool()[:, None, None]
+    return sdpa_mask(attention_mask=attention_mask, mask_function=mask_function, **options)
 
 
 def max_over_positions(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(maxima (B, T) fp32, first position of each (B, T) int32) of logits (B, L, T) over the
-    positions where mask (B, L) is True; -inf and 0 without a position. Takes a twentieth of the
-    time of torch.max."""
+    """(maxima (B, T) fp32, first position of each (B, T) int32) of logits (B, L, T) where mask
+    (B, L) is True; -inf and 0 without a position. Twenty times as fast as torch.max."""
     B, _, T = logits.shape
     highest = torch.empty(B, T)
     where = torch.zeros(B, T, dtype=torch.int32)

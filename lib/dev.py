@@ -15,26 +15,29 @@ from lib.texts import Texts, open_texts, require_rows
 NUMBERS = 2**25  # of the vectors held at a time, 128 MB
 
 
-class DevSet:
-    """Queries, their judgments, and the passages to re-rank for each judged query.
+def open_dev_set(queries_path, qrels_path, candidates_path, corpus: Texts) -> "DevSet | None":
+    """None if no file is given. UserError: some files are given, and others not."""
+    paths = [queries_path, qrels_path, candidates_path]
+    if not any(paths):
+        return None
+    if not all(paths):
+        remedy = "give --dev_queries, --dev_qrels and --dev_candidates"
+        raise UserError(f"the development set is incomplete — {remedy}")
+    return DevSet(queries_path, qrels_path, candidates_path, corpus)
 
-    UserError: a file is missing, an id has no text, or no judged query has candidates."""
+
+class DevSet:
+    """Queries, their judgments, and the passages to re-rank for each judged query. UserError: an id
+    has no text, or no judged query has candidates."""
 
     def __init__(self, queries_path, qrels_path, candidates_path, corpus: Texts):
-        if not (queries_path and qrels_path and candidates_path):
-            raise UserError(
-                "the development set is incomplete — give --dev_queries, --dev_qrels and "
-                "--dev_candidates"
-            )
-        self.queries, self.corpus = open_texts(queries_path), corpus
+        self.queries = open_texts(queries_path)
+        self.corpus = corpus
         self.qrels = read_qrels(qrels_path)
         listed = read_run(candidates_path)
         self.candidates = {q: one.pids for q, one in listed.items() if q in self.qrels}
         if not self.candidates:
-            raise UserError(
-                f"{candidates_path}: it has no query of {qrels_path} — give candidates of the "
-                "judged queries"
-            )
+            raise UserError(f"{candidates_path}: no query of {qrels_path} — give its candidates")
         require_rows(self.queries, list(self.candidates), candidates_path, "query")
         for pids in self.candidates.values():
             require_rows(corpus, pids, candidates_path, "passage")
@@ -42,8 +45,7 @@ class DevSet:
     def mrr(self, accelerator, model, collate: GroupCollator, k: int = 10) -> float:
         """MRR@k over all judged queries; those without candidates count 0. Each process ranks its
         share."""
-        rank, W = accelerator.process_index, accelerator.num_processes
-        mine = sorted(self.candidates)[rank::W]
+        mine = sorted(self.candidates)[accelerator.process_index :: accelerator.num_processes]
         encoder = accelerator.unwrap_model(model).eval()
         parts = gather_object([self.rerank(encoder, collate, mine, k)])
         model.train()
@@ -51,12 +53,10 @@ class DevSet:
         return mrr_at_k(ranked, self.qrels, k)
 
     @torch.no_grad()
-    def rerank(
-        self, encoder, collate: GroupCollator, qids: list[str], k: int
-    ) -> dict[str, list[str]]:
-        """{qid: the best k of its candidates, best first} by dot product, that of their best chunk
-        where they have several; ties keep the order of the candidates. As many queries at a time as
-        memory for their candidates allows, each candidate encoded once for them."""
+    def rerank(self, encoder, collate: GroupCollator, qids: list, k: int) -> dict[str, list[str]]:
+        """{qid: the best k of its candidates, best first} by the dot product of their best chunk;
+        ties keep the order of the candidates. As many queries at a time as memory for their
+        candidates allows, each candidate encoded once for them."""
         ranked = {}
         most = max(map(len, self.candidates.values()))
         size = max(NUMBERS // encoder.dim // most, 1)
@@ -64,10 +64,8 @@ class DevSet:
             block = qids[start : start + size]
             pids = sorted({pid for qid in block for pid in self.candidates[qid]})
             place = {pid: row for row, pid in enumerate(pids)}
-            queries = [self.queries[row] for row in self.queries.rows(block)]
-            passages = [self.corpus[row] for row in self.corpus.rows(pids)]
-            q_reps = self._encode(encoder, collate, "query", queries)
-            p_reps = self._encode(encoder, collate, "passage", passages)
+            q_reps = self._encode(encoder, collate, "query", self.queries, block)
+            p_reps = self._encode(encoder, collate, "passage", self.corpus, pids)
             p_reps = p_reps.unflatten(0, (len(pids), -1))  # (n, M, D)
             for qid, q in zip(block, q_reps, strict=True):
                 own = self.candidates[qid]
@@ -77,9 +75,8 @@ class DevSet:
         return ranked
 
     @staticmethod
-    def _encode(encoder, collate: GroupCollator, kind: str, texts: list) -> Tensor:
+    def _encode(encoder, collate, kind: str, texts: Texts, ids: list[str]) -> Tensor:
+        side = collate.encoder_input(kind, [texts[row] for row in texts.rows(ids)])
         device = next(encoder.parameters()).device
-        side = collate.encoder_input(kind, texts)
         chunks = (send_to_device(chunk, device) for chunk in side["chunks"])
-        found = [encoder.encode(chunk).float().cpu() for chunk in chunks]
-        return torch.cat(found)[side["order"]]
+        return torch.cat([encoder.encode(chunk).float().cpu() for chunk in chunks])[side["order"]]

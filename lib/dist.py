@@ -47,17 +47,14 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:
-    """x (n, ...) of every process -> (W·n, ...) in the order of the ranks, differentiable. n must
-    be equal everywhere.
+    """x (n, ...) of every process -> (W·n, ...) in the order of the ranks, differentiable; the
+    same n everywhere. Backward, x receives the sum of what the losses of all processes say of it.
 
-    Forward: all-gather. Backward: reduce-scatter, so that x receives the sum of what the losses of
-    all processes say about it. Why no factor W is needed: process r holds L_r, the mean over its
-    own B queries; the loss of the batch of W·B queries is L = (1/W) sum_r L_r. Process r sends
-    sum_s dL_s/d(reps of r) through its own reps, DDP averages the parameter gradients over
-    processes, and (1/W) sum_r sum_s dL_s/dθ through the reps of r is dL/dθ, exactly. (RetroMAE
-    keeps its own slice of the gathered tensor alive, with the full matrix on each rank: dL/dθ / W.
-    LexMAE does so with its own queries only, and loses what other processes say about its
-    passages.)"""
+    No factor W is needed: process r holds L_r, the mean over its own B queries, and the loss of the
+    whole batch is L = (1/W) sum_r L_r. Process r sends sum_s dL_s/d(reps of r) through its own
+    reps; DDP averages over processes; (1/W) sum_r sum_s dL_s/dθ through the reps of r is dL/dθ.
+    (RetroMAE has gradient in its own slice alone, dL/dθ / W. LexMAE has it in its own queries, and
+    loses what other processes say about its passages.)"""
     return _AllGather.apply(x) if world()[1] > 1 else x
 
 

@@ -62,20 +62,17 @@ class Embeddings:
         if not self.folder.is_dir():
             raise UserError(f"{folder}: no such folder — encode.py writes it")
         if not (self.folder / "meta.json").is_file():
-            raise UserError(
-                f"{folder}: no meta.json, so the encoding has not ended — run the same encode.py "
-                "command again"
-            )
+            raise UserError(f"{folder}: no meta.json, it is unfinished — run encode.py again")
         self.meta = read_json(self.folder / "meta.json")
-        self.sparse, self.dim = self.meta.get("head") == "sparse", self.meta["dim"]
+        self.sparse = self.meta.get("head") == "sparse"
+        self.dim = self.meta["dim"]
         self.max_chunks = self.meta.get("max_chunks", 1)
         self.paths = sorted(self.folder.glob("shard-*.npz" if self.sparse else "shard-*.npy"))
+        again = "remove the folder and encode again"
         try:
             shapes = [self._shape(path) for path in self.paths]
         except (ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{folder}: a damaged shard ({error}) — remove the folder and encode again"
-            ) from error
+            raise UserError(f"{folder}: a damaged shard ({error}) — {again}") from error
         self.starts = np.cumsum([0, *(n for n, _ in shapes)])  # first vector of each shard, the end
         self.num_vectors = int(self.starts[-1])
         self.text_starts, self.first, self.text_of = self.starts, None, None
@@ -88,10 +85,7 @@ class Embeddings:
         found = len(self), self.num_vectors, {dim for _, dim in shapes}
         stated = self.meta["count"], self.meta.get("vectors", self.meta["count"]), {self.dim}
         if found != stated or (self.first is not None and self.first[-1] != self.num_vectors):
-            raise UserError(
-                f"{folder}: the shards do not hold what meta.json states — remove the folder and "
-                "encode again"
-            )
+            raise UserError(f"{folder}: the shards do not hold what meta.json states — {again}")
 
     def _shape(self, path) -> tuple[int, int]:
         if not self.sparse:

@@ -1,11 +1,13 @@
 """The bi-encoder, dense or sparse: one tower for queries and passages. lib/checkpoint.py reads and
 writes it.
 
-B texts, L tokens, H hidden size, V vocabulary, D dimensions of a vector: V of a sparse one.
+B texts, L tokens, H hidden size, D dimensions of a vector (sparse: the size of the vocabulary).
 attention_mask 1 = keep."""
 
+import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +18,13 @@ from lib.lm_head import head_transform, max_pooled_logits
 from lib.text import TextFormat
 
 
-# model
-class Dense(nn.Module):
-    """activation(Linear(x)), named as in sentence-transformers."""
+class Dense(nn.Sequential):
+    """activation(Linear(x)). This class and the next have the names of sentence-transformers."""
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, activation: str = "Identity"
-    ):
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, activation: str = "Identity"):
         super().__init__()
-        self.linear, self.activation = (
-            nn.Linear(in_features, out_features, bias),
-            getattr(nn, activation)(),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.activation(self.linear(x))
+        self.linear = nn.Linear(inputs, outputs, bias)
+        self.activation = getattr(nn, activation)()
 
     def settings(self) -> dict:
         kind = type(self.activation)
@@ -42,13 +36,10 @@ class Dense(nn.Module):
         }
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(nn.Sequential):
     def __init__(self, dimension: int):
         super().__init__()
         self.norm = nn.LayerNorm(dimension)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x)
 
     def settings(self) -> dict:
         return {"dimension": self.norm.normalized_shape[0]}
@@ -77,10 +68,9 @@ def mean_of_tokens(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 class Pooling(NamedTuple):
-    """hidden (B, L, H), mask (B, L), 1 = counts -> (B, H) fp32; and its names in the files of
-    sentence-transformers."""
+    """A pooling, and its names in the files of sentence-transformers."""
 
-    function: Callable[[Tensor, Tensor], Tensor]
+    function: Callable[[Tensor, Tensor], Tensor]  # hidden (B, L, H), mask (B, L) -> (B, H) fp32
     mode: str  # pooling_mode, since version 5.3
     flag: str  # before: pooling_mode_FLAG
 
@@ -92,36 +82,47 @@ POOLINGS = {
 }
 
 
-class BiEncoder(nn.Module):
-    """Dense: backbone -> pooling (an entry of POOLINGS) -> head modules -> vector.
+@dataclass
+class Head:
+    """What a bi-encoder shall end in; what is not given is as the checkpoint states.
 
-    `format` is how the checkpoint wants its texts; `stated` holds those of its settings that the
-    folder really names (a plain Hugging Face folder names none). Pooling and head run in fp32 under
-    autocast."""
+    kind         sparse: from anything with an LM head; new_sparse: without one, a new one is drawn
+    projection   add ANCE's Linear and LayerNorm of this size; a checkpoint that has them keeps them
+    normalize    add L2 normalisation at the end if there is none"""
+
+    pooling: str | None = None
+    kind: Literal["dense", "sparse", "new_sparse"] | None = None
+    projection: int = 0
+    normalize: bool = False
+    exclude_special_tokens: bool = False  # see SparseBiEncoder
+
+
+class BiEncoder(nn.Module):
+    """Dense: backbone -> pooling (an entry of POOLINGS) -> head modules -> vector. `format` is how
+    the checkpoint wants its texts. Pooling and head run in fp32 under autocast."""
+
+    exclude_special_tokens = False
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        tokenizer,
-        pooling: str,
-        head: list[nn.Module],
-        form: TextFormat,
-        stated: dict | None = None,
+        self, backbone: nn.Module, tokenizer, pooling: str, head: list[nn.Module], form: TextFormat
     ):
         super().__init__()
-        self.backbone, self.head = backbone, nn.ModuleList(head)
-        self.tokenizer, self.pooling, self.format, self.stated = (
-            tokenizer,
-            pooling,
-            form,
-            stated or {},
-        )
+        self.backbone = backbone
+        self.head = nn.ModuleList(head)
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.format = form
 
     @property
     def dim(self) -> int:
         """D, the size of a vector."""
-        dense = [module.linear.out_features for module in self.head if isinstance(module, Dense)]
-        return dense[-1] if dense else self.backbone.config.hidden_size
+        return self.projection or self.backbone.config.hidden_size
+
+    @property
+    def projection(self) -> int:
+        """The output size of the last Dense, 0 without one."""
+        sizes = [module.linear.out_features for module in self.head if isinstance(module, Dense)]
+        return sizes[-1] if sizes else 0
 
     @property
     def normalized(self) -> bool:
@@ -129,8 +130,7 @@ class BiEncoder(nn.Module):
 
     @property
     def portable(self) -> bool:
-        """Whether sentence-transformers can express it: it cuts a passage to one chunk of tokens
-        only. (How titles are joined is the business of its caller.)"""
+        """Whether sentence-transformers can express it. (Titles are joined by its caller.)"""
         return self.format.max_chunks == 1 and not self.format.max_characters
 
     def encode(self, batch: dict) -> Tensor:
@@ -141,11 +141,9 @@ class BiEncoder(nn.Module):
             return torch.cat([self.encode(chunk) for chunk in batch["chunks"]])[batch["order"]]
         return self.vectors(batch["input_ids"], batch["attention_mask"])
 
-    def vectors(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+    def vectors(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, L), (B, L) -> (B, D) fp32."""
-        hidden = self.backbone(
-            input_ids=input_ids, attention_mask=mask
-        ).last_hidden_state  # (B, L, H)
+        hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, H)
         with torch.autocast(hidden.device.type, enabled=False):
             reps = POOLINGS[self.pooling].function(hidden, mask)  # (B, H)
             for module in self.head:
@@ -163,29 +161,16 @@ class SparseBiEncoder(BiEncoder):
     masked LM's logits)): SPLADE-max (arXiv 2109.10086), LexMAE (2208.14754). The backbone is the LM
     with its head.
 
-    exclude_special_tokens   LexMAE: no maximum over the positions of [CLS] and [SEP], whatever
-                             their number; else only
-                             padding is excluded (SPLADE, sentence-transformers). No term is ever
-                             excluded.
+    exclude_special_tokens   LexMAE: no maximum over the positions of [CLS] and [SEP]; else only
+                             padding is excluded (SPLADE). No term is ever excluded.
     A text without a position that counts is the zero vector."""
 
-    def __init__(
-        self,
-        lm: nn.Module,
-        tokenizer,
-        exclude_special_tokens: bool,
-        form: TextFormat,
-        stated: dict | None = None,
-    ):
-        super().__init__(lm, tokenizer, "max", [], form, stated)
+    def __init__(self, lm: nn.Module, tokenizer, exclude_special_tokens: bool, form: TextFormat):
+        super().__init__(lm, tokenizer, "max", [], form)
         self.exclude_special_tokens = exclude_special_tokens
-        ids = {
-            tokenizer.cls_token_id,
-            tokenizer.sep_token_id,
-            tokenizer.bos_token_id,
-            tokenizer.eos_token_id,
-        }
-        self.register_buffer("special", torch.tensor(sorted(ids - {None})), persistent=False)
+        names = ("cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id")
+        ids = {getattr(tokenizer, name) for name in names} - {None}
+        self.register_buffer("special", torch.tensor(sorted(ids)), persistent=False)
 
     @property
     def dim(self) -> int:
@@ -195,47 +180,47 @@ class SparseBiEncoder(BiEncoder):
     def portable(self) -> bool:
         return super().portable and not self.exclude_special_tokens
 
-    def vectors(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        hidden = self.backbone.base_model(
-            input_ids=input_ids, attention_mask=mask
-        ).last_hidden_state  # (B, L, H)
-        hidden, output = (
-            head_transform(self.backbone, hidden),
-            self.backbone.get_output_embeddings(),
-        )
+    def vectors(self, ids: Tensor, mask: Tensor) -> Tensor:
+        encoder = self.backbone.base_model
+        hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, H)
+        hidden = head_transform(self.backbone, hidden)
+        output = self.backbone.get_output_embeddings()
         counts = mask.bool()
         if self.exclude_special_tokens:
-            counts = counts & ~torch.isin(input_ids, self.special)
+            counts = counts & ~torch.isin(ids, self.special)
         return max_pooled_logits(hidden, output.weight, output.bias, counts).relu().log1p()
 
 
-def positions(backbone: nn.Module) -> int | None:
-    """How many tokens the backbone takes; RoBERTa counts positions from padding_idx + 1. None = no
-    bound."""
-    limit = getattr(backbone.config, "max_position_embeddings", None)
-    if limit is None or limit < 1:
-        return None
-    for module in backbone.modules():
+def extend(model: BiEncoder, head: Head, strict: bool, place) -> None:
+    """Add what `head` asks for and the model lacks. The weights of a projection are drawn from
+    N(0, 0.02), biases are zero. UserError: the model has it otherwise, or lacks it and `strict`."""
+    stated = {
+        "pooling": model.pooling,
+        "projection": model.projection,
+        "normalize": model.normalized,
+        "exclude_special_tokens": model.exclude_special_tokens,
+    }
+    for name, value in stated.items():
+        asked = getattr(head, name)
+        if asked and asked != value and (value or strict):
+            raise UserError(f"{place}: its {name} is {value}, not {asked} — leave --{name} out")
+    model.exclude_special_tokens |= head.exclude_special_tokens
+    if head.projection and not model.projection:
+        dense = Dense(model.dim, head.projection)
+        nn.init.normal_(dense.linear.weight, std=0.02)
+        nn.init.zeros_(dense.linear.bias)
+        model.head = nn.ModuleList([dense, LayerNorm(head.projection), *model.head])
+    if head.normalize and not model.normalized:
+        model.head.append(Normalize())
+
+
+def positions(model: nn.Module) -> int:
+    """How many tokens a text may have. RoBERTa counts positions from padding_idx + 1."""
+    limit = getattr(model.config, "max_position_embeddings", None) or 0
+    if limit < 1:
+        return sys.maxsize
+    for module in model.modules():
         learned = isinstance(getattr(module, "position_embeddings", None), nn.Embedding)
         if learned and isinstance(getattr(module, "padding_idx", None), int):
             return limit - module.padding_idx - 1
     return limit
-
-
-def extend_head(
-    folder, head: list, hidden: int, projection: int | None, normalize: bool
-) -> list[nn.Module]:
-    sizes = [module.linear.out_features for module in head if isinstance(module, Dense)]
-    if projection and sizes and sizes[-1] != projection:
-        raise UserError(
-            f"{folder}: projects to {sizes[-1]} dimensions, not {projection} — leave --projection "
-            "out"
-        )
-    if projection and not sizes:
-        dense = Dense(hidden, projection)
-        nn.init.normal_(dense.linear.weight, std=0.02)
-        nn.init.zeros_(dense.linear.bias)
-        head = [dense, LayerNorm(projection), *head]
-    if normalize and not any(isinstance(module, Normalize) for module in head):
-        head = [*head, Normalize()]
-    return head

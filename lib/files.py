@@ -1,25 +1,17 @@
-"""Plain files: reading and writing of everything but texts and embeddings. Formats:
-docs/formats.md.
-
-    qrels          q1 0 7 1 (TREC, MS MARCO) · query-id corpus-id score, then q1 7 1 (BEIR) · q1 7
-                   (RetroMAE)
-    run            q1 Q0 7 1 13.25 tag (TREC) · q1 7 1 (MS MARCO: qid, pid, rank)
-    candidates     q1 \\t 7 \\t query \\t passage (top1000.dev) · q1 \\t 9,4,12 (lists, best first)
-                   · a run
-    training file  {"qid": "q1", "pos": ["7"], "neg": ["9", "4"], "neg_scores": [8.3, 2.0],
-                   "cluster": 3}
-
-Every text file may be gzipped. Ids are strings. Readers stream, and stop at a bad line with
-`file:line: what is wrong — what to do`."""
+"""Plain files: everything but texts and embeddings is read and written here. The formats are in
+docs/formats.md. Every text file may be gzipped. Ids are strings. Readers stream, and stop at a bad
+line with `file:line: what is wrong — what to do`."""
 
 import contextlib
 import gzip
 import json
+import math
 import os
 import shutil
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +23,7 @@ class UserError(Exception):
     prints it as one line and exits with status 1."""
 
 
-# ------------------------------------------------------------------------------------------------
-# plain files
+# ---- plain files
 
 
 def lines(path) -> Iterator[tuple[int, str]]:
@@ -40,31 +31,39 @@ def lines(path) -> Iterator[tuple[int, str]]:
     Blank lines are skipped."""
     path, number = Path(path), 0
     if not path.is_file():
-        found = "this is a folder, not a file" if path.is_dir() else "no such file"
-        raise UserError(f"{path}: {found} — check the path")
+        raise UserError(f"{path}: no such file — check the path")
     with open(path, "rb") as raw:
         compressed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
-        stream = gzip.open(raw) if compressed else raw
         try:
-            for number, line in enumerate(stream, 1):
+            for number, line in enumerate(gzip.open(raw) if compressed else raw, 1):
                 line = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
                 if line and not line.isspace():
                     yield number, line
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}:{number}: not UTF-8 ({error.reason}) — convert the file, for example with "
-                "iconv"
-            ) from error
+            raise UserError(f"{path}:{number}: not UTF-8 — convert the file with iconv") from error
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(
-                f"{path}:{number + 1}: truncated or damaged gzip — download or write the file again"
-            ) from error
+            wrong = f"{path}:{number + 1}: truncated or damaged gzip"
+            raise UserError(f"{wrong} — download or write the file again") from error
 
 
 def first_line(path) -> str:
     """The first line of a file that is not blank, or an empty string."""
     return next(lines(path), (0, ""))[1]
+
+
+def table(path, widths: tuple, expected: str, separator=None) -> Iterator[tuple[str, list[str]]]:
+    """(`file:line`, columns) of each line, split at the separator or at white space. UserError with
+    the text `expected`: a line has another number of columns than `widths`, or than the first."""
+    width = 0
+    for number, line in lines(path):
+        columns = line.split(separator)
+        if width == 0 and len(columns) in widths:
+            width = len(columns)
+        if len(columns) != width:
+            after = f" after lines of {width}" if width else ""
+            raise UserError(f"{path}:{number}: {len(columns)} columns{after} — {expected}")
+        yield f"{path}:{number}", columns
 
 
 @contextlib.contextmanager
@@ -91,42 +90,30 @@ def atomic(path) -> Iterator[Path]:
 
 
 def write_lines(path, rows: Iterable[str]) -> None:
-    """One line per row, atomically. A name that ends in .gz is gzipped, without a time stamp, so
-    that equal content gives equal bytes."""
-    with atomic(path) as temporary, open(temporary, "wb") as raw:
-        zipped = str(path).endswith(".gz")
-        stream = gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) if zipped else raw
-        for row in rows:
-            stream.write(f"{row}\n".encode())
-        if zipped:
-            stream.close()
+    """One line per row, atomically: a reader sees the old file or the new one, never half of it."""
+    with atomic(path) as temporary, open(temporary, "wb") as stream:
+        stream.writelines(f"{row}\n".encode() for row in rows)
 
 
 def write_json(path, content) -> None:
-    """Indented JSON, atomically: a reader sees the old file or the new one, never half of it."""
     write_lines(path, [json.dumps(content, indent=1, ensure_ascii=False)])
 
 
-def read_json(path) -> dict:
-    """The content of a JSON file. UserError names the line that does not parse."""
-    text = "\n".join(line for _, line in lines(path))
+def parse_json(text: str, path, number: int = 1, kind: type = object):
+    """The value of a JSON text that begins on line `number` of a file. UserError: it is not JSON,
+    or not of that type."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}:{error.lineno}: not JSON ({error.msg}) — correct or remove the file"
-        ) from error
-
-
-def json_object(path, number: int, line: str) -> dict:
-    """The object on one line of a JSONL file."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: not JSON ({error.msg}) — correct the line") from error
-    if not isinstance(record, dict):
+        place = f"{path}:{number + error.lineno - 1}"
+        raise UserError(f"{place}: not JSON ({error.msg}) — correct the file") from error
+    if not isinstance(value, kind):
         raise UserError(f"{path}:{number}: not a JSON object — correct the line")
-    return record
+    return value
+
+
+def read_json(path):
+    return parse_json("\n".join(line for _, line in lines(path)), path)
 
 
 def map_array(path: Path, dtype) -> np.ndarray:
@@ -138,89 +125,41 @@ def line_of(path, *fields) -> str:
     """`file:line` of the first line that holds all `fields` as columns, list items or JSON strings,
     for an error that is found after reading; else `file`."""
     for number, line in lines(path):
-        if line.lstrip().startswith("{"):
-            if all(json.dumps(field, ensure_ascii=False) in line for field in fields):
-                return f"{path}:{number}"
-        elif set(fields) <= {*line.split(), *line.replace(",", " ").split()}:
+        words = {*line.split(), *line.replace(",", " ").split()}
+        if all(f in words or json.dumps(f, ensure_ascii=False) in line for f in fields):
             return f"{path}:{number}"
     return str(path)
 
 
-def _number(value: str, place: str, what: str) -> float:
-    try:
-        result = float(value)
-    except ValueError:
-        result = float("nan")
-    if not np.isfinite(result):
-        raise UserError(f"{place}: {what} {value!r} is not a finite number — correct the line")
-    return result
+def _number(text: str, place: str, what: str, whole: bool = False) -> float:
+    with contextlib.suppress(ValueError):
+        value = float(text)
+        if math.isfinite(value) and (value.is_integer() or not whole):
+            return value
+    kind = "whole" if whole else "finite"
+    raise UserError(f"{place}: {what} {text!r} is not a {kind} number — correct the line")
 
 
-def _integer(value: str, place: str, what: str) -> int:
-    result = _number(value, place, what)
-    if result != int(result) or abs(result) >= 1 << 31:
-        raise UserError(f"{place}: {what} {value!r} is not an integer — correct the line")
-    return int(result)
-
-
-# ------------------------------------------------------------------------------------------------
-# judgments
+# ---- judgments
 
 
 def read_qrels(path) -> dict[str, dict[str, int]]:
-    """qrels[qid][pid] = grade. Formats are told apart by shape: 4 columns are TREC's and MS MARCO's
-    (qid, 0, pid, grade), 3 columns with BEIR's header, 2 columns RetroMAE's (qid, pid; grade 1).
-
-    UserError: anything else; 3 columns without a header may be a run. A grade that is no whole
-    number."""
-    qrels, width = {}, None
-    for number, line in lines(path):
-        place = f"{path}:{number}"
-        columns = [column.strip() for column in line.split("\t")]
-        if len(columns) not in (2, 3, 4):
-            columns = line.split()
-        if width is None:
-            width = len(columns)
-            if _is_header(place, columns):
-                continue
-        if len(columns) != width:
-            raise UserError(
-                f"{place}: {len(columns)} columns after lines of {width} — correct the line"
-            )
-        pid = columns[2 if width == 4 else 1]
-        if width == 2 and "," in pid:
-            raise UserError(
-                f"{place}: several passages in column 2, as in lists of negatives — qrels have one "
-                "per line"
-            )
-        grade = 1 if width == 2 else _integer(columns[-1], place, "the grade")
-        if qrels.setdefault(columns[0], {}).setdefault(pid, grade) != grade:
-            raise UserError(
-                f"{place}: {columns[0]} {pid} is judged twice with different grades — keep one line"
-            )
+    """qrels[qid][pid] = grade, from 4 columns (qid, 0, pid, grade), 3 (BEIR, after its header) or
+    2 (qid, pid; the grade is 1). UserError: other columns, two grades of a pair, ..."""
+    qrels = {}
+    header = first_line(path).lower().split()[:2] == ["query-id", "corpus-id"]
+    expected = "judgments have 4 (TREC), 2 (RetroMAE), or 3 after BEIR's header"
+    rows = table(path, (3,) if header else (2, 4), f"{expected} query-id, corpus-id, score")
+    for place, columns in islice(rows, int(header), None):
+        qid, pid = columns[0], columns[2 if len(columns) == 4 else 1]
+        if len(columns) == 2 and "," in pid:
+            raise UserError(f"{place}: several passages — qrels have one per line, lists do not")
+        grade = int(_number(columns[-1], place, "the grade", whole=True)) if len(columns) > 2 else 1
+        if qrels.setdefault(qid, {}).setdefault(pid, grade) != grade:
+            raise UserError(f"{place}: {qid} {pid} is judged twice, differently — keep one line")
     if not qrels:
         raise UserError(f"{path}: the file has no judgments — check the path")
     return qrels
-
-
-def _is_header(place: str, columns: list[str]) -> bool:
-    """Whether the first line of judgments is BEIR's header; UserError if it is of no known
-    shape."""
-    if len(columns) == 6:
-        raise UserError(f"{place}: 6 columns are a run, not judgments — give the qrels file")
-    if len(columns) == 3:
-        if [column.lower() for column in columns[:2]] == ["query-id", "corpus-id"]:
-            return True
-        raise UserError(
-            f"{place}: 3 columns without BEIR's header may be judgments or a run — put "
-            "`query-id\\tcorpus-id\\tscore` on the first line"
-        )
-    if len(columns) not in (2, 4):
-        raise UserError(
-            f"{place}: {len(columns)} columns — qrels have 4 (TREC), 3 with a header (BEIR) or 2 "
-            "(RetroMAE)"
-        )
-    return False
 
 
 def read_positives(path) -> dict[str, list[str]]:
@@ -236,8 +175,7 @@ def write_qrels(path, qrels: dict[str, dict[str, int]]) -> None:
     write_lines(path, (f"{qid} 0 {pid} {grade}" for qid, pid, grade in rows))
 
 
-# ------------------------------------------------------------------------------------------------
-# the training file
+# ---- the training file
 
 
 class TrainingRow(NamedTuple):
@@ -259,23 +197,19 @@ def foreign_format(line: str) -> str | None:
             record = json.loads(line)
         except (ValueError, RecursionError):
             return None
-        first = next(iter(record), None)
         if isinstance(record.get("neg"), dict):
             return "hard-negatives"
         if "pos" in record:
             return None if "qid" in record else "flagembedding"
         if "positive_passages" in record or "positive_document_ids" in record:
             return "tevatron"
-        is_anchor = first in ("anchor", "query", "question")
-        is_tuple = len(record) > 1 and (
-            is_anchor or "positive" in record or "positive_id" in record
-        )
-        return "sentence-transformers" if is_tuple else None
+        first = next(iter(record), None)
+        known = first in ("anchor", "query", "question") or {"positive", "positive_id"} & {*record}
+        return "sentence-transformers" if known and len(record) > 1 else None
     columns = line.split("\t") if "\t" in line else line.split()
-    if len(columns) == 3 and " " in columns[0].strip():
-        return "text-triples"
-    if any(" " in column.strip() for column in columns):
-        return None
+    blanks = [" " in column.strip() for column in columns]
+    if any(blanks):
+        return "text-triples" if len(columns) == 3 and blanks[0] else None
     if len(columns) == 3 and columns[2].lower() not in ("score", "0", "1", "2", "3", "4"):
         return "ance" if "," in columns[2] else "id-triples"  # qrels and runs end in 0 to 4
     return "negative-lists" if len(columns) == 2 and "," in columns[1] else None
@@ -288,46 +222,30 @@ def read_training_file(path) -> Iterator[tuple[int, TrainingRow]]:
     for number, line in lines(path):
         place = f"{path}:{number}"
         if not seen and (whose := foreign_format(line)):
-            raise UserError(
-                f"{place}: this is {whose} data — convert it: python -m "
-                "recipes.import_training_data "
-                f"--input {path} --output_dir OUT"
-            )
-        record = json_object(path, number, line)
-        row = _training_row(record, place)
+            command = f"python -m recipes.import_training_data --input {path} --output_dir OUT"
+            raise UserError(f"{place}: this is {whose} data — convert it: {command}")
+        record = parse_json(line, path, number, dict)
+        row = TrainingRow(**{name: record.get(name) for name in TrainingRow._fields})
+        row = row._replace(neg=row.neg or [])
+        cluster = row.cluster is None or (type(row.cluster) is int and row.cluster >= 0)
+        lists = _is_list(row.pos, row.pos_scores) and _is_list(row.neg, row.neg_scores)
+        if not (isinstance(row.qid, str) and row.pos and lists and cluster):
+            wrong = "ids must be strings, pos not empty, one finite score per id, cluster from 0"
+            raise UserError(f"{place}: {wrong} — correct the line")
         if row.qid in seen:
             raise UserError(f"{place}: query {row.qid} has a line already — join the two lines")
         seen.add(row.qid)
         yield number, row
 
 
-def _training_row(record: dict, place: str) -> TrainingRow:
-    fields = {name: record[name] for name in TrainingRow._fields if record.get(name) is not None}
-    if not isinstance(fields.get("qid"), str) or not fields.get("pos"):
-        raise UserError(
-            f'{place}: a line of a training file has a string "qid" and a list "pos" of passage '
-            "ids that is not "
-            "empty — correct the line"
-        )
-    row = TrainingRow(**fields)
-    for name in ("pos", "neg"):
-        ids = getattr(row, name)
-        if not isinstance(ids, list) or not all(isinstance(pid, str) for pid in ids):
-            raise UserError(
-                f'{place}: "{name}" must be a list of ids, as strings — correct the line'
-            )
-        scores = getattr(row, f"{name}_scores")
-        if scores is None:
-            continue
-        numbers = isinstance(scores, list) and all(isinstance(s, int | float) for s in scores)
-        if not numbers or len(scores) != len(ids) or not np.isfinite(scores).all():
-            raise UserError(
-                f'{place}: "{name}_scores" must have one finite number for each of "{name}" — '
-                "score the file again"
-            )
-    if row.cluster is not None and (type(row.cluster) is not int or row.cluster < 0):
-        raise UserError(f'{place}: "cluster" must be an integer of at least 0 — correct the line')
-    return row
+def _is_list(ids, scores) -> bool:
+    """Whether ids is a list of strings, and scores None or a finite number for each."""
+    if not isinstance(ids, list) or not set(map(type, ids)) <= {str}:
+        return False
+    if scores is None:
+        return True
+    numbers = isinstance(scores, list) and set(map(type, scores)) <= {int, float}
+    return numbers and len(scores) == len(ids) and all(map(math.isfinite, scores))
 
 
 def write_training_file(path, rows: Iterable[TrainingRow]) -> None:
@@ -336,8 +254,7 @@ def write_training_file(path, rows: Iterable[TrainingRow]) -> None:
     write_lines(path, (json.dumps(record, ensure_ascii=False) for record in present))
 
 
-# ------------------------------------------------------------------------------------------------
-# runs
+# ---- runs
 
 
 class RunList(NamedTuple):
@@ -348,105 +265,80 @@ class RunList(NamedTuple):
 
 
 def read_run(path) -> dict[str, RunList]:
-    """run[qid] from any file that lists passages for queries. The first line tells the shape:
+    """run[qid] from any file that lists passages for queries; its first line decides which it is.
 
-        q1 Q0 7 1 13.25 tag             TREC run
-        q1 7 1                          MS MARCO run: qid, pid, rank; the score is -rank
-        q1 TAB 7 TAB what? TAB Ants     top1000.dev; the scores are -1, -2, ... as the lines come
-        q1 TAB 9,4,12                   mined lists, best first; the same; repeated ids count once
-        {"qid": "q1", "neg": ["9"]}     training file: the negatives, best first, then the
-                                        positives, with their scores where all of them have one
+    A run of TREC, or of MS MARCO (qid, pid, rank), of which the score is -rank. Mined lists
+    (qid TAB pid,pid,...) or top1000.dev (qid TAB pid TAB query TAB passage), best first: the scores
+    are -1, -2, ..., and repeated ids count once. A training file: the negatives, then the
+    positives, with their scores where all of them have one.
 
-    UserError: another shape, a line of another shape than the first, a passage that a run lists
-    twice for a query, an empty file."""
-    first = first_line(path)
-    columns = first.split("\t")
+    UserError: another shape, a passage that a run lists twice for a query, an empty file."""
+    columns = first_line(path).split("\t")
     judgments = len(columns) == 4 and columns[1] in ("0", "Q0") and columns[3].isdigit()
-    if first.startswith("{"):
+    expected = "a run has 6 (TREC) or 3 (MS MARCO); with tabs, lists have 2 and top1000.dev has 4"
+    if columns[0].startswith("{"):
         run = _run_of_training_file(path)
     elif len(columns) in (2, 4) and not judgments:
-        run = _run_of_lists(path, len(columns))
+        run = _run_of_lists(table(path, (2, 4), expected, "\t"))
     else:
-        run = _run_of_columns(path)
+        run = _run_of_columns(table(path, (3, 6), expected))
     if not run:
         raise UserError(f"{path}: the run is empty — check the path")
     return run
 
 
-def _run_of_columns(path) -> dict[str, RunList]:
-    gathered, names, width = {}, {}, None
-    for number, line in lines(path):
-        place = f"{path}:{number}"
-        columns = line.split()
-        width = width or len(columns)
-        if len(columns) != width or width not in (3, 6):
-            raise UserError(
-                f"{place}: {len(columns)} columns — a run has 6 (TREC) or 3 (qid, pid, rank) in "
-                "every line; mined lists and top1000.dev have tabs between their columns"
-            )
-        pid = columns[1] if width == 3 else columns[2]
+def _run_of_columns(rows) -> dict[str, RunList]:
+    run, names = {}, {}
+    for place, columns in rows:
+        pid = columns[1] if len(columns) == 3 else columns[2]
         pid = names.setdefault(pid, pid)  # one string for all its lines
-        if width == 3:
-            score = float(-_integer(columns[2], place, "the rank"))
+        if len(columns) == 3:
+            score = -_number(columns[2], place, "the rank", whole=True)
         else:
             score = _number(columns[4], place, "the score")
-        pids, scores = gathered.setdefault(columns[0], ({}, array("f")))
+        pids, scores = run.setdefault(columns[0], ({}, array("f")))
         if pid in pids:
-            raise UserError(
-                f"{place}: passage {pid} is listed twice for query {columns[0]} — remove one line"
-            )
+            pair = f"passage {pid} is listed twice for query {columns[0]}"
+            raise UserError(f"{place}: {pair} — remove one line")
         pids[pid] = None
         scores.append(score)
-    run = {}
-    for qid in list(gathered):
-        pids, scores = gathered.pop(qid)
-        run[qid] = RunList(list(pids), np.array(scores, dtype=np.float32))
+    for qid, (pids, scores) in run.items():
+        run[qid] = _run_list(pids, scores)
     return run
 
 
-def _run_of_lists(path, width: int) -> dict[str, RunList]:
-    gathered = {}
-    for number, line in lines(path):
-        columns = line.split("\t")
-        if len(columns) != width:
-            raise UserError(
-                f"{path}:{number}: {len(columns)} columns after lines of {width} — correct the line"
-            )
-        listed = columns[1].split(",") if width == 2 else columns[1:2]
+def _run_of_lists(rows) -> dict[str, RunList]:
+    run = {}
+    for place, columns in rows:
+        listed = columns[1].split(",") if len(columns) == 2 else columns[1:2]
         pids = [pid.strip() for pid in listed]
         if "" in pids and len(pids) > 1:
-            raise UserError(
-                f"{path}:{number}: a passage id in the list is empty — correct the line"
-            )
-        gathered.setdefault(columns[0].strip(), {}).update(dict.fromkeys(filter(None, pids)))
-    return {qid: RunList(list(pids), _falling(len(pids))) for qid, pids in gathered.items()}
+            raise UserError(f"{place}: a passage id in the list is empty — correct the line")
+        run.setdefault(columns[0].strip(), {}).update(dict.fromkeys(filter(None, pids)))
+    return {qid: _run_list(pids) for qid, pids in run.items()}
 
 
 def _run_of_training_file(path) -> dict[str, RunList]:
     run = {}
     for _, row in read_training_file(path):
-        scores = _falling(len(row.neg) + len(row.pos))
-        if row.neg_scores is not None and row.pos_scores is not None:
-            scores = np.array([*row.neg_scores, *row.pos_scores], dtype=np.float32)
-        run[row.qid] = RunList([*row.neg, *row.pos], scores)
+        scored = row.neg_scores is not None and row.pos_scores is not None
+        scores = [*row.neg_scores, *row.pos_scores] if scored else None
+        run[row.qid] = _run_list([*row.neg, *row.pos], scores)
     return run
 
 
-def _falling(n: int) -> np.ndarray:
-    """(n,) float32 scores -1, -2, ... of a list that states none."""
-    return -np.arange(1, n + 1, dtype=np.float32)
+def _run_list(pids: Iterable[str], scores: Iterable[float] | None = None) -> RunList:
+    pids = list(pids)
+    scores = -np.arange(1, len(pids) + 1) if scores is None else scores
+    return RunList(pids, np.array(scores, dtype=np.float32))
 
 
-def write_run(
-    path, rows: Iterable[tuple[str, list[str], Iterable[float]]], tag: str = "isthmus"
-) -> None:
+def write_run(path, rows: Iterable[tuple[str, list[str], Iterable[float]]]) -> None:
     """TREC run; ranks from 1 in the order given. Nine digits bring a float32 score back
     unchanged."""
-    write_lines(
-        path,
-        (
-            f"{qid} Q0 {pid} {rank} {score:.9g} {tag}"
-            for qid, pids, scores in rows
-            for rank, (pid, score) in enumerate(zip(pids, scores, strict=True), 1)
-        ),
+    ranked = (
+        f"{qid} Q0 {pid} {rank} {score:.9g} isthmus"
+        for qid, pids, scores in rows
+        for rank, (pid, score) in enumerate(zip(pids, scores, strict=True), 1)
     )
+    write_lines(path, ranked)

@@ -1,62 +1,61 @@
 """What passes between a trainer and a miner that run at the same time: ANCE (arXiv 2007.00808,
 figure 1).
 
-    output_dir/checkpoints/checkpoint-00000500/   of the trainer; it gets this name when it is
-                                                  complete
+    output_dir/checkpoints/checkpoint-00000500/   of the trainer
     output_dir/done                               the trainer has ended
-    generations/generation-0003/                  of the miner; it gets this name when it is
-                                                  complete: train.jsonl, and the last file,
-                                                  manifest.json: {"step": 500,
-                                                  "checkpoint": ..., ...}
-    output_dir/generations.tsv                    of the trainer: `step TAB generation` of every
-                                                  look for a new one
+    output_dir/generations.tsv                    its looks for a generation: `step TAB generation`
+    generations/generation-0003/                  of the miner: train.jsonl, and manifest.json with
+                                                  the "step" of its checkpoint
 
-Files are all that couples the two, so each may run alone, be killed, or stand on another machine
-that shares the folders. Generation numbers and the steps behind them only grow. (The ANCE
-repositories write the file that says "ready" in place, let every process list the folder for
-itself, and leave no record of what was used when.)"""
+A folder gets its name when it is complete. Files are all that couples the two, so each may run
+alone, be killed, or stand on another machine that shares the folders. Generation numbers and the
+steps behind them only grow. (The ANCE repositories let every process list the folder for itself,
+and leave no record of what was used when.)"""
 
 import os
 import re
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from torch.utils.data import Dataset
+
 from lib.dist import from_main
-from lib.files import UserError, read_json, write_lines
+from lib.files import UserError, lines, read_json, write_lines
+
+KEPT_CHECKPOINTS = 2  # for the miner
 
 
 class Generation(NamedTuple):
-    number: int  # from 1
+    number: int  # from 1; 0 is a training file without generations
     step: int  # optimizer steps of the checkpoint that found these negatives
     train: Path  # its training file
 
 
-def _numbered(folder, name: str, last_file: str) -> list[tuple[int, Path]]:
+def _numbered(folder: Path, name: str, last_file: str) -> list[tuple[int, Path]]:
     """(number, path) of folder/name-NUMBER with `last_file` in it, ascending."""
-    matches = [(re.fullmatch(rf"{name}-(\d+)", path.name), path) for path in Path(folder).glob("*")]
-    found = [(int(match[1]), path) for match, path in matches if match]
-    return sorted((number, path) for number, path in found if (path / last_file).is_file())
+    paths = [path.parent for path in folder.glob(f"{name}-*/{last_file}")]
+    found = [(re.fullmatch(rf"{name}-(\d+)", path.name), path) for path in paths]
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def checkpoint_path(output_dir, step: int) -> Path:
     return Path(output_dir) / "checkpoints" / f"checkpoint-{step:08d}"
 
 
-def newest_checkpoint(output_dir) -> tuple[int, Path] | None:
-    """(step, folder) of the last complete checkpoint of a run; None if there is none yet."""
-    found = _numbered(Path(output_dir) / "checkpoints", "checkpoint", "isthmus.json")
-    return found[-1] if found else None
+def complete_checkpoints(output_dir) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints of a run, ascending."""
+    return _numbered(Path(output_dir) / "checkpoints", "checkpoint", "isthmus.json")
 
 
-def remove_old_checkpoints(output_dir, keep: int) -> None:
-    """All but the `keep` newest, and what a killed run left unfinished. Each loses its name first,
-    so that nobody finds half of one."""
-    folder = Path(output_dir) / "checkpoints"
-    for _, path in _numbered(folder, "checkpoint", "isthmus.json")[:-keep]:
+def remove_old_checkpoints(output_dir) -> None:
+    """All but the newest, and what a killed run left unfinished. Each loses its name first, so that
+    nobody finds half of one."""
+    for _, path in complete_checkpoints(output_dir)[:-KEPT_CHECKPOINTS]:
         os.replace(path, path.with_name(f".old-{path.name}"))
-    for path in folder.glob(".*"):
+    for path in (Path(output_dir) / "checkpoints").glob(".*"):
         shutil.rmtree(path)
 
 
@@ -64,7 +63,7 @@ def read_generations(folder) -> list[Generation]:
     """The complete generations in a folder, ascending. UserError: one whose step is below that of
     the one before."""
     found = []
-    for number, path in _numbered(folder, "generation", "manifest.json"):
+    for number, path in _numbered(Path(folder), "generation", "manifest.json"):
         step = read_json(path / "manifest.json")["step"]
         if found and step < found[-1].step:
             raise UserError(
@@ -75,62 +74,59 @@ def read_generations(folder) -> list[Generation]:
     return found
 
 
-class Refresh:
-    """Which generation a run trains on: the newest complete one at every look. The main process
-    decides, and writes the decision to `record` before anyone acts upon it; a resumed run that
-    repeats these steps repeats its decisions.
+class Generations:
+    """What a run trains on: the newest generation of a folder at every look, of those that are of
+    a step which this run has reached (others belong to another run). The main process decides, and
+    writes the decision to `record` before anyone acts upon it; a resumed run repeats its decisions.
+    `train` may also be a training file, which is then the only generation.
 
-    A generation of a checkpoint that this run has not reached yet belongs to another run, and is
-    passed over. UserError: no generation yet; one that the run has used is gone."""
+    used, groups   the generation in use, and read(its file); at first the one that was used last
+    UserError: no generation yet; one that the run has used is gone."""
 
-    def __init__(self, folder, record):
-        self.folder, self.record = Path(folder), Path(record)
-        rows = []
-        if self.record.is_file():
-            text = self.record.read_text()
-            rows = text.split("\n")[:-1]  # what follows the last newline was not written to its end
-            if not text.endswith("\n"):
-                write_lines(self.record, rows)
-        self.decisions = {int(step): int(number) for step, number in (r.split("\t") for r in rows)}
+    def __init__(self, train, record, read: Callable[[Path], Dataset]):
+        self.folder = Path(train)
+        self.is_folder = self.folder.is_dir()
+        self.record = Path(record)
+        self.read = read
+        rows = [row.split("\t") for _, row in lines(record)] if self.record.is_file() else []
+        self.decisions = {int(step): int(number) for step, number in rows}
+        self.used = self._generation(max(self.decisions, default=0))
+        self.groups = read(self.used.train)
 
-    def first(self) -> Generation:
-        """What was used last, or will be used first. Writes nothing."""
-        found = read_generations(self.folder)
-        last = max(self.decisions, default=None)
-        return self._newest(found, 0) if last is None else self._find(found, self.decisions[last])
+    def renew(self, step: int, accelerator) -> bool:
+        """Look for what to use after `step` steps; True if it is another generation, which is then
+        read. The same on every process; call it on all of them."""
+        if self.is_folder:
+            newest = from_main(accelerator, partial(self._decide, step))
+            if newest != self.used:
+                self.used = newest
+                self.groups = self.read(newest.train)
+                return True
+        return False
 
-    def at(self, step: int, accelerator) -> Generation:
-        """What to use after `step` steps, the same on every process; call it on all of them."""
-        return from_main(accelerator, partial(self._look, step))
+    @property
+    def fingerprint(self) -> str | None:
+        """Of a training file; what a folder had at which step is in `record`."""
+        return None if self.is_folder else self.groups.file.fingerprint
 
-    def _look(self, step: int) -> Generation:
-        found = read_generations(self.folder)
+    def log(self, step: int) -> dict[str, int]:
+        lag = step - self.used.step
+        return {"generation": self.used.number, "lag": lag} if self.is_folder else {}
+
+    def _decide(self, step: int) -> Generation:
+        generation = self._generation(step)
         if step not in self.decisions:
-            self._decide(found, step)
-        return self._find(found, self.decisions[step])
+            self.decisions[step] = generation.number
+            write_lines(self.record, (f"{s}\t{number}" for s, number in self.decisions.items()))
+        return generation
 
-    def _decide(self, found: list[Generation], step: int) -> None:
-        earlier = [number for look, number in self.decisions.items() if look < step]
-        number = max([self._newest(found, step).number, *earlier])
-        with open(self.record, "a") as stream:
-            stream.write(f"{step}\t{number}\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        self.decisions[step] = number
-
-    def _newest(self, found: list[Generation], step: int) -> Generation:
-        reached = [generation for generation in found if generation.step <= step]
-        if not reached:
-            raise UserError(
-                f"{self.folder}: it has no generation of training data for step {step} — publish "
-                "one (recipes/ance.sh)"
-            )
-        return reached[-1]
-
-    def _find(self, found: list[Generation], number: int) -> Generation:
-        for generation in found:
-            if generation.number == number:
+    def _generation(self, step: int) -> Generation:
+        if not self.is_folder:
+            return Generation(0, 0, self.folder)
+        number = self.decisions.get(step)
+        for generation in reversed(read_generations(self.folder)):
+            if generation.number == number or (number is None and generation.step <= step):
                 return generation
-        raise UserError(
-            f"{self.folder}: generation {number}, which this run has used, is gone — restore it"
-        )
+        if number is None:
+            raise UserError(f"{self.folder}: no generation for step {step} — see recipes/ance.sh")
+        raise UserError(f"{self.folder}: generation {number}, used before, is gone — restore it")

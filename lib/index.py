@@ -1,48 +1,19 @@
 """The searchable side of mining and evaluation: BM25 over texts, or embeddings of any kind."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from lib.bm25 import BM25, Weighting
+from lib.bm25 import Weighting, open_bm25
 from lib.embeddings import Embeddings
 from lib.files import UserError
-from lib.inverted import Sparse
+from lib.inverted import Inverted, open_sparse
 from lib.search import DenseIndex
-from lib.texts import open_texts
-
-
-@dataclass(kw_only=True)
-class Source:
-    """What is searched and how: the flags that mine_negatives.py and evaluate.py share.
-
-    UserError unless there is one source, and all of it: BM25, embeddings, or run files."""
-
-    bm25: bool = False
-    queries: str | None = None  # texts, as corpus
-    corpus: str | None = None
-    queries_embeddings: str | None = None
-    corpus_embeddings: str | None = None
-    run: str | list[str] | None = None
-    folder: Path  # of the inverted lists
-    index: str | None = None  # a faiss factory string
-    bits: int = 32
-    weighting: Weighting = Weighting()
-    seed: int = 0  # of faiss' training
-
-    def __post_init__(self):
-        vectors = self.queries_embeddings, self.corpus_embeddings
-        if self.bm25 + any(vectors) + bool(self.run) != 1 or any(vectors) != all(vectors):
-            raise UserError(
-                "nothing to search, or several sources — give --bm25, or --run, or both "
-                "--queries_embeddings and --corpus_embeddings"
-            )
-        if self.bm25 and not (self.queries and self.corpus):
-            raise UserError("--bm25 searches texts — give --queries and --corpus")
+from lib.texts import Texts, open_texts
 
 
 def file_fingerprint(*paths) -> str:
@@ -57,65 +28,34 @@ def file_fingerprint(*paths) -> str:
 
 def check_pair(queries: Embeddings, corpus: Embeddings) -> None:
     """UserError unless these are queries and passages of one checkpoint."""
-    for part, kind in ((queries, "query"), (corpus, "passage")):
-        if part.meta["kind"] != kind:
-            found = part.meta["kind"]
-            raise UserError(
-                f"{part.folder}: vectors of kind {found}, not {kind} — swap the folders"
-            )
-    if queries.meta["model_hash"] != corpus.meta["model_hash"]:
-        other = f"{queries.folder}: made by another checkpoint than {corpus.folder}"
-        raise UserError(f"{other} — encode both with one checkpoint")
-    if queries.sparse != corpus.sparse:  # one checkpoint without a head of its own, two --head
-        part = queries if queries.sparse else corpus
-        other = f"{part.folder}: sparse vectors, but the others are dense"
-        raise UserError(f"{other} — encode both with one --head")
+    kinds = queries.meta["kind"], corpus.meta["kind"]
+    if kinds != ("query", "passage"):
+        problem = f"{queries.folder}: vectors of kind {kinds[0]}, and {corpus.folder} of {kinds[1]}"
+        raise UserError(f"{problem} — give those of queries, then those of passages")
+    # one checkpoint without a head of its own gives sparse or dense vectors, by --head
+    made = [(part.meta["model_hash"], part.sparse) for part in (queries, corpus)]
+    if made[0] != made[1]:
+        problem = f"{queries.folder}: made by another checkpoint or --head than {corpus.folder}"
+        raise UserError(f"{problem} — encode both with the same")
 
 
+@dataclass
 class Index:
-    """queries and corpus (Texts or Embeddings), and the search of the one for the other. The index
-    is built, or opened, by the first search, which all processes make.
+    """Queries and a corpus, and the search of the one for the other."""
 
-    UserError: embeddings that do not belong together, --index with sparse vectors."""
-
-    def __init__(self, source: Source, accelerator):
-        self.source, self.accelerator = source, accelerator
-        if source.bm25:
-            with accelerator.main_process_first():
-                self.corpus, self.queries = open_texts(source.corpus), open_texts(source.queries)
-            k1, b = source.weighting
-            self.name = f"BM25, k1 {k1}, b {b} (Lucene's variant)"
-            return
-        self.queries = Embeddings(source.queries_embeddings)
-        self.corpus = Embeddings(source.corpus_embeddings)
-        check_pair(self.queries, self.corpus)
-        if self.corpus.sparse and source.index:
-            raise UserError(
-                "--index is for dense vectors — leave it out; --bits 8 makes a sparse index small"
-            )
-        how = f"{source.bits} bits a weight" if self.corpus.sparse else source.index
-        self.name = f"{self.corpus.meta['model']}, {how or 'exact search'}"
+    queries: Texts | Embeddings
+    corpus: Texts | Embeddings
+    name: str  # of the retriever
+    folder: Path  # of inverted lists; dense vectors have none
+    inputs: dict[str, str]  # fingerprints, see lib/launch.claim_output
+    open: Callable[[], Inverted | DenseIndex]  # builds the index if necessary; on all processes
 
     @cached_property
-    def engine(self) -> BM25 | Sparse | DenseIndex:
-        source, corpus = self.source, self.corpus
-        if source.bm25:
-            return BM25.open(corpus, source.folder, source.weighting, self.accelerator)
-        if corpus.sparse:
-            return Sparse.open(corpus, source.folder, source.bits, self.accelerator)
-        return DenseIndex(corpus, self.accelerator, source.index, source.seed)
-
-    @property
-    def inputs(self) -> dict[str, str]:
-        """Fingerprints of the queries and the corpus, see lib/launch.claim_output."""
-        if self.source.bm25:
-            return {"queries": self.queries.fingerprint, "corpus": self.corpus.fingerprint}
-        folders = {"queries_embeddings": self.queries, "corpus_embeddings": self.corpus}
-        keys = "model_hash", "input_fingerprint"
-        return {name: str([part.meta.get(k) for k in keys]) for name, part in folders.items()}
+    def engine(self) -> Inverted | DenseIndex:
+        return self.open()
 
     def _asked(self, queries: np.ndarray):
-        if self.source.bm25:
+        if isinstance(self.queries, Texts):
             return [self.queries[row][1] for row in queries]
         return self.queries.take(queries)
 
@@ -128,5 +68,36 @@ class Index:
         return self.engine.score(self._asked(queries), rows)
 
 
-def open_index(source: Source, accelerator) -> Index:
-    return Index(source, accelerator)
+def open_index(args, accelerator) -> Index | None:
+    """What the arguments of mine_negatives.py or evaluate.py say; None for --run. The first search
+    builds or opens the index. UserError: not one source, an incomplete one, embeddings that do not
+    belong together, --index with sparse vectors."""
+    vectors = args.queries_embeddings, args.corpus_embeddings
+    texts = args.queries, args.corpus
+    if args.bm25 + any(vectors) + bool(args.run) != 1 or any(vectors) != all(vectors):
+        either = "--bm25, or --run, or --queries_embeddings and --corpus_embeddings"
+        raise UserError(f"nothing to search, or several sources — give {either}")
+    if args.bm25 and not all(texts):
+        raise UserError("--bm25 searches texts — give --queries and --corpus")
+    if args.run:
+        return None
+    folder = Path(args.bm25_index or Path(args.output_dir) / "index")
+    if args.bm25:
+        with accelerator.main_process_first():
+            queries, corpus = map(open_texts, texts)
+        name = f"BM25, k1 {args.k1}, b {args.b} (Lucene's variant)"
+        inputs = {"queries": queries.fingerprint, "corpus": corpus.fingerprint}
+        build = partial(open_bm25, corpus, folder, Weighting(args.k1, args.b), accelerator)
+        return Index(queries, corpus, name, folder, inputs, build)
+    queries, corpus = map(Embeddings, vectors)
+    check_pair(queries, corpus)
+    if corpus.sparse and args.index:
+        raise UserError("--index is for dense vectors — leave it out, or use --bits 8")
+    how = f"{args.bits} bits a weight" if corpus.sparse else args.index or "exact search"
+    folders = {"queries_embeddings": queries, "corpus_embeddings": corpus}
+    keys = ["model_hash", "input_fingerprint"]
+    inputs = {name: str([part.meta.get(k) for k in keys]) for name, part in folders.items()}
+    build = partial(DenseIndex, corpus, accelerator, args.index, args.seed)
+    if corpus.sparse:
+        build = partial(open_sparse, corpus, folder, args.bits, accelerator)
+    return Index(queries, corpus, f"{corpus.meta['model']}, {how}", folder, inputs, build)

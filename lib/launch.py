@@ -1,5 +1,5 @@
-"""How every script starts, speaks, stops and goes on: arguments, Accelerator, output folder, log,
-resume state."""
+"""How every script starts, speaks, stops and goes on: Accelerator, output folder, log, resume
+state."""
 
 import contextlib
 import functools
@@ -30,17 +30,8 @@ from lib.dist import all_gather, from_main
 from lib.files import UserError, lines, read_json, write_json, write_lines
 
 PACKAGES = "torch transformers tokenizers accelerate datasets faiss-cpu faiss-gpu numpy".split()
-
 # arguments of training scripts that do not change their result
-WITHOUT_EFFECT = (
-    "log_every",
-    "save_every",
-    "num_workers",
-    "report_to",
-    "probe_every",
-    "probe_queries",
-    "probe_qrels",
-)
+WITHOUT_EFFECT = "log_every save_every num_workers report_to probe_every probe_queries probe_qrels"
 
 
 def run(main) -> None:
@@ -49,10 +40,9 @@ def run(main) -> None:
     transformers.utils.logging.disable_progress_bar()
     try:
         main()
-        # What main() held is gone by now, DDP's reducer above all. If that were the last to hold
-        # the process group, it would wait for a thread of gloo while it has the GIL, which the
-        # thread may need: a run that hangs at its end, now and then. A gloo process that just ends
-        # may abort in that thread.
+        # Only now, when DDP's reducer is gone with main's variables: if that were the last to hold
+        # the group, it would wait with the GIL for a thread of gloo that may need the GIL, and the
+        # run would hang at its end. A gloo process that just ends may abort in that thread.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except UserError as error:
@@ -68,9 +58,8 @@ def run(main) -> None:
 
 
 def end_with_parent(_worker: int = 0) -> None:
-    """The first act of a worker of a loader or pool: to end as soon as the process it works for has
-    ended, by kill -9 too. The watchdog of torch's workers watches another process under forkserver,
-    by which Python 3.14 starts them."""
+    """Make a worker of a loader or pool end as soon as its parent process has ended, by kill -9
+    too. (Torch's own watchdog watches another process under forkserver, Python 3.14's default.)"""
     died = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (wait([died]), os._exit(1)), daemon=True).start()
 
@@ -95,32 +84,22 @@ def make_accelerator(
         kwargs_handlers=[ddp],
     )
     if report_to != "none" and not accelerator.log_with:  # Accelerate warns and goes on
-        raise UserError(
-            f"--report_to {report_to}: not installed — pip install {report_to}, or leave it out"
-        )
-    plain = DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU
-    if accelerator.distributed_type not in plain:
-        raise UserError(
-            f"{accelerator.distributed_type.value} is not supported — run `accelerate config` and "
-            "choose plain data parallelism"
-        )
-    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
-        raise UserError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but Accelerate runs "
-            f"{accelerator.num_processes} process — on a CPU use "
-            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N`"
-        )
-    on_cpu = accelerator.device.type == "cpu"
-    wanted = {accelerator.mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION")}
-    if on_cpu and "fp16" in wanted:
-        raise UserError("fp16 on a CPU would silently be fp32 — use --mixed_precision bf16 or no")
-    if on_cpu and accelerator.mixed_precision == "bf16" and not onednn(torch.bfloat16):
-        accelerator.print(
-            "note: this CPU has no bf16 — --mixed_precision no is several times faster"
-        )
-    gpus = torch.cuda.device_count()
-    if accelerator.num_processes == 1 and gpus > 1:
-        print(f"note: one of {gpus} GPUs is used — `accelerate launch --num_processes N` uses more")
+        raise UserError(f"--report_to {report_to}: not installed — pip install {report_to}")
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        wrong = f"{kind.value} is not supported"
+        raise UserError(f"{wrong} — choose plain data parallelism in `accelerate config`")
+    asked = int(os.environ.get("WORLD_SIZE", 1))
+    if asked != accelerator.num_processes:
+        wrong = f"WORLD_SIZE is {asked} but Accelerate runs {accelerator.num_processes} process"
+        command = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+        raise UserError(f"{wrong} — on a CPU use `{command}`")
+    if accelerator.device.type == "cpu":
+        precision = accelerator.mixed_precision
+        if "fp16" in (precision, os.environ.get("ACCELERATE_MIXED_PRECISION")):
+            raise UserError("fp16 on a CPU would be fp32 — use --mixed_precision bf16 or no")
+        if precision == "bf16" and not onednn(torch.bfloat16):
+            accelerator.print("note: this CPU has no bf16 — --mixed_precision no is faster")
     return accelerator
 
 
@@ -129,26 +108,17 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide numbers, and the commit of this code."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
+        "git describe --always --dirty", shell=True, cwd=Path(__file__).parent, capture_output=True
     )
-    found["commit"] = git.stdout.strip() or "unknown"
+    found["commit"] = git.stdout.decode().strip() or "unknown"
     return found
 
 
 def claim_output(
-    args,
-    accelerator,
-    last_file: str = "done",
-    ignore: tuple[str, ...] = (),
-    inputs: dict | None = None,
+    args, accelerator, last_file: str = "done", ignore=(), inputs: dict | None = None
 ) -> bool:
     """Make args.output_dir the folder of this run; True if an equal run has already completed it.
 
@@ -161,63 +131,47 @@ def claim_output(
     skipped = {"output_dir", "resume", "dry_run", *ignore}
     arguments = {name: value for name, value in asdict(args).items() if name not in skipped}
     made = json.loads(json.dumps({"arguments": arguments, "inputs": inputs or {}}))
-
-    def claim() -> bool:
-        folder = Path(args.output_dir)
-        complete = _is_complete(folder, made, last_file, getattr(args, "resume", None))
-        if not complete:
-            command = [sys.executable, *sys.argv]
-            write_json(folder / "args.json", {**made, "versions": versions(), "command": command})
-        return complete
-
-    complete = from_main(accelerator, claim)
+    folder = Path(args.output_dir)
+    resume = getattr(args, "resume", True)
+    complete = from_main(accelerator, lambda: _claim(folder, made, last_file, resume))
     if complete:
-        accelerator.print(f"{args.output_dir} is complete")
+        accelerator.print(f"{folder} is complete")
     return complete
 
 
-def _is_complete(folder: Path, made: dict, last_file: str, resume: bool | None) -> bool:
-    """Whether an equal run has completed the folder; otherwise this run may begin or continue it.
-    UserError: see claim_output."""
+def _claim(folder: Path, made: dict, last_file: str, resume: bool) -> bool:
     if folder.is_file():
         raise UserError(f"{folder}: this is a file — choose another --output_dir")
-    if not folder.is_dir():
-        return False
-    unfinished = [p for p in folder.iterdir() if p.name.startswith((".tmp-", ".old-"))]
-    others = [p for p in folder.iterdir() if p not in unfinished]
-    if others and not (folder / "args.json").is_file():
-        raise UserError(
-            f"{folder}: it holds something else ({others[0].name}, ...) — choose another "
-            "--output_dir or empty it"
-        )
-    for leftover in unfinished:  # of a killed run
+    leftovers = [*folder.glob(".tmp-*"), *folder.glob(".old-*")]  # of a killed run
+    names = {path.name for path in folder.glob("*") if path not in leftovers}
+    if names and "args.json" not in names:
+        wrong = f"{folder}: it holds something else ({min(names)}, ...)"
+        raise UserError(f"{wrong} — choose another --output_dir or empty it")
+    for leftover in leftovers:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    if {p.name for p in others} <= {"args.json"}:  # a run that stopped before it made anything
-        return False
-    before = read_json(folder / "args.json")
-    for kind, shown in (("arguments", "--{}"), ("inputs", "{}")):
-        old, new = before.get(kind, {}), made[kind]
-        for key in sorted({*old, *new}):
-            if old.get(key) != new.get(key):
-                raise UserError(
-                    f"{folder}: it was made with {shown.format(key)} {old.get(key)}, now "
-                    f"{new.get(key)} — choose another --output_dir or remove the folder"
-                )
-    if (folder / last_file).is_file():
-        return True
-    if resume is False:
-        raise UserError(
-            f"{folder}: it holds an unfinished run — add --resume to continue, or remove it"
-        )
+    if names - {"args.json"}:  # without others, the run before stopped before it made anything
+        before = read_json(folder / "args.json")
+        for kind, flag in (("arguments", "--"), ("inputs", "")):
+            old, new = before.get(kind, {}), made[kind]
+            for key in sorted({*old, *new}):
+                if old.get(key) != new.get(key):
+                    wrong = f"{folder}: it was made with {flag}{key} {old.get(key)}"
+                    remedy = "choose another --output_dir or remove the folder"
+                    raise UserError(f"{wrong}, now {new.get(key)} — {remedy}")
+        if (folder / last_file).is_file():
+            return True
+        if not resume:
+            wrong = f"{folder}: it holds an unfinished run"
+            raise UserError(f"{wrong} — add --resume to continue, or remove it")
+    command = [sys.executable, *sys.argv]
+    write_json(folder / "args.json", {**made, "versions": versions(), "command": command})
     return False
 
 
 def echo(accelerator, heading: str, facts: dict) -> None:
     """The block that is printed before any work: what is about to run."""
-    accelerator.print(f"== {heading}")
-    for name, value in facts.items():
-        accelerator.print(f"   {name:<24} {value}")
-    accelerator.print(end="", flush=True)
+    rows = (f"   {name:<24} {value}" for name, value in facts.items())
+    accelerator.print(f"== {heading}", *rows, sep="\n", flush=True)
 
 
 def begin(accelerator, args, heading: str, facts: dict, preview: Callable[[], dict]) -> bool:
@@ -230,7 +184,7 @@ def begin(accelerator, args, heading: str, facts: dict, preview: Callable[[], di
     if args.dry_run:
         echo(accelerator, f"dry run: {heading}", facts | preview())
         return False
-    if claim_output(args, accelerator, ignore=WITHOUT_EFFECT, inputs=inputs):
+    if claim_output(args, accelerator, ignore=WITHOUT_EFFECT.split(), inputs=inputs):
         return False
     echo(accelerator, heading, facts)
     return True
@@ -247,38 +201,35 @@ def describe(accelerator) -> str:
 
 class RunLog:
     """One line per logged step, the same on the console, in log.jsonl and in the tracker; main
-    process only."""
+    process only. A run that goes on from `step` does later steps again, so their lines go."""
 
     def __init__(self, accelerator, output_dir, step: int = 0):
         self.accelerator, self.path = accelerator, Path(output_dir) / "log.jsonl"
         if accelerator.is_main_process and self.path.is_file():
-            write_lines(self.path, self._lines_up_to(step) if step else [])
+            kept = []
+            for _, line in lines(self.path):
+                with contextlib.suppress(json.JSONDecodeError):  # a killed run wrote half a line
+                    if step and json.loads(line)["step"] <= step:
+                        kept.append(line)
+            write_lines(self.path, kept)
         if accelerator.log_with:
             accelerator.init_trackers("isthmus")
-
-    def _lines_up_to(self, step: int) -> list[str]:
-        """A resumed run does later steps again; without a state, all of them. The last line may be
-        half written, by a run that was killed."""
-        kept = []
-        for _, line in lines(self.path):
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-        return kept
 
     def write(self, step: int, values: dict, bar=None) -> None:
         """A value may be a list, which the console leaves out and a tracker gets as name/0, name/1,
         ..."""
         numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
-        lists = {name: value for name, value in values.items() if isinstance(value, list)}
-        flat = {f"{name}/{i}": v for name, some in lists.items() for i, v in enumerate(some)}
-        self.accelerator.log(numbers | flat, step=step)
+        parts = {
+            f"{name}/{i}": part
+            for name in values.keys() - numbers.keys()
+            for i, part in enumerate(values[name])
+        }
+        self.accelerator.log(numbers | parts, step=step)
         if self.accelerator.is_main_process:
             with open(self.path, "a") as stream:
                 stream.write(json.dumps({"step": step, **values}) + "\n")
-            shown = [
-                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()
-            ]
+            texts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in numbers.items()}
+            shown = (f"{name} {text}" for name, text in texts.items())
             (bar.write if bar is not None else print)(f"step {step:>6}  {'  '.join(shown)}")
 
 
@@ -287,11 +238,7 @@ class Means:
     Numbers stay on the device until they are taken."""
 
     def __init__(self):
-        self._reset()
-
-    def _reset(self) -> None:
-        self.totals, self.count = {}, 0
-        self.clock = time.perf_counter()
+        self.totals, self.count, self.start = {}, 0, time.perf_counter()
 
     def add(self, values: dict[str, Tensor]) -> None:
         self.count += 1
@@ -301,9 +248,9 @@ class Means:
     def take(self) -> tuple[dict[str, float], float]:
         """(means, seconds per micro-step) since the last call; on all processes."""
         means = all_gather(torch.stack([*self.totals.values()])[None]).mean(0) / self.count
-        seconds = (time.perf_counter() - self.clock) / self.count
+        seconds = (time.perf_counter() - self.start) / self.count
         found = dict(zip(self.totals, means.tolist(), strict=True))
-        self._reset()
+        self.totals, self.count, self.start = {}, 0, time.perf_counter()
         return found, seconds
 
     @contextlib.contextmanager
@@ -311,7 +258,7 @@ class Means:
         """What happens inside takes no time."""
         start = time.perf_counter()
         yield
-        self.clock += time.perf_counter() - start
+        self.start += time.perf_counter() - start
 
 
 def save_state(output_dir, step: int, accelerator, model, optimizer, extra: dict) -> None:
@@ -341,10 +288,8 @@ def load_state(output_dir, accelerator, model, optimizer) -> tuple[int, dict]:
         return 0, {}
     state = torch.load(path, map_location="cpu", weights_only=True)
     if state["launched"] != _launched(accelerator):
-        raise UserError(
-            f"{output_dir}: the run had {state['launched']}, now {_launched(accelerator)} — resume "
-            "it as it was"
-        )
+        wrong = f"{output_dir}: the run had {state['launched']}, now {_launched(accelerator)}"
+        raise UserError(f"{wrong} — resume it as it was")
     accelerator.unwrap_model(model).load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     if accelerator.scaler is not None:

@@ -1,8 +1,8 @@
 """The head of a masked language model without its logits, which would take gigabytes.
 
-Legend: B texts, L tokens of the longest, D hidden size, V vocabulary, n positions with a label.
-`hidden` is what the transform of the LM head returns; `weight` (V, D) and `bias` (V,) are its
-output layer. Products are in autocast's precision; maxima, softmaxes and losses in fp32.
+B texts, L tokens of the longest, D hidden size, V vocabulary, n tokens with a label. `hidden` is
+what the transform of the LM head returns; `weight` (V, D) and `bias` (V,) are its output layer.
+Products are in autocast's precision; maxima, softmaxes and losses in fp32.
 """
 
 from typing import NamedTuple
@@ -21,8 +21,7 @@ POOLED_LOGITS = {"cpu": 2**21, "cuda": 2**26}
 
 
 class Term(NamedTuple):
-    """One loss term of a batch: a sum, so that the caller can divide by the labels of all
-    processes."""
+    """One loss term of a batch; the caller divides the sum by the labels of all processes."""
 
     loss: Tensor  # sum over the labels
     labels: int
@@ -65,17 +64,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, with_grad):
         dtype = _product_dtype(hidden)
-        n, w = len(hidden), weight.to(dtype)
+        w = weight.to(dtype)
+        n, V = len(hidden), len(weight)
         loss = torch.zeros((), device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        needs = [need and with_grad for need in ctx.needs_input_grad[:3]]
-        to_hidden, to_weight, to_bias = (
-            torch.zeros_like(x, dtype=torch.float32) if need else None
-            for x, need in zip((hidden, weight, bias), needs, strict=True)
-        )
-        rows = min(max(1, CHUNK_LOGITS.get(hidden.device.type, 2**26) // len(weight)), max(n, 1))
+        if with_grad:
+            to_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+            to_weight = torch.zeros_like(weight, dtype=torch.float32)
+            to_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+            ctx.grads = to_hidden, to_weight, to_bias
+        rows = min(max(1, CHUNK_LOGITS.get(hidden.device.type, 2**26) // V), max(n, 1))
         # one buffer for all chunks: the system would zero fresh memory of this size page by page
-        buffer = torch.empty(rows, len(weight), device=hidden.device)
+        buffer = torch.empty(rows, V, device=hidden.device)
         products = buffer if dtype == torch.float32 else torch.empty_like(buffer, dtype=dtype)
         for start in range(0, n, rows):
             part = slice(start, start + rows)
@@ -93,40 +93,33 @@ class _LinearCrossEntropy(torch.autograd.Function):
             probs = torch.softmax(logits, 1, out=logits)
             # log of the sum of exponentials: highest - log(probability of the highest)
             loss += (highest - probs.amax(1, keepdim=True).log() - at_label).sum()
-            if not any(needs):
+            if not with_grad:
                 continue
             grad = probs.scatter_add_(1, y, torch.full_like(at_label, -1.0))  # d loss / d logits
-            if to_bias is not None:
+            if bias is not None:
                 to_bias += grad.sum(0)
             grad = grad if dtype == torch.float32 else low.copy_(grad)
-            if to_hidden is not None:
-                to_hidden[part] = grad @ w
-            if to_weight is not None and dtype == torch.float32:
+            to_hidden[part] = grad @ w
+            if dtype == torch.float32:
                 to_weight.addmm_(grad.T, h)  # no second (V, D)
-            elif to_weight is not None:
+            else:
                 to_weight += grad.T @ h
-        ctx.grads = to_hidden, to_weight, to_bias
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
     @staticmethod
     def backward(ctx, upstream, _):
-        pairs = zip(ctx.grads, ctx.dtypes, strict=True)
-        grads = [None if grad is None else (grad * upstream).to(dtype) for grad, dtype in pairs]
-        return *grads, None, None
+        """fp32; autograd casts each gradient to the dtype of its input."""
+        return *(None if grad is None else grad * upstream for grad in ctx.grads), None, None
 
 
 def max_pooled_logits(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
     """The highest logit of each term of the vocabulary over the positions of a text.
 
     pooled[b, v] = max_{l: mask[b, l]} (hidden[b, l] @ weight[v] + bias[v]);  0 without a position
-    hidden: (B, L, D)   weight: (V, D)   bias: (V,)   mask: (B, L) bool, True = take
-    -> (B, V) fp32
-    Keeps the position of each maximum (of equal ones the first), and the gradient goes back through
-    this position alone: at most B·V weighted rows in place of two products as large as the forward
-    pass."""
-    assert hidden.shape[:2] == mask.shape and mask.dtype == torch.bool
+    hidden: (B, L, D)   mask: (B, L) bool, True = take   ->   (B, V) fp32
+    The gradient goes back through the position of each maximum alone, of equal ones the first: at
+    most B·V weighted rows in place of two products as large as the forward pass."""
     pooled = _MaxPooledLogits.apply(hidden, weight, bias, mask)
     return pooled.masked_fill(~mask.any(1, keepdim=True), 0.0)
 
@@ -159,8 +152,7 @@ class _MaxPooledLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         """Each (text, term) with a gradient adds grad · weight[term] to one position and
-        grad · hidden[position] to one term: two weighted sums of rows, without a (B, V, D)
-        tensor."""
+        grad · hidden[position] to one term: two weighted sums of rows."""
         hidden, weight, where = ctx.saved_tensors
         grad = grad.float()
         flat = hidden.flatten(0, 1).float()
@@ -171,12 +163,10 @@ class _MaxPooledLogits(torch.autograd.Function):
         to_weight = _sum_rows(flat, place, share, term, len(weight))  # (V, D)
         order = place.argsort()
         rows = _sum_rows(weight.float(), term[order], share[order], place[order], len(flat))
-        to_hidden = rows.view_as(hidden).to(hidden.dtype)
-        return to_hidden, to_weight.to(weight.dtype), grad.sum(0), None
+        return rows.view_as(hidden), to_weight, grad.sum(0), None
 
 
 def _sum_rows(rows: Tensor, index: Tensor, factor: Tensor, group: Tensor, groups: int) -> Tensor:
-    """out[g] = sum of factor[i] · rows[index[i]] over all i with group[i] == g; `group` must
-    ascend. -> (groups, D)"""
+    """(groups, D) sum of factor[i] · rows[index[i]] over all i with group[i] == g, ascending."""
     first = torch.searchsorted(group, torch.arange(groups, device=group.device))
     return F.embedding_bag(index, rows, first, mode="sum", per_sample_weights=factor)

@@ -1,8 +1,10 @@
-"""What the loaders of the two training scripts yield. Text becomes ids here, in the workers; every
-draw is a function of (seed, step, row)."""
+"""The batches of the two training scripts: their examples, and the workers that make them."""
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -11,62 +13,44 @@ from lib.launch import end_with_parent
 from lib.text import step_seed
 
 
+@dataclass
 class StepSampler:
-    """Batch sampler without end and without state: micro-step m takes positions m*W*B ... (m+1)*W*B
-    of the concatenated epochs, this process its B of them. So W processes of batch B see what one
-    of batch W*B sees, and a resume starts at any micro-step.
+    """Batches [(example, micro_step, row), ...] without end; row counts in the batch of all
+    processes. Micro-step m takes positions m*W*B ... (m+1)*W*B of the concatenated epochs, this
+    process its B of them. So W processes of batch B see what one of batch W*B sees."""
 
-    Yields [(example, micro_step, global_row), ...] of length B; global_row counts within the batch
-    of the whole world. Each epoch is a permutation by (seed, epoch), or epoch_order(epoch); a batch
-    that runs over the end of an epoch is filled from the next."""
-
-    def __init__(
-        self,
-        num_examples: int,
-        per_device_batch_size: int,
-        rank: int,
-        world: int,
-        seed: int,
-        start: int = 0,
-        epoch_order: Callable[[int], np.ndarray] | None = None,
-    ):
-        assert num_examples > 0 and 0 <= rank < world
-        self.num_examples, self.batch, self.rank, self.world = (
-            num_examples,
-            per_device_batch_size,
-            rank,
-            world,
-        )
-        self.start, self.epoch_order = (
-            start,
-            epoch_order or (lambda epoch: permutation(num_examples, seed, epoch)),
-        )
+    dataset: Dataset  # has a length, and order(epoch), the examples of an epoch
+    batch_size: int  # B, of each process
+    rank: int
+    world: int  # W
+    start: int = 0  # the first micro-step
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        epoch, order, micro_step = -1, None, self.start
-        while True:
+        order = lru_cache(maxsize=1)(self.dataset.order)
+        first_row = self.rank * self.batch_size
+        for micro_step in count(self.start):
             batch = []
-            for row in range(self.rank * self.batch, (self.rank + 1) * self.batch):
-                now, offset = divmod(micro_step * self.world * self.batch + row, self.num_examples)
-                if now != epoch:
-                    epoch, order = now, self.epoch_order(now)
-                batch.append((int(order[offset]), micro_step, row))
+            for row in range(first_row, first_row + self.batch_size):
+                position = micro_step * self.world * self.batch_size + row
+                epoch, offset = divmod(position, len(self.dataset))
+                batch.append((int(order(epoch)[offset]), micro_step, row))
             yield batch
-            micro_step += 1
 
 
-def load(dataset: Dataset, collate: Callable, sampler, num_workers: int, device) -> Iterator[dict]:
-    """Batches without end, made by loader workers. sampler: of batches; None = the dataset yields
-    them whole."""
-    # without it tokenizers warns at every fork of a worker
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    how = {"batch_sampler": sampler} if sampler else {"batch_size": None}
-    how |= {
-        "num_workers": num_workers,
-        "worker_init_fn": end_with_parent,
-        "pin_memory": device.type == "cuda",
-    }
-    return iter(DataLoader(dataset, collate_fn=collate, **how))
+def load(dataset, collate: Callable, sampler, num_workers: int, device=None) -> Iterator:
+    """Batches made by loader workers. sampler: of batches; None = each item is a batch."""
+    if num_workers:  # tokenizers would warn at every fork
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    loader = DataLoader(
+        dataset,
+        batch_size=1 if sampler else None,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=num_workers,
+        worker_init_fn=end_with_parent,
+        pin_memory=device is not None and device.type == "cuda",
+    )
+    return iter(loader)
 
 
 def permutation(size: int, seed: int, *place: int) -> np.ndarray:

@@ -1,11 +1,8 @@
-"""Which tokens are hidden from a language model: masks made on the device, without loops over
-tokens.
-
-Shapes: B texts, L tokens of the longest, V vocabulary.
-Masks: attention_mask 1 = keep; all others True = hidden.
-"""
+"""Which tokens are hidden from a language model: masks made on the device. B texts, L tokens of the
+longest, V vocabulary. attention_mask 1 = keep; all other masks True = hidden."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lib.text import step_seed
@@ -20,8 +17,7 @@ MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def special_table(tokenizer) -> Tensor:
-    """(V,) bool, True for special tokens ([CLS], [SEP], ...) but not for [UNK], an ordinary
-    word."""
+    """(V,) bool, True for special tokens, but not for [UNK], an ordinary word."""
     table = torch.zeros(len(tokenizer), dtype=torch.bool)
     table[[i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id]] = True
     return table
@@ -30,28 +26,25 @@ def special_table(tokenizer) -> Tensor:
 def word_start_table(tokenizer) -> Tensor:
     """(V,) bool, True for tokens that open a word: those without "##" in WordPiece, those with "Ġ"
     in byte-level BPE or "▁" in SentencePiece."""
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    tokens = [token or "" for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))]
     for mark in ("Ġ", "▁"):
-        if sum(t.startswith(mark) for t in tokens if t) > len(tokens) // 10:
-            return torch.tensor([bool(t) and t.startswith(mark) for t in tokens])
-    return torch.tensor([not (t or "").startswith("##") for t in tokens])
+        opens = torch.tensor([token.startswith(mark) for token in tokens])
+        if opens.sum() > len(tokens) // 10:
+            return opens
+    return torch.tensor([not token.startswith("##") for token in tokens])
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64. Its shifts are logical: the sign bits that >> copies are
-    cleared."""
+    """The finaliser of splitmix64, with the sign bits cleared that >> copies."""
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * MIX_1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * MIX_2
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 def counter_uniform(seed: int, step: int, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Random numbers in [0, 1), each a function of its place: (B, *shape) float32 on the device of
-    rows.
-
-    rows: (B,) int64, the row of each text in the batch of all processes. The number at [b, i, j]
-    is a hash of (seed, step, rows[b], i, j). So it does not depend on the other texts, the number
-    of processes, the device, or `shape` (padding)."""
+    """(B, *shape) float32 random numbers in [0, 1): a hash of (seed, step, rows[b], i, j) at
+    [b, i, j]. So they do not depend on the other texts, the processes, the device, or padding.
+    rows: (B,) int64, of each text in the batch of all processes"""
     keys = _mix((rows + 1) * GOLDEN + step_seed(seed, step))
     for size in shape:
         counter = torch.arange(1, size + 1, device=keys.device) * GOLDEN
@@ -60,14 +53,12 @@ def counter_uniform(seed: int, step: int, rows: Tensor, shape: tuple[int, ...]) 
 
 
 def word_index(ids: Tensor, attention_mask: Tensor, starts: Tensor, special: Tensor) -> Tensor:
-    """(B, L) int64: the number 0, 1, 2, ... of the word that each token belongs to; -1 at special
-    tokens and padding.
+    """(B, L) int64 number 0, 1, 2, ... of each token's word; -1 at special tokens and padding.
+    starts, special: (V,) bool, word_start_table and special_table
 
-    ids: (B, L)   starts, special: (V,) bool, word_start_table and special_table. A `starts` that is
-    True everywhere makes every token a word. The token after a special one opens a word too,
-    because byte-level BPE does not mark the first word of a text."""
+    The token after a special one opens a word too: byte-level BPE does not mark a text's first."""
     ordinary = attention_mask.bool() & ~special[ids]
-    after_special = torch.nn.functional.pad(~ordinary[:, :-1], (1, 0), value=True)
+    after_special = F.pad(~ordinary[:, :-1], (1, 0), value=True)
     opens = ordinary & (starts[ids] | after_special)
     return (opens.cumsum(1) - 1).masked_fill(~ordinary, -1)
 
@@ -83,9 +74,8 @@ def whole_word_mask(words: Tensor, budget: Tensor, noise: Tensor) -> Tensor:
     words: (B, L) of word_index   budget: (B,) tokens   noise: (B, L), or (B, m, L) for m masks per
     text; words are taken in the order of noise[..., word]   ->   bool like noise, True = hidden
     Example: words of 1, 3 and 1 tokens in this order, budget 2 -> the first and the third word.
-    A word that would exceed the budget is skipped; later ones may still fit. Each of the ROUNDS
-    takes words up to the first that does not fit. The room left is smaller than that word, so four
-    rounds fail to fill it only in texts of very long words."""
+    Each of the ROUNDS takes words up to the first that does not fit and skips that one. Four rounds
+    leave room only in texts of very long words."""
     B, L = words.shape
     many = noise.reshape(B, -1, L)
     sizes = torch.zeros(B, L + 1, dtype=torch.int32, device=words.device)
@@ -106,12 +96,9 @@ def whole_word_mask(words: Tensor, budget: Tensor, noise: Tensor) -> Tensor:
 
 
 def corrupt(ids: Tensor, mask: Tensor, noise: Tensor, mask_id: int, ordinary: Tensor) -> Tensor:
-    """(B, L) ids in which each token under `mask` is replaced by [MASK] (80%) or any ordinary token
-    (10%), or stays (10%).
-
-    mask: (B, L) bool   noise: (B, 2, L) in [0, 1)   ordinary: (n,) ids of the possible
-    replacements. (The usual routine also draws special tokens. A [PAD] inside a text would shift
-    RoBERTa's positions.)"""
+    """(B, L) ids: a token under `mask` becomes [MASK] (80%), an ordinary token (10%), or stays.
+    mask: (B, L) bool   noise: (B, 2, L) in [0, 1)   ordinary: (n,) ids of ordinary tokens
+    (A special token would do harm: a [PAD] inside a text shifts RoBERTa's positions.)"""
     fate, which = noise.unbind(1)
     other = ordinary[(which * len(ordinary)).long().clamp(max=len(ordinary) - 1)]
     replaced = torch.where(fate < 0.8, mask_id, torch.where(fate < 0.9, other, ids))
@@ -119,13 +106,11 @@ def corrupt(ids: Tensor, mask: Tensor, noise: Tensor, mask_id: int, ordinary: Te
 
 
 def position_specific_view(attention_mask: Tensor, hidden: Tensor, noise: Tensor) -> Tensor:
-    """(B, L, L) bool, True = row i may attend to column j: RetroMAE's enhanced decoding (arXiv
-    2205.12035, Eq. 7).
+    """(B, L, L) bool, True = row i may attend to column j: RetroMAE (arXiv 2205.12035, Eq. 7).
 
     hidden: (B, m, L), m masks; row i of a text of n tokens takes one of the first min(n, m), chosen
-    by noise (B, L). Row i never sees column i, and no row sees padding. Special tokens such as
-    [CLS] (column 0) are in no mask. A row without any column sees all of them, because a softmax
-    needs one; only row 0 can be such a row, and it has no label."""
+    by noise (B, L). It sees neither column i nor padding. Row 0, which has no label, may be left
+    without a column; it then sees all of them, because a softmax needs one."""
     B, m, L = hidden.shape
     choices = attention_mask.sum(1, keepdim=True).clamp(max=m)  # (B, 1)
     pick = torch.minimum((noise * choices).long(), choices - 1)

@@ -15,33 +15,25 @@ from lib.files import RunList, UserError
 
 KINDS = {"ndcg": "nDCG", "rr": "RR", "mrr": "RR", "r": "R", "recall": "R", "ap": "AP", "map": "AP"}
 KINDS |= {"p": "P", "precision": "P", "success": "Success", "hole": "Hole"}
+# trec_eval's names; Hole is not one of its metrics, and its recip_rank knows no cut
 WITH_CUT = {"nDCG": "ndcg_cut", "R": "recall", "AP": "map_cut", "P": "P", "Success": "success"}
 WITHOUT_CUT = {"nDCG": "ndcg", "AP": "map", "RR": "recip_rank"}
 
 
-def parse_metric(name: str) -> tuple[str, int | None]:
-    """("nDCG", 10) from "nDCG@10" or "ndcg@10"; the cut is None where there is none."""
-    match = re.fullmatch(r"([A-Za-z]+)(?:@([1-9]\d*))?", name)
+def metric_name(name: str) -> str:
+    """ "nDCG@10" from "ndcg@10", "AP" from "map". UserError: an unknown metric."""
+    match = re.fullmatch(r"([A-Za-z]+)(@[1-9]\d*)?", name)
     kind = KINDS.get(match[1].lower()) if match else None
     if kind is None or (match[2] is None and kind not in WITHOUT_CUT):
         known = "nDCG@k, RR@k, R@k, AP, P@k, Success@k or Hole@k"
         raise UserError(f"--metrics {name}: unknown metric — give {known}")
-    return kind, int(match[2]) if match[2] else None
-
-
-def metric_name(name: str) -> str:
-    kind, cut = parse_metric(name)
-    return kind if cut is None else f"{kind}@{cut}"
+    return kind + (match[2] or "")
 
 
 def order(entry: RunList) -> list[int]:
     """Positions of a list in trec_eval's order: score (float32) descending, then id descending."""
-    by_score = np.argsort(-entry.scores, kind="stable")
-    ordered = entry.scores[by_score]
-    if not (ordered[1:] == ordered[:-1]).any():
-        return by_score.tolist()
-    by_id = sorted(range(len(entry.pids)), key=entry.pids.__getitem__, reverse=True)
-    return sorted(by_id, key=lambda i: -entry.scores[i])
+    pairs = [*zip(entry.scores.tolist(), entry.pids, strict=True)]
+    return sorted(range(len(pairs)), key=pairs.__getitem__, reverse=True)
 
 
 def reciprocal_rank_fusion(runs: Sequence[dict[str, RunList]], k: int = 60) -> dict[str, RunList]:
@@ -64,27 +56,27 @@ def mrr_at_k(ranking: dict[str, Sequence[str]], qrels: dict, k: int, level: int 
     of 1 / rank of the first relevant passage in ranking[qid][:k], best first, or 0."""
     values = []
     for qid, judged in qrels.items():
-        ranks = enumerate(ranking.get(qid, ())[:k], 1)
-        values.append(next((1.0 / rank for rank, pid in ranks if judged.get(pid, 0) >= level), 0.0))
+        hits = [judged.get(pid, 0) >= level for pid in ranking.get(qid, ())[:k]]
+        values.append(1.0 / (hits.index(True) + 1) if any(hits) else 0.0)
     return float(np.mean(values))
 
 
 def score_run(
     run: dict[str, RunList], qrels: dict[str, dict], metrics: Iterable[str], level: int = 1
 ) -> dict[str, dict[str, float]]:
-    """values[metric][qid] for every query of the qrels.
+    """values[metric][qid] for every query of the qrels; metrics: what metric_name returns.
 
     level: the lowest grade that all metrics but nDCG take as relevant; 2 for passages of TREC DL.
     nDCG uses every grade (gain = grade; a negative grade gains nothing). Hole@k is the share of
     the first k passages that nobody judged, 0 for an empty list."""
     import pytrec_eval
 
-    parsed = {metric_name(name): parse_metric(name) for name in metrics}
-    measures = {}  # trec_eval's name, with a dot before the cut; its recip_rank knows no cut
+    parsed = {name: name.partition("@")[::2] for name in metrics}  # kind, cut or ""
+    measures = {}
     for name, (kind, cut) in parsed.items():
         if kind != "Hole":
-            whole = cut is None or kind == "RR"
-            measures[name] = WITHOUT_CUT[kind] if whole else f"{WITH_CUT[kind]}.{cut}"
+            has_cut = cut and kind != "RR"
+            measures[name] = f"{WITH_CUT[kind]}.{cut}" if has_cut else WITHOUT_CUT[kind]
     lists = {qid: run[qid] for qid in qrels if qid in run}
     scores = {qid: dict(zip(e.pids, e.scores.tolist(), strict=True)) for qid, e in lists.items()}
     evaluator = pytrec_eval.RelevanceEvaluator(qrels, set(measures.values()), relevance_level=level)
@@ -93,11 +85,11 @@ def score_run(
     for name, (kind, cut) in parsed.items():
         for qid, entry in lists.items():
             if kind == "Hole":
-                first = [entry.pids[at] for at in order(entry)[:cut]]
+                first = [entry.pids[at] for at in order(entry)[: int(cut)]]
                 value = sum(pid not in qrels[qid] for pid in first) / max(len(first), 1)
             else:
                 value = measured.get(qid, {}).get(measures[name].replace(".", "_"), 0.0)
-            too_late = kind == "RR" and cut is not None and value < 1.0 / cut
+            too_late = kind == "RR" and cut and value < 1.0 / int(cut)
             values[name][qid] = 0.0 if too_late else value
     return values
 

@@ -1,12 +1,10 @@
 """Pre-training objectives. Each is a module that holds the masked language model `lm` and, if it
 has one, its decoder; it turns a batch into loss terms.
 
-Legend: B texts, L tokens of the longest, D hidden size, V vocabulary, n positions with a label.
-attention_mask 1 = keep; other masks True = hidden, unless said otherwise. h (B, D), the bottleneck,
-is the encoder's last hidden state at position 0, except in LexMAE. `places` (n,) are the positions
-with a label as indices of the flat (B·L) positions; an LM head runs nowhere else. A batch holds
-input_ids, attention_mask (B, L); rows (B,), the texts' numbers in the batch of all processes;
-micro_step (int).
+B texts, L tokens of the longest, D hidden size, V vocabulary, n tokens with a label. attention_mask
+1 = keep; other masks True = hidden, unless said otherwise. h (B, D) is the bottleneck. `places`
+(n,) are the tokens with a label as indices of the flat (B·L); an LM head runs nowhere else. A batch
+holds input_ids, attention_mask (B, L); rows (B,) in the batch of all processes; micro_step.
 """
 
 import torch
@@ -14,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib import masking
-from lib.decoders import CausalDecoder, SlotDecoder, Transform, TwoStreamLayer, sizes_of
+from lib.decoders import CausalDecoder, SlotDecoder, Transform, TwoStreamLayer, bert_config
 from lib.files import UserError
 from lib.lm_head import Term, head_transform, linear_cross_entropy, max_pooled_logits
 from lib.masking import DECODER_MASK, DECODER_ROW, ENCODER_MASK
@@ -39,15 +37,13 @@ BAG_WEIGHT = 0.1  # of DupMAE's bag of words
 
 
 def flat(mask: Tensor) -> Tensor:
-    """(B, L) bool -> (n,) places where it is True. A GPU waits here for the number n, so call it
-    before the encoder."""
+    """(B, L) bool -> (n,) places where it is True. A GPU waits for n: call it before encoding."""
     return mask.flatten().nonzero()[:, 0]
 
 
 class MLM(nn.Module):
     """Masked language modelling, the control that every other objective must beat: BERT (arXiv
-    1810.04805) with whole-word masks, or with token masks that hide exactly the budget, drawn
-    without replacement (BERT draws each token independently)."""
+    1810.04805) with masks of whole words, or of single tokens."""
 
     name = "mlm"
     decoder_of = "mlm"  # the objective whose decoder this one continues
@@ -61,12 +57,10 @@ class MLM(nn.Module):
         self.encoder_mask_ratio = self.options["encoder_mask_ratio"]
         self.mask_id = tokenizer.mask_token_id
         special = masking.special_table(tokenizer)
-        starts = masking.word_start_table(tokenizer)
-        if self.options["mask"] == "token":
-            starts = torch.ones_like(starts)
+        starts = masking.word_start_table(tokenizer) | (self.options["mask"] == "token")
         self.register_buffer("special", special, persistent=False)
         self.register_buffer("starts", starts, persistent=False)
-        self.register_buffer("ordinary_ids", (~special).nonzero()[:, 0], persistent=False)
+        self.register_buffer("ordinary_ids", flat(~special), persistent=False)
 
     @property
     def settings(self) -> dict:
@@ -76,9 +70,9 @@ class MLM(nn.Module):
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:
         """-> loss terms by name."""
         corrupted, mask = self.corrupt(batch, seed)
-        places = flat(mask)
+        masked = flat(mask)
         hidden = self.encode(corrupted, batch["attention_mask"])
-        return {"encoder": self.predict(hidden, places, batch["input_ids"])}
+        return {"encoder": self.predict(hidden, masked, batch["input_ids"])}
 
     def words(self, batch: dict) -> Tensor:
         """(B, L) number of each token's word; -1 at special tokens and padding."""
@@ -91,15 +85,13 @@ class MLM(nn.Module):
         return masking.counter_uniform(seed, batch["micro_step"], batch["rows"], shape)
 
     def budget(self, words: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B,) tokens to hide from the encoder: max(1, round(n * ratio)) of a text of n tokens,
-        [CLS] and [SEP] among them, as in RetroMAE."""
+        """(B,) tokens to hide from the encoder. RetroMAE counts [CLS] and [SEP] as tokens."""
         return masking.mask_budget(attention_mask.sum(1), self.encoder_mask_ratio)
 
     @torch.no_grad()
     def corrupt(self, batch: dict, seed: int) -> tuple[Tensor, Tensor]:
         """((B, L) ids that the encoder reads, (B, L) bool, True = has a label)."""
-        ids = batch["input_ids"]
-        words = self.words(batch)
+        ids, words = batch["input_ids"], self.words(batch)
         noise = self.noise(batch, seed, ENCODER_MASK, 3, ids.shape[1])
         budget = self.budget(words, batch["attention_mask"])
         mask = masking.whole_word_mask(words, budget, noise[:, 0])
@@ -119,18 +111,30 @@ class MLM(nn.Module):
         return linear_cross_entropy(states, output.weight, output.bias, labels)
 
     def pooled_logits(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """(B, V) highest logit of each term. hidden: (B, L, D)   mask: (B, L) bool, True = take"""
+        """(B, V) highest logit of each term over the True positions of a mask (B, L)."""
         output = self.lm.get_output_embeddings()
         return max_pooled_logits(head_transform(self.lm, hidden), output.weight, output.bias, mask)
+
+    def bottleneck(self, hidden: Tensor, batch: dict) -> Tensor:
+        """(B, L, D) of the encoder -> (B, D)."""
+        return hidden[:, 0]
+
+    def decode(self, h: Tensor, ids: Tensor, places: Tensor, batch: dict) -> Term | None:
+        """The decoder's loss from h (B, D) and the ids (B, L) that it reads. None: no decoder."""
+        return None
 
     def represent(self, batch: dict) -> Tensor:
         """For the probe: (B, d) vectors that retrieval would compare by dot product."""
         return self.encode(batch["input_ids"], batch["attention_mask"])[:, 0]
 
     def rebuild(self, batch: dict) -> Term | None:
-        """For the probe: the decoder predicts all ordinary tokens from the bottleneck of the clean
-        text alone, its context hidden. None without a decoder."""
-        return None
+        """For the probe: the decoder reads [MASK] for all ordinary tokens and predicts them from
+        the bottleneck of the clean text."""
+        ids = batch["input_ids"]
+        ordinary = self.words(batch) >= 0
+        hidden_ids = ids.masked_fill(ordinary, self.mask_id)
+        h = self.bottleneck(self.encode(ids, batch["attention_mask"]), batch)
+        return self.decode(h, hidden_ids, flat(ordinary), batch)
 
     def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
         """(B, L) ids that a dry run shows of the first text."""
@@ -147,7 +151,7 @@ class RetroMAE(MLM):
 
     def __init__(self, lm: nn.Module, tokenizer, **options):
         super().__init__(lm, tokenizer, **options)
-        self.decoder = TwoStreamLayer(sizes_of(lm.config))
+        self.decoder = TwoStreamLayer(bert_config(lm.config))
 
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:
         ids = batch["input_ids"]
@@ -156,13 +160,13 @@ class RetroMAE(MLM):
         masked = flat(mask)
         targets = flat(self.words(batch) >= 0)
         hidden = self.encode(corrupted, batch["attention_mask"])
-        decoded = self.decode(hidden[:, 0], ids, view, targets)
-        terms = {"encoder": self.predict(hidden, masked, ids)}
-        terms["decoder"] = self.predict(decoded, targets, ids)
-        return terms | self.more_terms(hidden, batch)
+        decoded = self.rows(hidden[:, 0], ids, view, targets)
+        encoder = self.predict(hidden, masked, ids)
+        decoder = self.predict(decoded, targets, ids)
+        return {"encoder": encoder, "decoder": decoder, **self.more_terms(hidden, batch)}
 
     def more_terms(self, hidden: Tensor, batch: dict) -> dict[str, Term]:
-        """Terms that a subclass adds. hidden: (B, L, D)"""
+        """DupMAE's bag of words. hidden: (B, L, D)"""
         return {}
 
     @torch.no_grad()
@@ -170,15 +174,14 @@ class RetroMAE(MLM):
         """(B, L, L) bool, True = row i may attend to column j."""
         keep = batch["attention_mask"]
         L = keep.shape[1]
-        words = self.words(batch)
         noise = self.noise(batch, seed, DECODER_MASK, min(L, DECODER_MASKS), L)
         budget = masking.mask_budget(keep.sum(1), self.options["decoder_mask_ratio"])
-        hidden = masking.whole_word_mask(words, budget, noise)
+        hidden = masking.whole_word_mask(self.words(batch), budget, noise)
         pick = self.noise(batch, seed, DECODER_ROW, L)
         return masking.position_specific_view(keep, hidden, pick)
 
-    def decode(self, h: Tensor, input_ids: Tensor, view: Tensor, places: Tensor) -> Tensor:
-        """h: (B, D)   input_ids: (B, L) clean   view: (B, L, L) bool, True = visible   -> (n, D)"""
+    def rows(self, h: Tensor, input_ids: Tensor, view: Tensor, places: Tensor) -> Tensor:
+        """h: (B, D)   input_ids: (B, L)   view: (B, L or 1, L) bool, True = visible   -> (n, D)"""
         embeddings = self.lm.base_model.embeddings(input_ids=input_ids)
         keys = torch.cat([h[:, None], embeddings[:, 1:]], 1)  # (B, L, D)
         return self.decoder(self.queries(h, input_ids.shape[1]), keys, view, places)
@@ -190,12 +193,10 @@ class RetroMAE(MLM):
         positions = torch.arange(first, first + length, device=h.device)
         return h[:, None] + self.lm.base_model.embeddings.position_embeddings(positions)
 
-    def rebuild(self, batch: dict) -> Term:
-        ids = batch["input_ids"]
-        targets = flat(self.words(batch) >= 0)
-        h_only = torch.zeros(*ids.shape, ids.shape[1], dtype=torch.bool, device=ids.device)
-        h_only[..., 0] = True
-        return self.predict(self.decode(self.represent(batch), ids, h_only, targets), targets, ids)
+    def decode(self, h: Tensor, ids: Tensor, places: Tensor, batch: dict) -> Term:
+        h_only = torch.arange(ids.shape[1], device=ids.device) == 0
+        decoded = self.rows(h, ids, h_only[None, None], places)
+        return self.predict(decoded, places, batch["input_ids"])
 
     def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
         row = int(batch["attention_mask"][0].sum()) // 2
@@ -204,15 +205,14 @@ class RetroMAE(MLM):
 
 
 class DupMAE(RetroMAE):
-    """RetroMAE, and the bag of words of the text predicted from the highest logit of each term, so
-    that ordinary tokens carry the text too: DupMAE (arXiv 2305.02564), code `modeling_duplex.py`.
+    """RetroMAE, and the bag of words of the text predicted from the highest logit of each term:
+    DupMAE (arXiv 2305.02564), code `modeling_duplex.py`.
 
         (1/N) sum_{v in T} -log softmax(mu)[v]      weight 0.1
 
     mu (B, V) = the encoder's logits of the masked text, maximum over all positions but [CLS]; T =
     the distinct tokens of the text's N ordinary ones. Mean over the texts that have a token;
-    `correct` counts those whose highest term is in T. (Paper, eq. 6 to 9: no 1/N, weight 1, its
-    own layer.)"""
+    `correct` counts those whose highest term is in T. (Paper, eq. 6 to 9: no 1/N, weight 1.)"""
 
     name = decoder_of = "dupmae"
 
@@ -223,9 +223,8 @@ class DupMAE(RetroMAE):
 
     def more_terms(self, hidden: Tensor, batch: dict) -> dict[str, Term]:
         ordinary = self.words(batch) >= 0
-        keep = batch["attention_mask"].bool()
-        keep = keep & (torch.arange(keep.shape[1], device=keep.device) > 0)
-        mu = self.pooled_logits(hidden, keep)  # (B, V)
+        after_cls = F.pad(batch["attention_mask"][:, 1:], (1, 0)).bool()
+        mu = self.pooled_logits(hidden, after_cls)  # (B, V)
         tokens = batch["input_ids"].masked_fill(~ordinary, -1).sort(1).values
         distinct = (tokens >= 0) & (tokens != F.pad(tokens[:, :-1], (1, 0), value=-1))
         found = mu.gather(1, tokens.clamp(min=0))  # (B, L)
@@ -240,10 +239,10 @@ class LexMAE(MLM):
     the bottleneck b mixes word embeddings: LexMAE (arXiv 2208.14754), code `proj_sparse`.
 
     a = softmax over the vocabulary of the encoder's logits of the masked text, their maximum over
-    all positions but those of special tokens;  b = a @ E. This product passes no gradient to the
-    embeddings E, all of it to a. The decoder's mask contains the encoder's and as many other tokens
-    as its own ratio needs; its 80/10/10 is drawn anew. Its LM head has a transform and bias of its
-    own, and the encoder's output matrix."""
+    all positions but those of special tokens;  b = a @ E, without a gradient to the embeddings E.
+    The decoder's mask contains the encoder's and as many other tokens as its own ratio needs; its
+    80/10/10 is drawn anew. Its LM head has a transform and bias of its own, and the encoder's
+    output matrix."""
 
     name = decoder_of = "lexmae"
 
@@ -251,13 +250,10 @@ class LexMAE(MLM):
         super().__init__(lm, tokenizer, **options)
         self.decoder_mask_ratio = self.options["decoder_mask_ratio"]
         if self.decoder_mask_ratio < self.encoder_mask_ratio:
-            raise UserError(
-                f"--decoder_mask_ratio {self.decoder_mask_ratio}: the decoder's mask contains the "
-                f"encoder's — give at least --encoder_mask_ratio {self.encoder_mask_ratio}"
-            )
-        sizes = sizes_of(lm.config)
-        layers = SlotDecoder(sizes, self.options["decoder_layers"])
-        self.decoder = nn.ModuleDict({"layers": layers, "head": Transform(sizes)})
+            raise UserError("--decoder_mask_ratio is below --encoder_mask_ratio — raise it")
+        config = bert_config(lm.config)
+        layers = SlotDecoder(config, self.options["decoder_layers"])
+        self.decoder = nn.ModuleDict({"layers": layers, "head": Transform(config)})
         bias = nn.Parameter(torch.zeros_like(lm.get_output_embeddings().bias))
         self.decoder.register_parameter("bias", bias)
 
@@ -268,7 +264,7 @@ class LexMAE(MLM):
         masked = flat(mask)
         targets = flat(decoder_mask)
         hidden = self.encode(corrupted, batch["attention_mask"])
-        b = self.bottleneck(self.lexicon(hidden, batch))
+        b = self.bottleneck(hidden, batch)
         encoder = self.predict(hidden, masked, ids)
         return {"encoder": encoder, "decoder": self.decode(b, decoder_ids, targets, batch)}
 
@@ -287,16 +283,16 @@ class LexMAE(MLM):
         return masking.corrupt(ids, mask, noise[:, 1:], self.mask_id, self.ordinary_ids), mask
 
     def lexicon(self, hidden: Tensor, batch: dict) -> Tensor:
-        """(B, V) highest logit of each term over ordinary tokens, also those that are hidden."""
+        """(B, V) highest logit of each term over ordinary tokens, hidden or not."""
         return self.pooled_logits(hidden, self.words(batch) >= 0)
 
-    def bottleneck(self, lexicon: Tensor) -> Tensor:
-        """(B, V) -> b (B, D)."""
-        return lexicon.softmax(1) @ self.lm.get_input_embeddings().weight.detach()
+    def bottleneck(self, hidden: Tensor, batch: dict) -> Tensor:
+        weights = self.lexicon(hidden, batch).softmax(1)
+        return weights @ self.lm.get_input_embeddings().weight.detach()
 
-    def decode(self, b: Tensor, decoder_ids: Tensor, places: Tensor, batch: dict) -> Term:
-        rest = self.lm.base_model.embeddings(input_ids=decoder_ids)
-        states = self.decoder["layers"](b, rest, batch["attention_mask"], places)
+    def decode(self, h: Tensor, ids: Tensor, places: Tensor, batch: dict) -> Term:
+        rest = self.lm.base_model.embeddings(input_ids=ids)
+        states = self.decoder["layers"](h, rest, batch["attention_mask"], places)
         weight = self.lm.get_output_embeddings().weight
         labels = batch["input_ids"].flatten()[places]
         return linear_cross_entropy(self.decoder["head"](states), weight, self.decoder.bias, labels)
@@ -306,23 +302,15 @@ class LexMAE(MLM):
         hidden = self.encode(batch["input_ids"], batch["attention_mask"])
         return self.lexicon(hidden, batch).relu().log1p()
 
-    def rebuild(self, batch: dict) -> Term:
-        hidden = self.encode(batch["input_ids"], batch["attention_mask"])
-        ordinary = self.words(batch) >= 0
-        hidden_ids = batch["input_ids"].masked_fill(ordinary, self.mask_id)
-        b = self.bottleneck(self.lexicon(hidden, batch))
-        return self.decode(b, hidden_ids, flat(ordinary), batch)
-
     def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
         seen = self.corrupt_again(batch, self.corrupt(batch, seed)[1], seed)[0]
         return super().preview(batch, seed) | {"decoder sees b and": seen}
 
 
 class SEED(MLM):
-    """MLM, and a causal decoder that is too weak to do without h: it predicts each token from h and
-    the few tokens before. SEED-Encoder (arXiv 2102.09206): model of the repository, task and loss
-    of the authors' fairseq fork. Input [CLS] x1 ... xn, target x1 ... xn [SEP], both clean; loss
-    0.5 MLM + 0.5 decoder. attention_window: tokens that a position reads, its own among them."""
+    """MLM, and a causal decoder that predicts each token from h and the few tokens before.
+    SEED-Encoder (arXiv 2102.09206): model of the repository, task and loss of the authors' fairseq
+    fork. Input [CLS] x1 ... xn, target x1 ... xn [SEP], both clean."""
 
     name = decoder_of = "seed"
 
@@ -330,28 +318,24 @@ class SEED(MLM):
         super().__init__(lm, tokenizer, **options)
         window = self.options["attention_window"]
         self.options["decoder_layers"] = self.options["decoder_layers"] or (1 if window >= 8 else 3)
-        self.decoder = CausalDecoder(sizes_of(lm.config), self.options["decoder_layers"], window)
+        self.decoder = CausalDecoder(bert_config(lm.config), self.options["decoder_layers"], window)
 
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:
+        ids, keep = batch["input_ids"], batch["attention_mask"]
         corrupted, mask = self.corrupt(batch, seed)
         masked = flat(mask)
-        targets = flat(batch["attention_mask"][:, 1:].bool())  # of flat (B·(L - 1)) inputs
-        hidden = self.encode(corrupted, batch["attention_mask"])
-        encoder = self.predict(hidden, masked, batch["input_ids"])
-        decoder = self.decode(hidden[:, 0], batch["input_ids"], targets, batch)
+        targets = flat(F.pad(keep[:, 1:], (1, 0)))
+        hidden = self.encode(corrupted, keep)
+        encoder = self.predict(hidden, masked, ids)
+        decoder = self.decode(hidden[:, 0], ids, targets, batch)
         return {"encoder": encoder._replace(weight=0.5), "decoder": decoder._replace(weight=0.5)}
 
-    def decode(self, h: Tensor, decoder_ids: Tensor, places: Tensor, batch: dict) -> Term:
-        """h: (B, D)   decoder_ids: (B, L), the last of which is not read."""
+    def decode(self, h: Tensor, ids: Tensor, places: Tensor, batch: dict) -> Term:
         embedding = self.lm.get_input_embeddings()
-        states = self.decoder(embedding(decoder_ids[:, :-1]), h, places)
-        labels = batch["input_ids"][:, 1:].flatten()[places]
+        before = places - 1 - places // ids.shape[1]  # the inputs are (B, L - 1)
+        states = self.decoder(embedding(ids[:, :-1]), h, before)
+        labels = batch["input_ids"].flatten()[places]
         return linear_cross_entropy(states, embedding.weight, None, labels)
-
-    def rebuild(self, batch: dict) -> Term:
-        ordinary = self.words(batch) >= 0
-        hidden_ids = batch["input_ids"].masked_fill(ordinary, self.mask_id)
-        return self.decode(self.represent(batch), hidden_ids, flat(ordinary[:, 1:]), batch)
 
     def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
         row = int(batch["attention_mask"][0].sum()) // 2
@@ -361,17 +345,16 @@ class SEED(MLM):
 
 
 class Condenser(MLM):
-    """MLM, and MLM of the same mask by a head of a few layers over [last state at position 0 ;
-    states of the middle layer elsewhere], so that late layers can pass on what they know through h
-    only: Condenser (arXiv 2104.08253), code `modeling.py`. The middle layer is half way (6 of 12),
-    as in all recipes. The mask ratio is of the tokens without [CLS] and [SEP]."""
+    """MLM, and MLM of the same mask by a head of a few layers over [h ; middle layer states]:
+    Condenser (arXiv 2104.08253), code `modeling.py`. The middle layer is half way (6 of 12), as in
+    all recipes. The mask ratio is of the tokens without [CLS] and [SEP]."""
 
     name = decoder_of = "condenser"
 
     def __init__(self, lm: nn.Module, tokenizer, **options):
         super().__init__(lm, tokenizer, **options)
         self.middle = lm.config.num_hidden_layers // 2
-        self.decoder = SlotDecoder(sizes_of(lm.config), self.options["decoder_layers"])
+        self.decoder = SlotDecoder(bert_config(lm.config), self.options["decoder_layers"])
 
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:
         return self.condense(batch, seed)[0]
@@ -396,24 +379,21 @@ class Condenser(MLM):
         )
         return found.last_hidden_state, found.hidden_states[self.middle]
 
-    def rebuild(self, batch: dict) -> Term:
-        ids, keep = batch["input_ids"], batch["attention_mask"]
-        ordinary = self.words(batch) >= 0
-        middle = self.states(ids.masked_fill(ordinary, self.mask_id), keep)[1]  # of [MASK] only
-        places = flat(ordinary)
-        return self.predict(self.decoder(self.represent(batch), middle, keep, places), places, ids)
+    def decode(self, h: Tensor, ids: Tensor, places: Tensor, batch: dict) -> Term:
+        middle = self.states(ids, batch["attention_mask"])[1]
+        decoded = self.decoder(h, middle, batch["attention_mask"], places)
+        return self.predict(decoded, places, batch["input_ids"])
 
 
 class CoCondenser(Condenser):
     """Condenser on two spans of each document, rows 2i and 2i + 1 of a batch, and a contrastive
-    loss: which of the spans of all processes is of the same document? coCondenser (arXiv
-    2108.05540); on the target corpora it is the pre-training of COCO-DR (2210.15212)."""
+    loss: which span of all processes is of the same document? coCondenser (arXiv 2108.05540); on
+    the target corpora it is the pre-training of COCO-DR (2210.15212)."""
 
     name = "cocondenser"  # continues the head of condenser
 
     def forward(self, batch: dict, seed: int, chunk: bool = False) -> dict[str, Term] | tuple:
-        """-> loss terms by name; of a chunk of a batch (terms without the contrast, h (n, D)), and
-        without gradient ({}, h)."""
+        """-> loss terms; of a chunk (terms without the contrast, h), without gradient ({}, h)."""
         if chunk and not torch.is_grad_enabled():
             return {}, self.encode(self.corrupt(batch, seed)[0], batch["attention_mask"])[:, 0]
         terms, h = self.condense(batch, seed)

@@ -19,9 +19,8 @@ def steps_of(warmup: float, max_steps: int) -> int:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Groups for an optimizer, BERT's recipe: matrices and embeddings decay; biases and norms (one
-    dimension) do not. Frozen parameters are left out, a tied parameter stands once, an empty group
-    is not returned."""
+    """Groups for an optimizer: matrices and embeddings decay; biases and norms (one dimension) do
+    not. Frozen parameters are left out, and an empty group is not returned."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -39,33 +38,28 @@ class Lamb(torch.optim.Optimizer):
         p = p - lr r u,  r = min(|p|, 10) / |u|              r = 1 where a norm is 0
 
     Most others correct the bias, clip the gradient inside, bound r itself, or take r = 1 for what
-    does not decay. A group's tensors are worked on together and their norms stay on the device, so
-    that no step waits for it; a group may have its own lr, betas, eps and weight_decay, and lies on
-    one device. Tensors without a gradient are passed over. fp32."""
+    does not decay. Norms stay on the device, so that no step waits for it; a group lies on one
+    device. fp32."""
 
-    def __init__(
-        self, params, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
-    ):
-        super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        )
+    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure=None):
-        with torch.enable_grad():
-            loss = closure() if closure else None
+        assert closure is None, "LAMB takes no closure"
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
             for p in params:
                 if not self.state[p]:
-                    self.state[p] = {
-                        "exp_avg": torch.zeros_like(p),
-                        "exp_avg_sq": torch.zeros_like(p),
-                    }
-            grads, (beta1, beta2) = [p.grad for p in params], group["betas"]
-            m, v = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq"))
+                    self.state[p]["exp_avg"] = torch.zeros_like(p)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            grads = [p.grad for p in params]
+            m = [self.state[p]["exp_avg"] for p in params]
+            v = [self.state[p]["exp_avg_sq"] for p in params]
+            beta1, beta2 = group["betas"]
             torch._foreach_lerp_(m, grads, 1 - beta1)
             torch._foreach_mul_(v, beta2)
             torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
@@ -76,18 +70,16 @@ class Lamb(torch.optim.Optimizer):
             torch._foreach_mul_(u, m)
             if group["weight_decay"]:
                 torch._foreach_add_(u, params, alpha=group["weight_decay"])
-            weight_norms, norms = (
-                torch.stack(torch._foreach_norm(params)),
-                torch.stack(torch._foreach_norm(u)),
-            )
+            weight_norms = torch.stack(torch._foreach_norm(params))
+            norms = torch.stack(torch._foreach_norm(u))
             ratios = weight_norms.clamp(max=10) / norms
             ratios = torch.where((weight_norms > 0) & (norms > 0), ratios, 1.0)
             torch._foreach_addcmul_(params, u, (-group["lr"] * ratios).unbind())
-        return loss
 
 
-def make_optimizer(name: str, groups: list[dict], lr: float) -> torch.optim.Optimizer:
-    """adamw (betas 0.9 and 0.999, eps 1e-8) or lamb; the groups state their weight_decay."""
+def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float):
+    """adamw or lamb, both with betas 0.9 and 0.999, eps 1e-8."""
+    groups = parameter_groups(model, weight_decay)
     return Lamb(groups, lr=lr) if name == "lamb" else torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
@@ -111,8 +103,8 @@ def descend(
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Make a transformers model keep only the inputs of its layers. Each layer runs again in the
-    backward pass: about 20% slower, a third less memory, and the same numbers."""
+    """Make a transformers model keep only the inputs of its layers, and run each layer again in the
+    backward pass. The numbers are the same."""
     # gradient_checkpointing_enable is the name before transformers 5.22
     newer = getattr(model, "activation_checkpointing_enable", None)
     (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})

@@ -1,11 +1,9 @@
-"""Does the bottleneck learn? Three numbers on fixed texts, during pre-training and without
-fine-tuning.
+"""Does the bottleneck learn? Three numbers on fixed texts, during pre-training.
 
-rebuild      share of a text's tokens that the decoder predicts from the bottleneck alone. A decoder
-             that stays at the share of the commonest token (about 0.05) does not use the
-             bottleneck.
+rebuild      share of a text's tokens that the decoder predicts from the bottleneck alone. At the
+             share of the commonest token (about 0.05) it does not use the bottleneck.
 cosine       mean cosine of different texts. Near 1, all vectors point one way (anisotropy).
-recall@100   share of the positives of untrained queries among the 100 best of a sample of passages
+recall@100   share of the positives of queries among the 100 best of a sample of passages
 """
 
 import random
@@ -13,7 +11,7 @@ import random
 import torch
 from accelerate.utils import send_to_device
 
-from lib.blocks import BlockCollator, Corpora
+from lib.blocks import Corpora
 from lib.files import UserError, read_positives
 from lib.losses import spread
 from lib.texts import open_texts, require_rows
@@ -23,14 +21,15 @@ DEPTH, BATCH = 100, 32
 
 
 class Probe:
-    """Texts of the corpora and, with both files, judged queries and passages that contain their
-    positives; all strings are kept in memory. UserError: a query without a text, or no positive."""
+    """Texts of the corpora and, with both files, judged queries and passages with their positives.
+    UserError: a query without a text, or no positive in the corpora."""
 
-    def __init__(self, corpora: Corpora, collate: BlockCollator, queries=None, qrels=None):
+    def __init__(self, corpora: Corpora, collate, queries=None, qrels=None):
         draw = random.Random(corpora.seed)
         self.collate = collate
         examples = draw.sample(range(len(corpora)), min(TEXTS, len(corpora)))
-        self.texts = [part.strings(index, 0)[0] for part, index in map(corpora.place, examples)]
+        texts = [part.strings(index, 0)[0] for part, index in map(corpora.place, examples)]
+        self.texts = sorted(texts, key=len, reverse=True)  # batches of similar lengths
         self.queries = []
         if queries:
             self._read(corpora, open_texts(queries), qrels, draw)
@@ -41,7 +40,7 @@ class Probe:
         rows = require_rows(queries, chosen, qrels, "query")
         wanted = set().union(*(judged[qid] for qid in chosen))
         positives, others = {}, {}  # pid -> string
-        for part in corpora.parts.values():
+        for part in corpora.parts:
             missing = sorted(wanted - positives.keys())
             places = zip(missing, part.texts.rows(missing).tolist(), strict=True)
             positives |= {pid: part.whole(row) for pid, row in places if row >= 0}
@@ -49,22 +48,18 @@ class Probe:
             for row in draw.sample(range(len(part.texts)), count):
                 others[part.texts.id(row)] = part.whole(row)
         if not positives:
-            raise UserError(
-                f"{qrels}: the corpus has no positive of its queries — give other files"
-            )
+            raise UserError(f"{qrels}: no positive is in the corpus — give other files")
         passages = dict([*(positives | others).items()][:PASSAGES])
-        column = {pid: number for number, pid in enumerate(passages)}
+        pids = sorted(passages, key=lambda pid: len(passages[pid]), reverse=True)
+        column = {pid: number for number, pid in enumerate(pids)}
         self.queries = [queries[row][1] for row in rows]
-        self.passages = [*passages.values()]
-        self.positives = [[column[pid] for pid in judged[qid] if pid in column] for qid in chosen]
+        self.passages = [passages[pid] for pid in pids]
+        self.positives = [{column[pid] for pid in judged[qid] if pid in column} for qid in chosen]
 
     def _batches(self, strings: list[str], device):
-        """(rows, batch), the longest texts first."""
-        order = sorted(range(len(strings)), key=lambda row: -len(strings[row]))
-        for start in range(0, len(order), BATCH):
-            rows = order[start : start + BATCH]
-            batch = self.collate([(0, [strings[row]], 0, row) for row in rows])
-            yield rows, send_to_device(batch, device)
+        for start in range(0, len(strings), BATCH):
+            items = [(0, [string], 0, 0) for string in strings[start : start + BATCH]]
+            yield send_to_device(self.collate(items), device)
 
     @torch.no_grad()
     def __call__(self, model, device) -> dict[str, float]:
@@ -73,7 +68,7 @@ class Probe:
         model.eval()
         labels = correct = 0
         reps = []
-        for _, batch in self._batches(self.texts, device):
+        for batch in self._batches(self.texts, device):
             reps.append(model.represent(batch).float())
             if term := model.rebuild(batch):
                 labels += term.labels
@@ -87,15 +82,15 @@ class Probe:
         return values
 
     def _recall(self, model, device) -> float:
-        queries = [*self._batches(self.queries, device)]
-        q_reps = torch.cat([model.represent(batch).float() for _, batch in queries])
-        order = torch.tensor([row for rows, _ in queries for row in rows])
-        scores = q_reps.new_empty(len(self.queries), len(self.passages))
-        for rows, batch in self._batches(self.passages, device):
+        queries = self._batches(self.queries, device)
+        q_reps = torch.cat([model.represent(batch).float() for batch in queries])
+        scores = []
+        for batch in self._batches(self.passages, device):
             p_reps = model.represent(batch).float()  # of sparse models, too wide to keep all
             with torch.autocast(device.type, enabled=False):
-                scores[order[:, None], torch.tensor(rows)] = q_reps @ p_reps.T
+                scores.append(q_reps @ p_reps.T)
+        scores = torch.cat(scores, 1)
         best = scores.topk(min(DEPTH, scores.shape[1])).indices.tolist()
         pairs = zip(best, self.positives, strict=True)
-        recalls = [len({*top} & {*pids}) / len(pids) for top, pids in pairs if pids]
+        recalls = [len(pids.intersection(top)) / len(pids) for top, pids in pairs if pids]
         return sum(recalls) / len(recalls)

@@ -3,19 +3,19 @@
 Every search returns scores (Q, k) float32 and rows (Q, k) int64: score descending, then corpus
 row, also for ties at the cut, so that every run gives the same; row -1 and score -inf where there
 are fewer than k. With W processes each searches its own range of rows and all receive the merged
-lists; the matrix of all scores is never kept.
+lists; the matrix of all scores is never kept. All vectors must be finite (encode.py checks it).
 
 A text of several chunks (MaxP) has a vector for each and scores as the best of them. A search for
 k texts takes the k·M best vectors, so it cannot miss one.
 
-Shapes: Q queries, N passages, D dimensions, k depth, M most chunks of a passage, W processes.
+Shapes: Q queries, D dimensions, k depth, M most chunks of a passage, W processes.
 """
 
 import mmap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
+from functools import partial
 
 import numba
 import numpy as np
@@ -32,6 +32,7 @@ from lib.files import UserError
 EMPTY = np.iinfo(np.int64).min  # the key of "no passage": below every other
 ROW_MASK = (1 << 32) - 1
 KEYS_AT_A_TIME = 1 << 24  # bound on Q·k of a pass over the corpus, all processes together
+QUERIES_AT_A_TIME = 256, 1 << 16  # least, whatever KEYS_AT_A_TIME says, and most
 QUERY_TILE, ROW_TILE = 1024, 2048  # scores that a thread of a CPU computes at a time: 8 MB
 DEVICE_QUERY_TILE, DEVICE_ROW_TILE = 2048, 65536  # on a GPU: 512 MB
 
@@ -39,11 +40,11 @@ DEVICE_QUERY_TILE, DEVICE_ROW_TILE = 2048, 65536  # on a GPU: 512 MB
 # keys
 def pack(scores: Tensor, rows: Tensor) -> Tensor:
     """int64 keys of float32 scores and their rows; EMPTY where the row is -1. The greater key has
-    the better score or, at the same score, the lower row. No two are equal, so the k largest are
-    the k best passages, and merging lists is sorting keys.
+    the better score or, at the same score, the lower row; no two are equal.
 
-    The bits of floats, read as integers, are in the order of the floats; those of negative ones
-    in the opposite order, so their 31 low bits are flipped. The low 32 bits are ROW_MASK - row."""
+    The high 32 bits are those of the score, which have the order of integers where it is positive
+    and the opposite order where it is negative (so 31 of them are flipped there); the low 32 bits
+    are ROW_MASK - row."""
     bits = (scores + 0.0).view(torch.int32).long()  # + 0.0 makes 0 of -0, which is an equal score
     keys = (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) | (ROW_MASK - rows)
     return keys.masked_fill_(rows < 0, EMPTY)
@@ -63,14 +64,30 @@ def top_keys(keys: Tensor, k: int) -> Tensor:
     return pad(best, (0, k - best.shape[1]), value=EMPTY)
 
 
-def best_of_texts(keys: Tensor, text_of: np.ndarray, k: int) -> Tensor:
+@numba.njit(nogil=True, cache=True)
+def best_of_texts(keys, text_of, k):
     """Keys (Q, k·M) of vectors, best first -> keys (Q, k) of their texts, each with its best
     score. text_of (num_vectors,): the text that a vector belongs to."""
-    scores, rows = unpack(keys)
-    texts = torch.from_numpy(np.where(rows < 0, -1, text_of[rows]).astype(np.int64))
-    texts, at = texts.sort(dim=1, stable=True)  # stable: the best key of a text stays its first
-    again = pad(texts[:, 1:] == texts[:, :-1], (1, 0))
-    return top_keys(pack(torch.from_numpy(scores).gather(1, at), texts.masked_fill(again, -1)), k)
+    best = np.full((len(keys), k), EMPTY)
+    seen_by = np.full(text_of[-1] + 1, -1)  # the last query that has found each text
+    for q in range(len(keys)):
+        found = 0
+        for key in keys[q]:
+            if key == EMPTY or found == k:
+                break
+            text = text_of[ROW_MASK - (key & ROW_MASK)]
+            if seen_by[text] != q:
+                seen_by[text] = q
+                best[q, found] = (key & ~ROW_MASK) | (ROW_MASK - text)
+                found += 1
+    return best
+
+
+def own_part(count: int, accelerator) -> list[int]:
+    """The first, and the end, of those of `count` things that this process searches."""
+    rank = accelerator.process_index if accelerator else 0
+    world = accelerator.num_processes if accelerator else 1
+    return [count * rank // world, count * (rank + 1) // world]
 
 
 def merge(keys: Tensor, k: int, accelerator) -> Tensor:
@@ -82,11 +99,14 @@ def merge(keys: Tensor, k: int, accelerator) -> Tensor:
 
 
 def search_in_parts(
-    find: Callable[[slice], Tensor], queries: int, k: int, at_a_time: int, accelerator
+    find: Callable[[slice], Tensor], queries: int, k: int, accelerator, chunks: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(scores (Q, k), rows (Q, k)) of all processes; find(part of the queries) -> keys (n, k)."""
+    """(scores (Q, k), rows (Q, k)) of all processes, from find(part of the queries) -> keys (n, k)
+    of this process, which needs k · chunks keys for each."""
     scores = np.empty((queries, k), dtype=np.float32)
     rows = np.empty((queries, k), dtype=np.int64)
+    world = accelerator.num_processes if accelerator else 1
+    at_a_time = int(np.clip(KEYS_AT_A_TIME // (k * chunks * world), *QUERIES_AT_A_TIME))
     for start in range(0, queries, at_a_time):
         part = slice(start, min(start + at_a_time, queries))
         scores[part], rows[part] = unpack(merge(find(part), k, accelerator))
@@ -179,46 +199,28 @@ class DenseIndex:
     def __init__(self, corpus: Embeddings, accelerator=None, factory=None, seed: int = 0):
         assert corpus.num_vectors <= ROW_MASK, "a row has 32 bits of a key"
         self.corpus, self.accelerator = corpus, accelerator
-        rank = accelerator.process_index if accelerator else 0
-        self.world = accelerator.num_processes if accelerator else 1
-        # the vectors of a text all belong to the same process
-        edges = [len(corpus) * r // self.world for r in (rank, rank + 1)]
-        self.start, self.stop = edges if corpus.first is None else corpus.first[edges].tolist()
+        self.start, self.stop = own_part(len(corpus), accelerator)
+        if corpus.first is not None:  # the vectors of a text all belong to the same process
+            self.start, self.stop = corpus.first[[self.start, self.stop]].tolist()
         self.device = accelerator.device if accelerator else torch.device("cpu")
         self.approximate = self._build(factory, seed) if factory else None
 
-    def search(
-        self, queries: np.ndarray, k: int, at_a_time: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """queries (Q, D) -> (scores (Q, k), rows (Q, k)) of distinct texts, see the module.
-        at_a_time: queries of a pass over the corpus; None keeps all lists within 128 MB.
-
-        UserError: queries of another dimension, a vector that is not finite."""
-        if queries.shape[1] != self.corpus.dim:
-            raise UserError(
-                f"{self.corpus.folder}: vectors of {self.corpus.dim} dimensions, but queries of "
-                f"{queries.shape[1]} — encode both with one checkpoint"
-            )
-        finite = np.isfinite(queries).all(1)
-        if not finite.all():
-            place = f"query vector {finite.argmin()}"
-            raise UserError(f"{place} is not finite — encode the queries again")
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """queries (Q, D) -> (scores (Q, k), rows (Q, k)) of distinct texts, see the module."""
         find = self._search_device if self.device.type == "cuda" else self._search_cpu
         if self.approximate is not None:
             find = self._search_faiss
-        depth = k * self.corpus.max_chunks
-        fitting = max(KEYS_AT_A_TIME // (depth * self.world), 256)
+        chunks, text_of = self.corpus.max_chunks, self.corpus.text_of
+        queries = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32))
 
         def best(part: slice) -> Tensor:
-            some = np.ascontiguousarray(queries[part], dtype=np.float32)
-            keys = find(torch.from_numpy(some), depth)
-            if self.corpus.max_chunks == 1:
+            keys = find(queries[part], k * chunks)
+            if text_of is None:
                 return keys
-            tiles = keys.split(QUERY_TILE)
-            return torch.cat([best_of_texts(tile, self.corpus.text_of, k) for tile in tiles])
+            keys = keys.cpu().sort(dim=1, descending=True).values  # faiss leaves ties in any order
+            return torch.from_numpy(best_of_texts(keys.numpy(), text_of, k))
 
-        at_a_time = at_a_time or min(fitting, 1 << 16)
-        return search_in_parts(best, len(queries), k, at_a_time, self.accelerator)
+        return search_in_parts(best, len(queries), k, self.accelerator, chunks)
 
     def score(self, queries: np.ndarray, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The scores of given texts: queries (Q, D) and Q arrays of rows -> Q float32 arrays."""
@@ -233,49 +235,33 @@ class DenseIndex:
         vectors = np.arange(counts.sum()) + np.repeat(first[rows] - starts, counts)
         return np.maximum.reduceat(self.corpus.take(vectors) @ query, starts)
 
-    def _blocks(self, size: int, what: str) -> Iterator[tuple[int, np.ndarray]]:
-        """The blocks of this process's vectors. Pages that were read are given back at once, else
-        a shard that stays mapped counts as memory of this process until its end."""
+    def _blocks(self, size: int, what: str) -> Iterator[tuple[int, Tensor]]:
+        """The blocks of this process's vectors, each with the number of its first. Pages that
+        were read are given back at once; else a mapped shard counts as memory of this process."""
         hidden = bool(self.accelerator) and not self.accelerator.is_main_process
         total = self.stop - self.start
         with tqdm(total=total, desc=what, leave=False, disable=hidden, delay=5) as bar:
             for row, block in self.corpus.blocks(self.start, self.stop, size):
-                yield row, block
+                with warnings.catch_warnings():  # of torch, that a mapped array is read-only
+                    warnings.simplefilter("ignore")
+                    tensor = torch.from_numpy(block)
+                yield row, tensor
                 bar.update(len(block))
-                if hasattr(mmap, "MADV_DONTNEED") and getattr(block, "_mmap", None) is not None:
-                    block._mmap.madvise(mmap.MADV_DONTNEED)
-
-    def _check_finite(self, values: np.ndarray, row: int) -> None:
-        """UserError unless the values of consecutive vectors are finite. A score, or a sum, of a
-        vector with a NaN or an infinity never is."""
-        finite = np.isfinite(values)
-        if not finite.all():
-            row += int(finite.argmin())
-            text = row if self.corpus.text_of is None else self.corpus.text_of[row]
-            raise UserError(
-                f"{self.corpus.folder}: the vector of {self.corpus.ids([text])[0]} is not finite "
-                "or too large — encode the corpus again"
-            )
+                block._mmap.madvise(mmap.MADV_DONTNEED)
 
     def _search_cpu(self, queries: Tensor, k: int) -> Tensor:
         depth = min(k, self.stop - self.start)
-        if depth == 0:  # more processes than rows
-            return torch.full((len(queries), k), EMPTY)
         keys = np.full((len(queries), 2 * depth), EMPTY)
         counts = np.zeros(len(queries), dtype=np.int64)
         bars = np.full(len(queries), -np.inf, dtype=np.float32)
         threads = torch.get_num_threads()
         size = min(-(-len(queries) // threads), QUERY_TILE)
         parts = [slice(at, at + size) for at in range(0, len(queries), size)]
-        products = [product(queries[part].contiguous()) for part in parts]
+        products = [product(queries[part]) for part in parts]
 
-        @torch.inference_mode()
-        def scan(number: int, block: Tensor, row: int) -> None:
-            part = parts[number]
+        def scan(block: Tensor, row: int, part: slice, times_queries: Callable) -> None:
             for at in range(0, len(block), ROW_TILE):
-                scores = products[number](block[at : at + ROW_TILE]).numpy()  # (n, Q)
-                if number == 0:
-                    self._check_finite(scores[:, 0], row + at)
+                scores = times_queries(block[at : at + ROW_TILE]).numpy()  # (n, Q)
                 _scan(scores, row + at, keys[part], counts[part], bars[part])
 
         # each thread multiplies and scans for its own queries, so that none waits for another
@@ -283,10 +269,7 @@ class DenseIndex:
         try:
             with ThreadPoolExecutor(threads) as pool:
                 for row, block in self._blocks(8 * ROW_TILE, "exact search"):
-                    with warnings.catch_warnings():  # of torch, that a mapped array is read-only
-                        warnings.simplefilter("ignore")
-                        block = torch.from_numpy(block).float()
-                    list(pool.map(scan, range(len(parts)), repeat(block), repeat(row)))
+                    list(pool.map(partial(scan, block.float(), row), parts, products))
         finally:
             torch.set_num_threads(threads)
         keys[np.arange(2 * depth) >= counts[:, None]] = EMPTY
@@ -295,17 +278,11 @@ class DenseIndex:
     def _search_device(self, queries: Tensor, k: int) -> Tensor:
         queries = queries.to(self.device)
         best = torch.full((len(queries), k), EMPTY, device=self.device)
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")  # no TF32
-        try:
-            for row, block in self._blocks(DEVICE_ROW_TILE, "exact search"):
-                block = torch.from_numpy(np.array(block)).to(self.device).float()
-                self._check_finite((block @ queries[0]).cpu().numpy(), row)
-                for at in range(0, len(queries), DEVICE_QUERY_TILE):
-                    part = slice(at, at + DEVICE_QUERY_TILE)
-                    best[part] = scan_device(queries[part] @ block.T, row, best[part], k)
-        finally:
-            torch.set_float32_matmul_precision(precision)
+        for row, block in self._blocks(DEVICE_ROW_TILE, "exact search"):
+            block = block.to(self.device).float()
+            for at in range(0, len(queries), DEVICE_QUERY_TILE):
+                part = slice(at, at + DEVICE_QUERY_TILE)
+                best[part] = scan_device(queries[part] @ block.T, row, best[part], k)
         return best
 
     def _search_faiss(self, queries: Tensor, k: int) -> Tensor:
@@ -323,19 +300,14 @@ class DenseIndex:
             if not index.is_trained:  # on one sample everywhere: the parts then form one index
                 inverted = faiss.try_extract_index_ivf(index)
                 wanted = max(1 << 16, 64 * inverted.nlist if inverted else 0)
-                draw = np.random.default_rng(seed)
-                sample = draw.permutation(self.corpus.num_vectors)[:wanted]
-                index.train(self.corpus.take(np.sort(sample)))
-            for row, block in self._blocks(1 << 16, f"faiss {description}"):
-                block = np.ascontiguousarray(block, dtype=np.float32)
-                self._check_finite(block.sum(1), row)
-                index.add(block)
+                order = np.random.default_rng(seed).permutation(self.corpus.num_vectors)
+                index.train(self.corpus.take(np.sort(order[:wanted])))
+            for _, block in self._blocks(1 << 16, f"faiss {description}"):
+                index.add(block.float().numpy())
             if parameters:
                 faiss.ParameterSpace().set_index_parameters(index, parameters)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
-            raise UserError(
-                f"--index {factory}: faiss cannot make it over {self.corpus.num_vectors} vectors "
-                f"({reason}) — see faiss' index factory, or choose a smaller index"
-            ) from error
+            problem = f"--index {factory}: faiss cannot make this index ({reason})"
+            raise UserError(f"{problem} — choose another index, or a smaller one") from error
         return index

@@ -20,25 +20,22 @@ def step_seed(seed: int, *parts: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-# strings and ids
 @dataclass
 class TextFormat:
     """How a checkpoint wants its texts; stored with it, read by every later stage.
 
-    With max_chunks > 1 a passage is cut into at most max_chunks chunks, which are encoded apart;
-    its score is the highest of its chunks (ANCE's MaxP, arXiv 2007.00808). Deliberate deviation:
-    each chunk has special tokens of its own. The official code folds one sequence of 2048 tokens,
-    of which only the first chunk begins with [CLS]."""
+    With max_chunks > 1 a passage is cut into chunks, which are encoded apart; its score is the
+    highest of its chunks (ANCE's MaxP, arXiv 2007.00808). Deliberate deviation: each chunk has
+    special tokens of its own. The official code folds one sequence of 2048 tokens, of which only
+    the first chunk begins with [CLS]."""
 
-    # left out | title + " " + text | title + [SEP] + text
-    title: Literal["none", "space", "sep"] = "space"
+    title: Literal["none", "space", "sep"] = "space"  # no title | title + " " | title + [SEP]
     query_prompt: str = ""
     passage_prompt: str = ""
     max_query_length: int = 64  # tokens, special tokens included
     max_passage_length: int = 256  # of each chunk
     max_chunks: int = 1  # of a passage
-    # of a passage with its title, without prompt; the rest is cut off (ANCE 10000); 0 = all
-    max_characters: int = 0
+    max_characters: int = 0  # of a passage with its title, without prompt (ANCE 10000); 0 = all
 
     def max_length(self, kind: str) -> int:
         return self.max_query_length if kind == "query" else self.max_passage_length
@@ -70,18 +67,14 @@ def format_texts(rows: Sequence[tuple], kind: str, form: TextFormat, tokenizer) 
     return [form.passage_prompt + string for string in joined]
 
 
+def _tokenize(strings: Sequence[str], tokenizer, max_length: int, **more) -> dict[str, list]:
+    without = {"return_attention_mask": False, "return_token_type_ids": False}
+    return tokenizer(list(strings), truncation=True, max_length=max_length, **without, **more)
+
+
 def to_ids(strings: Sequence[str], tokenizer, max_length: int) -> list[list[int]]:
     """Ids with special tokens, cut at the tail to `max_length` tokens, not padded."""
-    if not strings:
-        return []
-    encoded = tokenizer(
-        list(strings),
-        truncation=True,
-        max_length=max_length,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )
-    return encoded["input_ids"]
+    return _tokenize(strings, tokenizer, max_length)["input_ids"] if strings else []
 
 
 def chunk_ids(
@@ -92,19 +85,11 @@ def chunk_ids(
     Several chunks need a fast tokenizer."""
     if max_chunks == 1 or not strings:
         return [[one] for one in to_ids(strings, tokenizer, max_length)]
-    encoded = tokenizer(
-        list(strings),
-        truncation=True,
-        max_length=max_length,
-        return_overflowing_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )
+    encoded = _tokenize(strings, tokenizer, max_length, return_overflowing_tokens=True)
     chunks = [[] for _ in strings]
     for row, ids in zip(encoded["overflow_to_sample_mapping"], encoded["input_ids"], strict=True):
-        if len(chunks[row]) < max_chunks:
-            chunks[row].append(ids)
-    return chunks
+        chunks[row].append(ids)
+    return [some[:max_chunks] for some in chunks]
 
 
 def pad(ids: Sequence[Sequence[int]], tokenizer, width: int = 0) -> dict[str, Tensor]:
@@ -112,16 +97,12 @@ def pad(ids: Sequence[Sequence[int]], tokenizer, width: int = 0) -> dict[str, Te
     is more, on the tokenizer's padding side."""
     width = max(width, max(map(len, ids)))
     input_ids = np.full((len(ids), width), tokenizer.pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros((len(ids), width), dtype=np.int64)
+    mask = np.zeros_like(input_ids)
     for row, one in enumerate(ids):
         first = width - len(one) if tokenizer.padding_side == "left" else 0
-        place = slice(first, first + len(one))
-        input_ids[row, place] = one
-        attention_mask[row, place] = 1
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(attention_mask),
-    }
+        input_ids[row, first : first + len(one)] = one
+        mask[row, first : first + len(one)] = 1
+    return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask)}
 
 
 def token_batches(lengths: np.ndarray, budget: int, limit: int) -> list[tuple[np.ndarray, int]]:
@@ -129,10 +110,10 @@ def token_batches(lengths: np.ndarray, budget: int, limit: int) -> list[tuple[np
     occur, because the libraries below keep code and memory for each: the width is rounded up to one
     of eight steps between two powers of two (`limit` tokens at most), and the rows at the end of a
     window are split by powers of two."""
-    order, batches = np.argsort(-lengths, kind="stable"), []
+    order = np.argsort(-lengths, kind="stable")
+    batches = []
     while len(order):
-        # a text may have no token, where the tokenizer adds no special ones
-        longest = max(int(lengths[order[0]]), 1)
+        longest = max(int(lengths[order[0]]), 1)  # a text may have no token
         step = 1 << max(longest.bit_length() - 4, 0)
         width = min(-(-longest // step) * step, limit)
         rows = max(budget // width, 1)

@@ -1,36 +1,32 @@
-"""Corpora and queries: read as the field writes them, opened by row and id from a memory-mapped
-copy.
-
-    {"_id": "7", "title": "Ants", "text": "Ants are ..."}   JSONL (BEIR; tevatron and MS MARCO v2
-                                                            have other keys)
-    7 \\t Ants are ...    7 \\t Ants \\t Ants are ...          TSV (MS MARCO, LexMAE)
-    D7 \\t http://... \\t Ants \\t Ants are ...                TSV of MS MARCO documents
-    Parquet, a save_to_disk folder, a hub name (NAME or NAME:CONFIG)
-
-A text is (titles, text): titles is () or ("Ants",), and of a document with an address
-("http://...", "Ants")."""
+"""Corpora and queries: read in any format of docs/formats.md, opened by row and id from a
+memory-mapped copy. A text is (titles, text): titles is () or ("Ants",), and of a document with an
+address ("http://...", "Ants")."""
 
 import json
 import os
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import xxhash
+from huggingface_hub.constants import HF_HOME
 
 from lib.files import (
     UserError,
     atomic,
-    json_object,
+    first_line,
     line_of,
     lines,
+    parse_json,
     read_json,
+    table,
     write_json,
     write_lines,
 )
 
-# In this order: MS MARCO v2 names the document `docid` beside the passage's own `pid`.
+# in this order: MS MARCO v2 names the document `docid` beside the passage's own `pid`
 ID_KEYS = ("_id", "pid", "docid", "id", "qid")
 TEXT_KEYS = ("text", "contents", "body", "passage", "segment", "query")
 ROWS_PER_BATCH = 1024  # rows of one Arrow record batch: the unit of a sequential read
@@ -47,97 +43,74 @@ def text_key(titles: tuple[str, ...], text: str) -> int:
     return xxhash.xxh3_64_intdigest(string.encode()) - (1 << 63)
 
 
-# ------------------------------------------------------------------------------------------------
-# read and write
+# ---- read and write
 
 
-def _row(record: dict, place: str) -> Row:
-    key = next((name for name in ID_KEYS if name in record), None)
-    body = next((name for name in TEXT_KEYS if name in record and name != key), None)
-    if key is None or body is None:
-        what, keys = ("an id", ID_KEYS) if key is None else ("a text", TEXT_KEYS)
-        found = ", ".join(map(str, record)) or "nothing"
-        raise UserError(
-            f"{place}: no field for {what} ({', '.join(keys)}), only {found} — rename the field"
-        )
-    identifier, title, text = record[key], record.get("title") or "", record[body] or ""
-    if isinstance(identifier, bool) or not isinstance(identifier, str | int):
-        raise UserError(
-            f"{place}: the id in {key} is {identifier!r}, not a string or an integer — correct it"
-        )
-    if not isinstance(text, str) or not isinstance(title, str):
-        raise UserError(f"{place}: title and {body} must be strings — correct the line")
-    return str(identifier), (title,) if title.strip() else (), text
-
-
-def _read_file(path) -> Iterator[tuple[str, Row]]:
-    width = None  # columns of a TSV, 0 for JSONL
-    for number, line in lines(path):
-        place = f"{path}:{number}"
-        if width is None:
-            width = 0 if line.lstrip().startswith("{") else line.count("\t") + 1
-        if width == 0:
-            yield place, _row(json_object(path, number, line), place)
-            continue
-        columns = line.split("\t")
-        if len(columns) != width:
-            raise UserError(
-                f"{place}: {len(columns)} columns after lines of {width} — correct the line"
-            )
-        if width not in (2, 3, 4):
-            raise UserError(
-                f"{place}: {width} columns, a TSV of texts has 2, 3 or 4 — correct the line"
-            )
+def read_texts(source) -> Iterator[Row]:
+    """(id, titles, text) of a corpus or of queries, streaming. A text may be empty. UserError: a
+    malformed line, or an id that is empty or has white space."""
+    for place, columns in _columns(source):
         identifier, *titles, text = columns
-        yield place, (identifier, tuple(title for title in titles if title.strip()), text)
+        if identifier.split() != [identifier]:
+            wrong = f"{place}: the id {identifier!r} is empty or has white space"
+            raise UserError(f"{wrong}, which run files cannot hold — rename it")
+        yield identifier, tuple(title for title in titles if title.strip()), text
 
 
-def _read_dataset(source) -> Iterator[tuple[str, Row]]:
+def _columns(source) -> Iterator[tuple[str, list[str]]]:
+    """(place, [id, titles, text]) of each text."""
+    path = Path(source)
+    if not path.is_file() or path.suffix == ".parquet":
+        for number, record in enumerate(_open_dataset(source)):
+            yield f"{source}[{number}]", _fields(record, f"{source}[{number}]")
+    elif first_line(path).lstrip().startswith("{"):
+        for number, line in lines(path):
+            place = f"{path}:{number}"
+            yield place, _fields(parse_json(line, path, number, dict), place)
+    else:
+        yield from table(path, (2, 3, 4), "a TSV of texts has 2, 3 or 4", "\t")
+
+
+def _fields(record: dict, place: str) -> list[str]:
+    """[id, title, text] of a record."""
+    key, body = _first_of(ID_KEYS, record, place), _first_of(TEXT_KEYS, record, place)
+    identifier, title, text = record[key], record.get("title") or "", record[body] or ""
+    if type(identifier) is int:
+        identifier = str(identifier)
+    if not all(isinstance(value, str) for value in (identifier, title, text)):
+        raise UserError(f"{place}: {key}, title and {body} must be strings — correct the line")
+    return [identifier, title, text]
+
+
+def _first_of(keys: tuple[str, ...], record: dict, place: str) -> str:
+    for key in keys:
+        if key in record:
+            return key
+    raise UserError(f"{place}: no field has one of the names {', '.join(keys)} — rename a field")
+
+
+def _open_dataset(source):
+    """The records of Parquet, of a save_to_disk folder or of a data set on the hub."""
     import datasets
 
     path = Path(source)
     try:
         if path.is_dir():
-            table = datasets.load_from_disk(str(path))
+            rows = datasets.load_from_disk(str(path))
         elif path.suffix == ".parquet":
-            files = {"data_files": str(path), "split": "train", "streaming": True}
-            table = datasets.load_dataset("parquet", **files)
+            rows = datasets.load_dataset("parquet", data_files=str(path), streaming=True)
         else:
             name, _, config = str(source).partition(":")  # as in BeIR/scifact:corpus
-            table = datasets.load_dataset(name, config or None, streaming=True)
+            rows = datasets.load_dataset(name, config or None, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{source}: not a file, a save_to_disk folder or a reachable hub data set ({reason}) — "
-            "check the name"
-        ) from error
-    if hasattr(table, "keys"):  # several splits: the only one, or the one with a usual name
-        splits = list(table.keys())
-        usual = [name for name in ("corpus", "queries", "train") if name in splits]
-        if len(splits) > 1 and not usual:
-            raise UserError(
-                f"{source}: several splits ({', '.join(splits)}) — save the one you mean with "
-                "save_to_disk"
-            )
-        table = table[usual[0] if usual else splits[0]]
-    for number, record in enumerate(table):
-        place = f"{source}[{number}]"
-        yield place, _row(record, place)
-
-
-def read_texts(source) -> Iterator[Row]:
-    """(id, titles, text) of a corpus or of queries, in any format of the list above, streaming.
-
-    UserError: a malformed line, or an id that is empty or has white space. A text may be empty."""
-    path = Path(source)
-    plain = path.is_file() and path.suffix != ".parquet"
-    for place, row in _read_file(path) if plain else _read_dataset(source):
-        if not row[0] or any(c.isspace() for c in row[0]):
-            raise UserError(
-                f"{place}: the id {row[0]!r} is empty or has white space, which run files cannot "
-                "hold — rename it"
-            )
-        yield row
+        wrong = f"{source}: not a file, a save_to_disk folder or a reachable hub data set"
+        raise UserError(f"{wrong} ({str(error).splitlines()[0]}) — check the name") from error
+    if not isinstance(rows, dict):
+        return rows
+    usual = [split for split in ("corpus", "queries", "train") if split in rows]
+    if not usual and len(rows) > 1:
+        raise UserError(f"{source}: several splits — save the one you mean with save_to_disk")
+    return rows[[*usual, *rows][0]]
 
 
 def write_texts(path, rows: Iterable[Row]) -> None:
@@ -147,8 +120,7 @@ def write_texts(path, rows: Iterable[Row]) -> None:
     write_lines(path, (json.dumps(record, ensure_ascii=False) for record in records))
 
 
-# ------------------------------------------------------------------------------------------------
-# ids to rows
+# ---- ids to rows
 
 
 def id_hashes(ids: Iterable[str]) -> np.ndarray:
@@ -168,9 +140,7 @@ def places(wanted: np.ndarray, ascending: np.ndarray) -> np.ndarray:
 def find_rows(ids: Iterable[str], sorted_hashes: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """(n,) int64 row of each id, -1 where unknown."""
     at = places(id_hashes(ids), sorted_hashes)
-    found = np.full(len(at), -1, dtype=np.int64)
-    found[at >= 0] = rows[at[at >= 0]]
-    return found
+    return np.where(at < 0, -1, rows[at])
 
 
 def require_rows(texts, ids: list[str], path, what: str, *beside: str) -> np.ndarray:
@@ -180,39 +150,24 @@ def require_rows(texts, ids: list[str], path, what: str, *beside: str) -> np.nda
     rows = texts.rows(ids)
     if len(rows) and rows.min() < 0:
         unknown = ids[int(rows.argmin())]
-        raise UserError(
-            f"{line_of(path, unknown, *beside)}: {what} {unknown} is not in {texts.source} "
-            f"({(rows < 0).sum()} unknown ids in all) — give the files that belong together"
-        )
+        absent = f"{what} {unknown} is not in {texts.source} ({(rows < 0).sum()} unknown ids)"
+        place = line_of(path, unknown, *beside)
+        raise UserError(f"{place}: {absent} — give files that belong together")
     return rows
 
 
-# ------------------------------------------------------------------------------------------------
-# the memory-mapped copy
-
-
-def cache_root() -> Path:
-    """Where copies are kept: $ISTHMUS_CACHE, else `isthmus` in the Hugging Face cache
-    ($HF_HOME)."""
-    home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
-    return Path(os.environ.get("ISTHMUS_CACHE") or Path(home) / "isthmus")
+# ---- the memory-mapped copy
 
 
 def _build_texts(folder: Path, source) -> None:
     hashes, keys, digest, empty = [], [], xxhash.xxh3_128(), 0
     folder.mkdir(parents=True)
     rows = read_texts(source)
-    with (
-        pa.OSFile(str(folder / "texts.arrow"), "wb") as sink,
-        pa.ipc.new_file(sink, SCHEMA) as writer,
-    ):
-        while batch := [row for _, row in zip(range(ROWS_PER_BATCH), rows, strict=False)]:
-            ids, titles, texts = zip(*batch, strict=True)
-            columns = [
-                pa.array(x, f.type) for x, f in zip((ids, titles, texts), SCHEMA, strict=True)
-            ]
-            writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-            hashes.append(id_hashes(ids))
+    with pa.ipc.new_file(str(folder / "texts.arrow"), SCHEMA) as writer:
+        while batch := list(islice(rows, ROWS_PER_BATCH)):
+            columns = dict(zip(SCHEMA.names, zip(*batch, strict=True), strict=True))
+            writer.write_batch(pa.RecordBatch.from_pydict(columns, SCHEMA))
+            hashes.append(id_hashes(columns["id"]))
             keys.append(np.array([text_key(t, x) for _, t, x in batch], dtype=np.int64))
             flat = (part for i, t, x in batch for part in (i, *t, "\0", x))
             digest.update("\0".join(flat).encode())
@@ -226,12 +181,10 @@ def _build_texts(folder: Path, source) -> None:
     ordered = hashes[order]
     twice = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(twice):
-        pair = {int(order[twice[0]]), int(order[twice[0] + 1])}
-        names = [(n + 1, row[0]) for n, row in enumerate(read_texts(source)) if n in pair]
-        raise UserError(
-            f"{source}: entries {names[0][0]} and {names[1][0]} have the same id {names[1][1]} — "
-            "ids must be unique"
-        )
+        first, second = np.sort(order[twice[0] : twice[0] + 2]).tolist()
+        name = next(islice(read_texts(source), first, None))[0]
+        wrong = f"{source}: entries {first + 1} and {second + 1} have the same id {name}"
+        raise UserError(f"{wrong} — ids must be unique")
     np.save(folder / "id_hashes.npy", ordered)
     np.save(folder / "id_rows.npy", order)
     np.save(folder / "text_keys.npy", np.concatenate(keys))
@@ -252,7 +205,8 @@ def open_texts(source) -> "Texts":
     else:
         stamp = [str(source)]  # a hub name: a new revision needs a new cache folder
     key = xxhash.xxh3_64_hexdigest(json.dumps([TEXTS_VERSION, stamp]).encode())
-    folder = cache_root() / f"texts-{key}"
+    cache = Path(os.environ.get("ISTHMUS_CACHE") or Path(HF_HOME) / "isthmus")
+    folder = cache / f"texts-{key}"
     if not (folder / "meta.json").is_file():
         with atomic(folder) as temporary:
             _build_texts(temporary, source)

@@ -37,8 +37,7 @@ mkdir -p "$out"
 . recipes/scale.sh
 model=${MODEL:-roberta-base}
 if [ "${SCALE:-}" = tiny ]; then
-    python pretrain_mae.py --objective mlm "${from[@]}" --corpus "$corpus" --output_dir "$out/pretrained" \
-        --resume "${short[@]}"
+    pretrain_tiny
     model=$out/pretrained
 fi
 triplets=(--loss triplet --passages_per_query 2 --optimizer lamb --weight_decay 0)

@@ -40,7 +40,7 @@ from lib.files import (
 )
 from lib.index import file_fingerprint
 from lib.launch import claim_output, echo, make_accelerator, run, versions
-from lib.texts import open_texts
+from lib.texts import open_texts, require_rows
 
 
 @dataclass(kw_only=True)
@@ -85,10 +85,8 @@ def kmeans(
     squared, labels = found.assign(vectors)
     filled, first, sizes = np.unique(labels, return_index=True, return_counts=True)
     if len(filled) < K:
-        raise UserError(
-            f"--clusters {K}: {K - len(filled)} of them are empty, too few vectors differ — give "
-            "fewer, or check whether the checkpoint gives all queries one vector"
-        )
+        problem = f"--clusters {K}: {K - len(filled)} of them are empty, too few vectors differ"
+        raise UserError(f"{problem} — give fewer, or check that the vectors of queries differ")
     number = np.argsort(np.lexsort((first, -sizes)))  # of each of faiss' clusters
     distances = np.sqrt(np.maximum(squared, 0))  # rounding may take |x|² + |c|² - 2xc below 0
     return number[labels], distances
@@ -105,35 +103,13 @@ def summary(clusters: np.ndarray, distances: np.ndarray, show, nearest: int) -> 
         yield from (f"    {distances[row]:<10.4g} {show(row)}" for row in members[:nearest])
 
 
-def vectors_of(qids: dict[str, int], embeddings: Embeddings, path: str) -> np.ndarray:
-    """Vectors (Q, D) float32 of the queries of a training file; qids: the line of each in `path`.
-
-    UserError: a query without a vector, a vector that is not finite."""
-    ids = list(qids)
-    rows = embeddings.rows(ids)
-    if rows.min() < 0:
-        unknown = ids[int(rows.argmin())]
-        raise UserError(
-            f"{path}:{qids[unknown]}: query {unknown} has no vector in {embeddings.folder} — "
-            "encode all queries of the training file"
-        )
-    vectors = embeddings.take(rows)
-    finite = np.isfinite(vectors.sum(1))
-    if not finite.all():
-        broken = ids[int(finite.argmin())]
-        raise UserError(f"{embeddings.folder}: the vector of {broken} is not finite — encode again")
-    return vectors
-
-
 def main():
     args = parse_args(Args)
     accelerator, out = make_accelerator(), Path(args.output_dir)
     embeddings = Embeddings(args.queries_embeddings)
     if embeddings.sparse:
-        raise UserError(
-            f"{embeddings.folder}: sparse vectors, k-means needs dense ones — encode with a dense "
-            "checkpoint"
-        )
+        problem = f"{embeddings.folder}: sparse vectors, k-means needs dense ones"
+        raise UserError(f"{problem} — encode with a dense checkpoint")
     kind = embeddings.meta["kind"]
     if kind != "query":
         raise UserError(f"{embeddings.folder}: embeddings of kind {kind} — give those of queries")
@@ -141,18 +117,18 @@ def main():
     source = {name: embeddings.meta.get(name) for name in names}
     texts = open_texts(args.queries) if args.queries else None
     if texts and texts.fingerprint != source["input_fingerprint"]:
-        raise UserError(
-            f"{embeddings.folder}: not the embeddings of {args.queries} — give the queries that "
-            "were encoded"
-        )
-    lines = {row.qid: number for number, row in read_training_file(args.train)}
-    if not lines:
+        problem = f"{embeddings.folder}: not the embeddings of {args.queries}"
+        raise UserError(f"{problem} — give the queries that were encoded")
+    qids = [row.qid for _, row in read_training_file(args.train)]
+    if not qids:
         raise UserError(f"{args.train}: no query in it — is this the right file?")
     inputs = {"embeddings": source, "training file": file_fingerprint(args.train)}
     if claim_output(args, accelerator, "meta.json", inputs=inputs):
         return
 
-    qids, vectors = list(lines), vectors_of(lines, embeddings, args.train)
+    vectors = embeddings.take(require_rows(embeddings, qids, args.train, "query"))
+    if not np.isfinite(vectors).all():
+        raise UserError(f"{embeddings.folder}: a vector is not finite — encode again")
     trained_on = min(args.sample or len(qids), len(qids))
     facts = {
         "queries": f"{len(qids)} of {source['model']}, {embeddings.dim} dimensions",
@@ -181,9 +157,8 @@ def main():
     spread = {"sizes": sizes, "trained_on": trained_on, "mean_squared_distance": squared}
     write_json(out / "meta.json", {"source": source, **spread, "versions": versions()})
     median = int(np.median(sizes))
-    print(
-        f"{args.clusters} clusters of {sizes[0]} to {sizes[-1]} queries, median {median} -> {out}"
-    )
+    shown = f"{args.clusters} clusters of {sizes[0]} to {sizes[-1]} queries, median {median}"
+    print(f"{shown} -> {out}")
 
 
 if __name__ == "__main__":

@@ -26,10 +26,9 @@ folder=$(path "$1") out=$(path "${2:-runs/coco_beir}")
 corpora=()
 for file in "$folder"/*/corpus.jsonl*; do
     [ -f "$file" ] || { echo "$folder: no collection in it — BEIR layout is NAME/corpus.jsonl" >&2; exit 1; }
-    name=${file%/*}
-    corpora+=("${name##*/}=$file")
+    corpora+=("$file")
 done
-corpus=${corpora[0]#*=}
+corpus=${corpora[0]}
 mkdir -p "$out"
 MODEL=${MODEL:-Luyu/condenser}
 . recipes/scale.sh

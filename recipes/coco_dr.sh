@@ -37,7 +37,7 @@ corpus=$data/corpus.tsv queries=$data/queries.train.tsv qrels=$data/qrels.train.
 mkdir -p "$out"
 . recipes/scale.sh
 triplets=(--loss triplet --passages_per_query 2 --optimizer lamb --weight_decay 0)
-dro=(--dro idro --dro_alpha 0.25 --dro_ema 0.1 --dro_rho 0.05 --dro_eps 0.01)
+dro=(--dro --dro_alpha 0.25 --dro_ema 0.1 --dro_rho 0.05 --dro_eps 0.01)
 
 bash recipes/coco_beir.sh "$folder" "$out/coco"
 python -m recipes.import_training_data --input "$data/triples.train.small.tsv" --output_dir "$out/triples"

@@ -35,7 +35,7 @@ from transformers import AutoTokenizer
 
 from lib.arguments import arg, parse_args
 from lib.embeddings import Embeddings
-from lib.files import UserError, atomic, read_json, write_json, write_lines
+from lib.files import UserError, atomic, write_json, write_lines
 from lib.launch import claim_output, make_accelerator, run
 
 ROWS_AT_A_TIME = 4096
@@ -66,23 +66,18 @@ def terms(tokenizer, dim: int) -> np.ndarray:
 
     UserError if columns and tokenizer do not belong together."""
     if not 0 <= dim - len(tokenizer) <= PADDING:
-        raise UserError(
-            f"{tokenizer.name_or_path}: {len(tokenizer)} tokens where the vectors have {dim} "
-            "columns — give the tokenizer of their checkpoint with --model"
-        )
-    names = [
-        *tokenizer.convert_ids_to_tokens(range(len(tokenizer))),
-        *[None] * (dim - len(tokenizer)),
-    ]
+        sizes = f"{len(tokenizer)} tokens where vectors have {dim} columns"
+        problem = f"{tokenizer.name_or_path}: {sizes}"
+        raise UserError(f"{problem} — give the tokenizer of their checkpoint with --model")
+    names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    names += [None] * (dim - len(tokenizer))
     for column, name in enumerate(names):
         if not name or len(name) > LONGEST or any(c.isspace() or c < "!" for c in name):
             names[column] = f"[v{column}]"
     if len(set(names)) < dim:
         twice = Counter(names).most_common(1)[0][0]
-        raise UserError(
-            f"{tokenizer.name_or_path}: two columns share the term {twice} — rename one in the "
-            "tokenizer"
-        )
+        problem = f"{tokenizer.name_or_path}: two columns share the term {twice}"
+        raise UserError(f"{problem} — rename one in the tokenizer")
     return np.array(names, dtype=object)
 
 
@@ -105,33 +100,23 @@ def main():
     accelerator, out = make_accelerator(), Path(args.output_dir)
     vectors = Embeddings(args.embeddings)
     if not vectors.sparse:
-        raise UserError(
-            f"{args.embeddings}: dense vectors, not weights of terms — encode with a sparse "
-            "checkpoint"
-        )
+        problem = f"{args.embeddings}: dense vectors, not weights of terms"
+        raise UserError(f"{problem} — encode with a sparse checkpoint")
     model = args.model or vectors.meta["model"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{model}: no tokenizer ({reason}) — give the folder of the checkpoint with --model"
-        ) from error
+        problem = f"{model}: no tokenizer ({reason})"
+        raise UserError(f"{problem} — give the folder of the checkpoint with --model") from error
     if tokenizer.unk_token_id is None:
-        raise UserError(
-            f"{model}: the tokenizer has no unknown token, which stands for an empty text — add one"
-        )
+        problem = f"{model}: the tokenizer has no unknown token, which stands for an empty text"
+        raise UserError(f"{problem} — add one")
     names, counts = terms(tokenizer, vectors.dim), Counter()
-    source = {
-        key: vectors.meta.get(key) for key in ("model_hash", "input_fingerprint", "kind", "count")
-    }
-    if claim_output(args, accelerator, "meta.json"):
-        if read_json(out / "meta.json")["source"] != source:
-            raise UserError(
-                f"{out}: made from other embeddings than {args.embeddings} holds now — remove the "
-                "folder"
-            )
-        return print(f"{out} is complete")
+    keys = "model_hash", "input_fingerprint", "kind", "count"
+    source = {key: vectors.meta.get(key) for key in keys}
+    if claim_output(args, accelerator, "meta.json", inputs={"embeddings": source}):
+        return
 
     def rows(start: int, stop: int) -> Iterator[tuple[str, list[str], list[int]]]:
         for first, block in vectors.blocks(start, stop, ROWS_AT_A_TIME):
@@ -141,11 +126,8 @@ def main():
             counts["largest"] = max(counts["largest"], int(impacts.data.max()))
             ids, edges = vectors.ids(range(first, first + impacts.shape[0])), impacts.indptr
             for identifier, low, high in zip(ids, edges, edges[1:], strict=False):
-                yield (
-                    identifier,
-                    names[impacts.indices[low:high]].tolist(),
-                    impacts.data[low:high].tolist(),
-                )
+                tokens = names[impacts.indices[low:high]].tolist()
+                yield identifier, tokens, impacts.data[low:high].tolist()
 
     total, facts = len(vectors), {}
     if vectors.meta["kind"] == "passage":
@@ -154,13 +136,10 @@ def main():
         with atomic(out / "collection") as folder:
             for index in range(files):
                 part = rows(total * index // files, total * (index + 1) // files)
-                write_lines(  # in ASCII: Java before 18 reads files in the locale's encoding
-                    folder / f"vectors-{index:02d}.jsonl",
-                    (
-                        json.dumps({"id": pid, "vector": dict(zip(t, w, strict=True))})
-                        for pid, t, w in part
-                    ),
-                )
+                vectors_of = ((pid, dict(zip(t, w, strict=True))) for pid, t, w in part)
+                # in ASCII: Java before 18 reads files in the locale's encoding
+                documents = (json.dumps({"id": pid, "vector": v}) for pid, v in vectors_of)
+                write_lines(folder / f"vectors-{index:02d}.jsonl", documents)
         facts["files"] = files
     else:
         too_long = []
@@ -174,32 +153,21 @@ def main():
 
         write_lines(out / "queries.tsv", topics())
         # read as an integer, "007" would come back as 7, and more than 31 bits stop the search
-        other = [
-            qid for qid in vectors.ids(range(total)) if not re.fullmatch("0|[1-9][0-9]{0,8}", qid)
-        ]
+        small = re.compile("0|[1-9][0-9]{0,8}")
+        other = [qid for qid in vectors.ids(range(total)) if not small.fullmatch(qid)]
         facts |= {"topic_reader": "TsvString" if other else "TsvInt", "too_long": too_long}
         if other:
-            print(
-                f"note: TsvInt takes integers only, {other[0]} is none — search with "
-                "-topicReader TsvString"
-            )
+            problem = f"note: TsvInt takes integers only, {other[0]} is none"
+            print(f"{problem} — search with -topicReader TsvString")
         if too_long:
-            print(
-                f"note: {len(too_long)} queries have more than {CLAUSES} terms ({too_long[0]}, "
-                "...) — Anserini leaves them out of the run and ends without an error"
-            )
-    facts = (
-        {"model": model, "factor": args.factor, "unknown": tokenizer.unk_token_id, "source": source}
-        | facts
-        | counts
-    )
-    write_json(out / "meta.json", facts)
+            problem = f"{len(too_long)} queries have more than {CLAUSES} terms ({too_long[0]}, ...)"
+            print(f"note: {problem} — Anserini leaves them out of the run, without an error")
+    made = {"model": model, "factor": args.factor, "unknown": tokenizer.unk_token_id}
+    write_json(out / "meta.json", {**made, "source": source, **facts, **counts})
     kind = "passages" if vectors.meta["kind"] == "passage" else "queries"
-    print(
-        f"{total} {kind}, {counts['impacts'] / total:.1f} terms each of "
-        f"{counts['weights'] / total:.1f} with a weight, the largest impact {counts['largest']} "
-        f"-> {out}"
-    )
+    terms_each = f"{counts['impacts'] / total:.1f} terms each of {counts['weights'] / total:.1f}"
+    largest = f"the largest impact {counts['largest']}"
+    print(f"{total} {kind}, {terms_each} with a weight, {largest} -> {out}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Literal
 from lib.arguments import arg, parse_args
 from lib.checkpoint import checkpoint_folder
 from lib.files import UserError, atomic, lines, read_json, read_qrels, write_json, write_qrels
-from lib.generations import newest_checkpoint, read_generations
+from lib.generations import complete_checkpoints, read_generations
 from lib.launch import run
 from lib.texts import open_texts, require_rows, write_texts
 
@@ -56,11 +56,11 @@ def prepare(args: Args) -> None:
                 print(path)
                 return
             shutil.rmtree(path)  # the miner was killed after it had published this folder
-        newest = newest_checkpoint(run_folder)
-        if newest is None and args.initial:
-            newest = 0, checkpoint_folder(args.initial)
-        if newest is not None and newest[0] > last:
-            step, checkpoint = newest
+        found = complete_checkpoints(run_folder)
+        if not found and args.initial:
+            found = [(0, checkpoint_folder(args.initial))]
+        if found and found[-1][0] > last:
+            step, checkpoint = found[-1]
             path = work / f"step-{step:08d}"
             try:
                 with atomic(path) as temporary:

@@ -32,7 +32,7 @@ import math
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
@@ -90,17 +90,18 @@ def each(values) -> list:
     return values
 
 
-def scored(passages: list, scores: list | None) -> Iterator[tuple]:
-    """(passage, score or None) of each."""
-    if scores is not None and len(each(scores)) != len(each(passages)):
-        raise BadRow(f"{len(scores)} scores for {len(passages)} passages — write one for each")
-    return zip(each(passages), scores or [None] * len(passages), strict=True)
+def scored(field: str, values: list, scores: list | None) -> list[Passage]:
+    """A passage for each value of its field, "id" or "text", with its score if there are scores."""
+    scores = [None] * len(each(values)) if scores is None else each(scores)
+    if len(scores) != len(each(values)):
+        raise BadRow(f"{len(scores)} scores for {len(values)} passages — write one for each")
+    pairs = zip(values, scores, strict=True)
+    return [Passage(**{field: value}, score=score) for value, score in pairs]
 
 
 def flagembedding(row: dict) -> Example:
-    pos = scored(row["pos"], row.get("pos_scores"))
-    neg = scored(row.get("neg") or [], row.get("neg_scores"))
-    pos, neg = ([Passage(text=text, score=score) for text, score in side] for side in (pos, neg))
+    pos = scored("text", row["pos"], row.get("pos_scores"))
+    neg = scored("text", row.get("neg") or [], row.get("neg_scores"))
     return Example(None, row["query"], pos, neg)
 
 
@@ -135,11 +136,9 @@ def sentence_transformers(row: dict) -> Example:
         raise BadRow("a pair with a label may be no positive — write positives without labels")
     if label is not None and not (isinstance(label, list) and len(label) == len(passages)):
         raise BadRow("the label is a margin, not a score for each passage — remove the label")
-    if all(name.endswith("_id") for name in columns):
-        pos, *neg = [Passage(pid, score=score) for pid, score in scored(passages, label)]
-        return Example(query, None, [pos], neg)
-    pos, *neg = [Passage(text=text, score=score) for text, score in scored(passages, label)]
-    return Example(None, query, [pos], neg)
+    has_ids = all(name.endswith("_id") for name in columns)
+    pos, *neg = scored("id" if has_ids else "text", passages, label)
+    return Example(query if has_ids else None, None if has_ids else query, [pos], neg)
 
 
 def text_triples(query: str, positive: str, negative: str) -> Example:
@@ -155,15 +154,9 @@ def ance(qid: str, positive: str, negatives: str) -> Example:
     return Example(qid, None, [Passage(positive)], neg)
 
 
-FORMATS: dict[str, Callable[..., Example]] = {
-    "flagembedding": flagembedding,
-    "tevatron": tevatron,
-    "hard-negatives": hard_negatives,
-    "sentence-transformers": sentence_transformers,
-    "text-triples": text_triples,
-    "id-triples": id_triples,
-    "ance": ance,
-}
+functions = (flagembedding, tevatron, hard_negatives, sentence_transformers)
+functions += (text_triples, id_triples, ance)
+FORMATS = {function.__name__.replace("_", "-"): function for function in functions}
 
 
 def read_rows(path: Path, tabs: bool) -> Iterator[tuple[int, dict | list[str]]]:
@@ -215,8 +208,8 @@ class Pairs:
                     example = FORMATS[name](*row) if isinstance(row, list) else FORMATS[name](row)
                     yield from self.add(example)
                 except (ValueError, LookupError, TypeError, AttributeError) as error:
-                    reason = f"not a row of {name} as --help shows it — fix it or name the --format"
-                    reason = error if isinstance(error, BadRow) else reason
+                    other = f"not a row of {name} as --help shows it — fix it or name the --format"
+                    reason = error if isinstance(error, BadRow) else other
                     raise UserError(f"{path}:{line}: {reason}") from None
 
     def add(self, example: Example) -> Iterator[Row]:
@@ -268,9 +261,9 @@ class Pairs:
                 contents[pid] = content
             if corpus:
                 rows = corpus.rows(contents)
-                unknown = [pid for pid, row in zip(contents, rows, strict=True) if row < 0]
-                if unknown:
-                    reason = f"has no passage {unknown[0]}, which query {qid} names"
+                if rows.min() < 0:
+                    unknown = [*contents][int(rows.argmin())]
+                    reason = f"has no passage {unknown}, which query {qid} names"
                     raise UserError(f"{corpus.source}: {reason} — give the corpus of the input")
                 contents = dict(zip(contents, corpus.text_keys[rows].tolist(), strict=True))
             pos, neg = scores

@@ -46,38 +46,20 @@ from lib.launch import end_with_parent, run
 from lib.texts import write_texts
 
 # tests, other people's code carried along, and what is not meant to be read
-SKIPPED_FOLDERS = {
-    "test",
-    "tests",
-    "testing",
-    "idle_test",
-    "_vendor",
-    "vendor",
-    "_vendored_packages",
-    "_distutils",
-}
-SKIPPED_FOLDERS |= {
-    "vendored",
-    "third_party",
-    "externals",
-    "extern",
-    "site-packages",
-    "dist-packages",
-    "node_modules",
-}
-QUERY_WORDS, PASSAGE_WORDS, CUT = (
-    (4, 48),
-    15,
-    200,
-)  # bounds of a query, least and most words of a passage
+SKIPPED_FOLDERS = set(
+    "test tests testing idle_test _vendor vendor vendored _vendored_packages _distutils "
+    "third_party externals extern site-packages dist-packages node_modules".split()
+)
 SMALL_WORDS = set(
     "a an and are as be by for from in into is it its of on or that the this to with".split()
 )
-SHINGLE, SIMILAR = (
-    3,
-    0.7,
-)  # words in a shingle; Jaccard similarity from which two passages count as one
-BANDS, ROWS = 16, 4  # MinHash: of two passages at the bound, 99 % meet in at least one band
+QUERY_WORDS = (4, 48)  # least and most words of a query
+PASSAGE_WORDS = 15  # least words of a passage
+CUT = 200  # most words of a passage
+SHINGLE = 3  # words in a shingle
+SIMILAR = 0.7  # Jaccard similarity of shingles from which two passages count as one
+BANDS = 16  # MinHash: of two passages at the bound, 99 % meet in at least one band
+ROWS = 4  # hashes in a band
 GROUP = 60  # a package with more queries than this is split by its next level of modules
 
 
@@ -106,20 +88,15 @@ def source_files(root: Path) -> list[tuple[str, Path]]:
     """(module name, file) of all Python files under root but tests and vendored copies, sorted."""
     found = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(
-            s for s in subfolders if s not in SKIPPED_FOLDERS and s.isidentifier()
-        )
+        wanted = [name for name in subfolders if name not in SKIPPED_FOLDERS]
+        subfolders[:] = sorted(name for name in wanted if name.isidentifier())
         for name in names:
             stem = name.removesuffix(".py")
-            if (
-                stem != name
-                and not stem.startswith(("test_", "conftest"))
-                and not stem.endswith("_test")
-            ):
-                parts = [*Path(folder, stem).relative_to(root).parts]
-                found.append(
-                    (".".join(parts[:-1] if stem == "__init__" else parts), Path(folder, name))
-                )
+            is_test = stem.startswith(("test_", "conftest")) or stem.endswith("_test")
+            if stem != name and not is_test:
+                parts = Path(folder, stem).relative_to(root).parts
+                module = ".".join(parts[:-1] if stem == "__init__" else parts)
+                found.append((module, Path(folder, name)))
     return sorted(item for item in found if item[0])  # no name: an __init__.py at the root itself
 
 
@@ -135,15 +112,16 @@ def docstrings(item: tuple[str, Path]) -> list[tuple[str, str]] | None:
     except (SyntaxError, ValueError, RecursionError, OSError):
         return None
     found = []
+    functions = ast.FunctionDef | ast.AsyncFunctionDef
 
     def visit(node, name):
         text = ast.get_docstring(node, clean=False)
         if text:
             found.append((name, inspect.cleandoc(text)))
+        if isinstance(node, functions):
+            return
         for child in node.body:
-            if isinstance(
-                child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-            ) and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            if isinstance(child, ast.ClassDef | functions):
                 visit(child, f"{name}.{child.name}")
 
     visit(tree, module)
@@ -152,12 +130,10 @@ def docstrings(item: tuple[str, Path]) -> list[tuple[str, str]] | None:
 
 def plain(text: str) -> str:
     """One line of words: rST roles, back quotes and rulers taken off."""
-    text = re.sub(
-        r"^[^\w\n]{3,}$", "", text, flags=re.MULTILINE
-    )  # the rulers under headings, table borders
-    text = re.sub(
-        r":[\w:]+:`~?([^`<]*)(?:<[^`]*>)?`", r"\1", text
-    )  # :class:`~io.StringIO` -> io.StringIO
+    # the rulers under headings, and table borders
+    text = re.sub(r"^[^\w\n]{3,}$", "", text, flags=re.MULTILINE)
+    # :class:`~io.StringIO` -> io.StringIO
+    text = re.sub(r":[\w:]+:`~?([^`<]*)(?:<[^`]*>)?`", r"\1", text)
     return " ".join(text.replace("`", "").split())
 
 
@@ -165,9 +141,8 @@ def split_docstring(text: str) -> tuple[str, str]:
     """(first paragraph, the rest), both plain. A first paragraph that is only a signature is passed
     over."""
     paragraphs = re.split(r"\n\s*\n", text.strip())
-    if len(paragraphs) > 2 and re.fullmatch(
-        r"[\w.]+\(.*\)(\s*->.*)?", paragraphs[0], flags=re.DOTALL
-    ):
+    signature = re.compile(r"[\w.]+\(.*\)(\s*->.*)?", re.DOTALL)
+    if len(paragraphs) > 2 and signature.fullmatch(paragraphs[0]):
         del paragraphs[0]
     return plain(paragraphs[0]), plain("\n\n".join(paragraphs[1:]))
 
@@ -180,10 +155,8 @@ def fault(query: str, passage: str) -> str | None:
     """Why a docstring makes no good pair."""
     if not passage:
         return "without a rest"
-    if (
-        not QUERY_WORDS[0] <= len(words(query)) <= QUERY_WORDS[1]
-        or len(words(passage)) < PASSAGE_WORDS
-    ):
+    least, most = QUERY_WORDS
+    if not least <= len(words(query)) <= most or len(words(passage)) < PASSAGE_WORDS:
         return "too short or too long"
     if ">>>" in query:
         return "mostly symbols"
@@ -208,9 +181,8 @@ def without_duplicates(entries: list[Entry], counts: Counter) -> list[Entry]:
             continue
         exact.add(key)
         grams = {" ".join(tokens[i : i + SHINGLE]) for i in range(len(tokens) - SHINGLE + 1)}
-        grams = np.sort(
-            np.array([xxhash.xxh3_64_intdigest(gram.encode()) for gram in grams], dtype=np.uint64)
-        )
+        hashes = [xxhash.xxh3_64_intdigest(gram.encode()) for gram in grams]
+        grams = np.sort(np.array(hashes, dtype=np.uint64))
         mixed = (grams ^ offsets) * factors
         bands = (mixed ^ (mixed >> np.uint64(32))).min(axis=1).reshape(BANDS, ROWS)
         keys = [(number, band.tobytes()) for number, band in enumerate(bands)]
@@ -229,9 +201,11 @@ def without_duplicates(entries: list[Entry], counts: Counter) -> list[Entry]:
 
 def one_answer(entries: list[Entry], counts: Counter) -> list[Entry]:
     """The entries whose query is worded like no other one's."""
-    keys = [
-        frozenset(w.rstrip("s") for w in words(e.query) if w not in SMALL_WORDS) for e in entries
-    ]
+
+    def key(query: str) -> frozenset:
+        return frozenset(word.rstrip("s") for word in words(query) if word not in SMALL_WORDS)
+
+    keys = [key(entry.query) for entry in entries]
     times = Counter(keys)
     counts["ambiguous queries"] = sum(times[k] > 1 for k in keys)
     return [e for e, k in zip(entries, keys, strict=True) if times[k] == 1]
@@ -269,10 +243,8 @@ def split(entries: list[Entry], eval_queries: int) -> dict[str, list[Entry]]:
     by_group = groups(entries)
     for name in sorted(by_group, key=place):
         members = by_group[name]
-        part = next(
-            (p for p, size in wanted.items() if len(parts[p]) + len(members) <= 1.1 * size), "train"
-        )
-        parts[part] += members
+        fits = [p for p, size in wanted.items() if len(parts[p]) + len(members) <= 1.1 * size]
+        parts[[*fits, "train"][0]] += members
     return parts
 
 
@@ -284,17 +256,15 @@ def main():
     folder, counts = Path(args.output_dir), Counter()
     if (folder / "stats.json").is_file():
         return print(f"{folder}: the collection is complete")
-    paths = sysconfig.get_paths()
-    roots = args.roots or sorted(
-        {str(Path(paths[key]).resolve()) for key in ("stdlib", "purelib", "platlib")}
-    )
+    paths = [sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")]
+    roots = args.roots or sorted({str(Path(path).resolve()) for path in paths})
     files = [item for root in roots for item in source_files(Path(root))]
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(
-        min(os.cpu_count() or 1, 8), context, initializer=end_with_parent
-    ) as pool:
+    workers = min(os.cpu_count() or 1, 8)
+    with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
         parsed = list(pool.map(docstrings, files, chunksize=64))
-    counts["files"], counts["files that do not parse"] = len(files), sum(p is None for p in parsed)
+    counts["files"] = len(files)
+    counts["files that do not parse"] = parsed.count(None)
 
     entries, names = [], Counter()
     for (module, _), found in zip(files, parsed, strict=True):
@@ -314,26 +284,22 @@ def main():
         chosen = set(sorted((e.name for e in entries), key=place)[: args.max_passages])
         entries = [e for e in entries if e.name in chosen]
     if len(entries) < 100:
-        raise UserError(
-            f"{', '.join(roots)}: only {len(entries)} usable docstrings — "
-            "name folders with more in --roots"
-        )
+        wrong = f"{', '.join(roots)}: only {len(entries)} usable docstrings"
+        raise UserError(f"{wrong} — name folders with more in --roots")
     counts["passages"] = len(entries)
     parts = split(one_answer(entries, counts), args.eval_queries)
 
     write_texts(folder / "corpus.jsonl", ((e.name, (e.name,), e.passage) for e in entries))
+    queries = []
     for part, members in parts.items():
         counts[f"{part} queries"] = len(members)
-        write_texts(
-            folder / f"queries.{part}.jsonl", ((f"q:{e.name}", (), e.query) for e in members)
-        )
+        rows = [(f"q:{e.name}", (), e.query) for e in members]
+        queries += rows
+        write_texts(folder / f"queries.{part}.jsonl", rows)
         write_qrels(folder / "qrels" / f"{part}.tsv", {f"q:{e.name}": {e.name: 1} for e in members})
-    write_texts(
-        folder / "queries.jsonl", ((f"q:{e.name}", (), e.query) for p in parts.values() for e in p)
-    )
-    write_json(
-        folder / "stats.json", {"python": sys.version.split()[0], "roots": roots, "counts": counts}
-    )
+    write_texts(folder / "queries.jsonl", queries)
+    stats = {"python": sys.version.split()[0], "roots": roots, "counts": counts}
+    write_json(folder / "stats.json", stats)
     for name, value in counts.items():
         print(f"   {name:<24} {value:>7,}")
 

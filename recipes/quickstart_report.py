@@ -21,29 +21,27 @@ def shorten(text: str, width: int = 96) -> str:
     return text if len(text) <= width else text[: width - 4] + " ..."
 
 
+def result(out: Path, stage: str) -> dict:
+    return read_json(out / f"evaluation-{stage}" / "metrics.json")["splits"]["test"]
+
+
 def verdict(ours: str, theirs: str, part: dict, metric: str = "RR@10") -> str:
     """The paired comparison of evaluate.py --compare in words."""
     found = part["compare"][metric]
     if found["p"] >= 0.05:
         return f"{ours} and {theirs} cannot be told apart at this size (MRR@10, p {found['p']:.2f})"
     word = "ahead of" if found["difference"] > 0 else "behind"
-    return (
-        f"{ours} is {word} {theirs} by {abs(found['difference']):.4f} (MRR@10, p {found['p']:.4f})"
-    )
+    difference = f"{abs(found['difference']):.4f} (MRR@10, p {found['p']:.4f})"
+    return f"{ours} is {word} {theirs} by {difference}"
 
 
 def main():
     out = Path(sys.argv[1])
-    results = {
-        stage: read_json(out / f"evaluation-{stage}" / "metrics.json")["splits"]["test"]
-        for stage in STAGES
-    }
+    results = {stage: result(out, stage) for stage in STAGES}
     corpus = open_texts(out / "collection/corpus.jsonl")
     queries = open_texts(out / "collection/queries.test.jsonl")
-    qrels, ranked = (
-        read_qrels(out / "collection/qrels/test.tsv"),
-        read_run(out / "evaluation-stage2/run.trec"),
-    )
+    qrels = read_qrels(out / "collection/qrels/test.tsv")
+    ranked = read_run(out / "evaluation-stage2/run.trec")
 
     qids = sorted(qrels)
     for qid in qids[:: max(len(qids) // 3, 1)][:3]:
@@ -69,13 +67,9 @@ def main():
     for stage, name in STAGES.items():
         values = [results[stage]["metrics"][metric] for metric in METRICS]
         print(f"{name:<10}{values[0]:>10.4f}{values[1]:>10.4f}{values[2]:>12.4f}")
-    gain = read_json(out / "evaluation-gain/metrics.json")["splits"]["test"]
-    print(verdict("stage 2", "stage 1", gain))
+    print(verdict("stage 2", "stage 1", result(out, "gain")))
     print(verdict("stage 2", "BM25", results["stage2"]))
-    print(
-        "(stage 2 goes on from stage 1: twice the steps, "
-        "and negatives that stage 1 itself finds hard)"
-    )
+    print("(stage 2 continues stage 1: twice the steps, and negatives that stage 1 finds hard)")
 
 
 if __name__ == "__main__":

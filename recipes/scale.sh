@@ -3,6 +3,7 @@
 #   short    flags for the end of each training command: empty, except with SCALE=tiny
 #   few      the same for recipes/train_cross_encoder.py
 # SCALE=tiny trains a small BERT with a vocabulary of its own for two steps. It tests that the stages fit together.
+# A recipe that starts from a trained model calls pretrain_tiny then, which writes that model to $out/pretrained.
 from=(--model "${MODEL:-bert-base-uncased}") short=() few=()
 if [ "${SCALE:-}" = tiny ]; then
     python -m recipes.train_tokenizer --corpus "$corpus" --vocab_size 1000 --output_dir "$out/tokenizer"
@@ -12,3 +13,7 @@ END
     from=(--model_config "$out/bert.json" --tokenizer "$out/tokenizer")
     short=(--max_steps 2 --per_device_batch_size 4 --num_workers 0) few=(--max_steps 2 --per_device_batch_size 4)
 fi
+pretrain_tiny() {
+    python pretrain_mae.py --objective mlm "${from[@]}" --corpus "$corpus" --output_dir "$out/pretrained" \
+        --resume "${short[@]}"
+}

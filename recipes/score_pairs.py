@@ -25,10 +25,10 @@ N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16
 """
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,13 +40,7 @@ from tqdm import tqdm
 
 from lib import launch
 from lib.arguments import arg, parse_args
-from lib.checkpoint import (
-    CrossEncoder,
-    PairFormat,
-    checkpoint_folder,
-    load_cross_encoder,
-    model_hash,
-)
+from lib.checkpoint import checkpoint_folder, load_cross_encoder, model_hash
 from lib.cpu import speed_up_attention
 from lib.embeddings import shard_name
 from lib.files import (
@@ -58,7 +52,7 @@ from lib.files import (
     write_run,
     write_training_file,
 )
-from lib.text import join_title, pad, token_batches
+from lib.text import TextFormat, join_title, pad, token_batches
 from lib.texts import Texts, open_texts, require_rows
 
 
@@ -87,12 +81,14 @@ class Args:
     dry_run: bool = arg(False, help="show the first input and the number of pairs, and stop")
 
 
+@dataclass
 class Pairs:
     """Rows of queries and corpus to ids."""
 
-    def __init__(self, queries: Texts, corpus: Texts, model: CrossEncoder):
-        self.queries, self.corpus = queries, corpus
-        self.tokenizer, self.form = model.tokenizer, model.format
+    queries: Texts
+    corpus: Texts
+    tokenizer: Any
+    form: TextFormat  # its max_passage_length: tokens of a pair, special tokens included
 
     def ids(self, query_row: int, rows: np.ndarray) -> list[tuple[list[int], list[int]]]:
         """(ids, token types) of a query with each of some passages, in the tokenizer's own
@@ -105,7 +101,8 @@ class Pairs:
         strings = [self.queries[query_row][1], *texts]
         query, *passages = backend.encode_batch(strings, add_special_tokens=False)
         query.truncate(form.max_query_length)
-        room = form.max_length - len(query) - self.tokenizer.num_special_tokens_to_add(pair=True)
+        special = self.tokenizer.num_special_tokens_to_add(pair=True)
+        room = form.max_passage_length - len(query) - special
         for passage in passages:
             passage.truncate(room)
         pairs = [backend.post_process(query, passage) for passage in passages]
@@ -141,6 +138,12 @@ class Shards(Dataset):
         return list(chain(*found))
 
 
+def score(classifier: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """(n, L) ids, mask and types -> (n,) fp32 scores."""
+    logits = classifier(**batch).logits.float()  # (n, 1 or 2)
+    return logits[:, -1] - (logits[:, 0] if logits.shape[1] == 2 else 0)
+
+
 def read_lists(args) -> dict[str, list[str]]:
     """{qid: passages to score}: positives and negatives of a training file, or the best of a
     run."""
@@ -168,7 +171,7 @@ def write_scores(args, lists: dict[str, list[str]], scores: np.ndarray) -> None:
         return
     ranked = ((qid, np.argsort(-by_query[qid], kind="stable")) for qid in lists)
     rows = ((qid, [lists[qid][at] for at in order], by_query[qid][order]) for qid, order in ranked)
-    write_run(out / "run.trec", rows, "cross-encoder")
+    write_run(out / "run.trec", rows)
 
 
 def main():
@@ -187,9 +190,12 @@ def main():
         corpus = open_texts(args.corpus)
         queries = open_texts(args.queries)
     folder = checkpoint_folder(args.model)
-    form = PairFormat(args.title, args.max_query_length, args.max_length)
-    model = load_cross_encoder(folder, form).to(device)
-    pairs = Pairs(queries, corpus, model)
+    form = TextFormat(
+        title=args.title, max_query_length=args.max_query_length, max_passage_length=args.max_length
+    )
+    classifier, tokenizer = load_cross_encoder(folder, form)
+    classifier.to(device)
+    pairs = Pairs(queries, corpus, tokenizer, form)
 
     # ---- pairs
     source = args.train or args.run
@@ -200,10 +206,10 @@ def main():
     starts = range(0, len(rows), args.shard_pairs)
     spans = [(start, min(start + args.shard_pairs, len(rows))) for start in starts]
     first = Shards(pairs, query_rows, rows, [(0, min(256, len(rows)))])[0]
-    text = pairs.tokenizer.decode(first[0][0])
+    text = tokenizer.decode(first[0][0])
     facts = {
-        "model": f"{args.model}, {model.classifier.config.model_type}",
-        "texts": ", ".join(f"{name} {value}" for name, value in asdict(form).items()),
+        "model": f"{args.model}, {classifier.config.model_type}",
+        "texts": f"{args.max_query_length} tokens of a query, {args.max_length} of a pair",
         "first input": text if len(text) < 300 else f"{text[:200]} ... {text[-80:]}",
         "pairs": f"{len(rows)} of {len(lists)} queries of {source}, {len(spans)} shard(s)",
         "running on": launch.describe(accelerator),
@@ -225,7 +231,7 @@ def main():
 
     # ---- score
     out = Path(args.output_dir)
-    speed_up_attention(model.classifier)
+    speed_up_attention(classifier)
     paths = [out / f"{shard_name(shard)}.npy" for shard in range(len(spans))]
     missing = [shard for shard, path in enumerate(paths) if not path.is_file()]
     accelerator.wait_for_everyone()  # all have listed what is missing before the first adds to it
@@ -239,9 +245,10 @@ def main():
         for shard, found in zip(mine, loader, strict=True):
             scores = torch.empty(len(found), device=device)
             lengths = np.array([len(ids) for ids, _ in found])
-            for some, width in token_batches(lengths, budget, form.max_length):
+            for some, width in token_batches(lengths, budget, args.max_length):
                 batch = pairs.pad([found[row] for row in some], width)
-                scores[torch.from_numpy(some).to(device)] = model(send_to_device(batch, device))
+                batch = send_to_device(batch, device)
+                scores[torch.from_numpy(some).to(device)] = score(classifier, batch)
                 bar.update(len(some))
             scores = scores.cpu().numpy()
             if not np.isfinite(scores).all():

@@ -27,8 +27,7 @@ mkdir -p "$out"
 model=${MODEL:-distilbert-base-uncased} teacher=${TEACHER:-bert-base-uncased}
 warm=(--warmup_steps 6000 --flops_warmup_steps 50000)
 if [ "${SCALE:-}" = tiny ]; then
-    python pretrain_mae.py --objective mlm "${from[@]}" --corpus "$corpus" --output_dir "$out/pretrained" \
-        --resume "${short[@]}"
+    pretrain_tiny
     model=$out/pretrained teacher=$out/pretrained warm=()
 fi
 

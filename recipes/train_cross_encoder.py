@@ -4,9 +4,7 @@ The loss is the listwise softmax cross-entropy over 1 positive + n negatives of 
 (arXiv 2205.12035). Everything else is CrossEncoderTrainer's, which needs
 pip install 'sentence-transformers==6.2.0'. A killed run begins again from its first step.
 
-Reads   --model, an encoder; --train, --corpus, --queries
-Writes  --output_dir: a folder for recipes/score_pairs.py, AutoModelForSequenceClassification and
-        CrossEncoder
+Writes --output_dir, a folder for recipes/score_pairs.py and sentence-transformers' CrossEncoder.
 
     python -m recipes.train_cross_encoder --model M --train T --corpus C --queries Q --output_dir O
 """
@@ -41,15 +39,14 @@ class Args:
 
 
 def examples(args, tokenizer) -> dict[str, list]:
-    """Columns of the trainer's data set: query, its passages (the positive first), and their
-    labels."""
+    """Columns of the trainer's data: query, its passages (the positive first), their labels."""
     queries, corpus = open_texts(args.queries), open_texts(args.corpus)
     columns = {"query": [], "docs": [], "labels": []}
     for _, row in read_training_file(args.train):
-        pids = [row.pos[0], *row.neg[: args.passages_per_query - 1]]
-        query = require_rows(queries, [row.qid], args.train, "query")[0]
-        found = [corpus[at] for at in require_rows(corpus, pids, args.train, "passage")]
         if row.neg:
+            pids = [row.pos[0], *row.neg[: args.passages_per_query - 1]]
+            query = require_rows(queries, [row.qid], args.train, "query")[0]
+            found = [corpus[at] for at in require_rows(corpus, pids, args.train, "passage")]
             columns["query"].append(queries[query][1])
             columns["docs"].append([join_title(*one, args.title, tokenizer) for one in found])
             columns["labels"].append([POSITIVE] + [0.0] * (len(pids) - 1))

@@ -31,24 +31,21 @@ class Args:
 
 
 def train(texts: Callable[[], Iterable[str]], vocab_size: int) -> dict[str, int]:
-    """BERT's special tokens, up to 1000 characters, each also within a word (##), and what merges
-    of them fill up the vocabulary: entry -> id. Reads the texts twice.
+    """{entry: id}: BERT's special tokens, up to 1000 characters, each also within a word (##), and
+    merges of them. Reads the texts twice.
 
-    The library's trainer alone numbers the characters within words, and cuts a long alphabet, in
-    the order of a hash map, which changes from process to process; the numbers settle ties between
-    merges, so that the entries change too (huggingface/tokenizers#1794). Both are therefore given
-    to it."""
+    The library's trainer takes characters from a hash map, in an order that changes from process to
+    process and settles ties between merges (huggingface/tokenizers#1794). So the alphabet is made
+    here."""
     wordpiece = BertWordPieceTokenizer(lowercase=True)
     clean, split = wordpiece.normalizer.normalize_str, wordpiece.pre_tokenizer.pre_tokenize_str
     counts = Counter()
     for text in texts():
         counts.update(clean(text))
-    characters = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[
-        :1000
-    ]
-    within = [
-        f"##{c}" for c in sorted(characters) if len(split(clean(f"a{c}"))) == 1
-    ]  # no full stop, no Chinese
+    characters = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))
+    characters = characters[:1000]
+    # not a full stop, which ends a word, and no Chinese character, which is a word
+    within = [f"##{c}" for c in sorted(characters) if len(split(clean(f"a{c}"))) == 1]
     wordpiece.train_from_iterator(
         texts(),
         vocab_size=vocab_size,
@@ -64,9 +61,11 @@ def main():
     args = parse_args(Args)
     if (Path(args.output_dir) / "tokenizer_config.json").is_file():
         return print(f"{args.output_dir}: the tokenizer is complete")
-    vocabulary = train(
-        lambda: (f"{title} {text}" for _, title, text in read_texts(args.corpus)), args.vocab_size
-    )
+
+    def texts():
+        return (" ".join([*titles, text]) for _, titles, text in read_texts(args.corpus))
+
+    vocabulary = train(texts, args.vocab_size)
     with atomic(args.output_dir) as folder:
         tokenizer = BertTokenizerFast(vocab=vocabulary, model_max_length=args.max_length)
         tokenizer.save_pretrained(folder)

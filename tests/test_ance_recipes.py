@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from lib.checkpoint import load_encoder, save_encoder
+from lib.encoder import Head
 from lib.files import TrainingRow, read_json, read_qrels, write_training_file
 from recipes.generations import publish
 
@@ -138,7 +139,7 @@ def test_ance_on_documents(recipe, data, tiny_collection, tiny_model_dir, tmp_pa
     config = AutoConfig.from_pretrained(tiny_model_dir, max_position_embeddings=512)
     AutoModel.from_config(config).save_pretrained(tmp_path / "long")
     AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "long")
-    passages = load_encoder(tmp_path / "long", "cls", {"title": "none"}, projection=768)
+    passages = load_encoder(tmp_path / "long", Head("cls", projection=768), {"title": "none"})
     save_encoder(passages, out / "passages" / "model", {})
     mined_before(out, tiny_collection, "documents", "maxp")
     done = recipe("ance_msmarco.sh", data, out, SCALE="tiny", POLL="1", PARTS="documents maxp")
@@ -188,7 +189,8 @@ def test_coco_dr_by_episodes(recipe, data, tiny_beir, tmp_path):
         assert asked(run, *KIND, "passages_per_query") == ("triplet", "lamb", "0", "2")
         training_file = here / "clusters" / "train.jsonl"
         assert asked(run, "model", "train") == (str(model), str(training_file))
-        assert asked(run, "dro", "dro_alpha", "dro_ema") == ("idro", "0.25", "0.1")
+        assert read_json(run / "args.json")["arguments"]["dro"]
+        assert asked(run, "dro_alpha", "dro_ema") == ("0.25", "0.1")
         assert asked(run, "dro_rho", "dro_eps") == ("0.05", "0.01")
         mining = read_json(here / "negatives" / "args.json")["arguments"]
         assert [mining[name] for name in ("depth", "num_negatives", "sample")] == [

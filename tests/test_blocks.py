@@ -10,9 +10,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lib import blocks as module
-from lib.blocks import SENTENCE_END, BlockCollator, Blocks, Corpora, Cut, open_corpora
+from lib.blocks import SENTENCE_END, Blocks, Corpora, Cut
 from lib.files import UserError
-from lib.loader import StepSampler
+from lib.loader import StepSampler, permutation
 from lib.text import to_ids
 from lib.texts import open_texts
 
@@ -145,18 +145,11 @@ def test_the_table_is_made_once_per_tokenizer_and_setting(corpus, tiny_model_dir
 def test_batches(corpus, tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     blocks = Blocks(open_texts(corpus), Cut(tokenizer, 20, title="sep"))
-    examples = Corpora({"one": blocks}, seed=0)
-    places = next(
-        iter(
-            StepSampler(
-                len(blocks), 3, rank=1, world=2, seed=0, start=5, epoch_order=examples.order
-            )
-        )
-    )
-    assert places == next(iter(StepSampler(len(blocks), 3, rank=1, world=2, seed=0, start=5))), (
-        "one order for both"
-    )
-    batch = BlockCollator(blocks.cut)([examples[place] for place in places])
+    examples = Corpora([blocks], seed=0)
+    places = next(iter(StepSampler(examples, 3, rank=1, world=2, start=5)))
+    epoch, offset = divmod(5 * 6 + 3, len(blocks))
+    assert places[0][0] == permutation(len(blocks), 0, epoch)[offset], "as in fine-tuning"
+    batch = blocks.cut.collate([examples[place] for place in places])
     assert batch["micro_step"] == 5 and batch["rows"].tolist() == [3, 4, 5]
     assert batch["tokens"] == batch["attention_mask"].sum() and batch["input_ids"].shape[1] <= 20
     rows = [int(blocks.table[example, 0]) for example, _, _ in places]
@@ -198,7 +191,7 @@ def test_spans_are_whole_sentences(documents, tiny_model_dir, monkeypatch):
     size = len(tokenizer.tokenize("Sentence A is on ice and snow and a bridge.")) * 2 + 1
     cut = Cut(tokenizer, 4 * size, span_tokens=size)
     blocks = Blocks(open_texts(documents), cut)
-    found = {blocks.texts.id(blocks.row(index)): index for index in range(len(blocks))}
+    found = {blocks.id(index): index for index in range(len(blocks))}
     assert "many" in found and "one" not in found
     start, count = blocks.first[found["many"]], blocks.counts[found["many"]]
     spans = [blocks.string(int(start + line)) for line in range(count)]
@@ -236,11 +229,9 @@ class Part:
 
 
 def test_corpora_have_their_share_of_every_epoch():
-    sizes = {"small": 10, "large": 90, "middle": 40}
+    sizes = [10, 90, 40]
     for temperature, expected in ((1.0, [10, 90, 40]), (1e9, [47, 47, 46]), (2.0, [23, 70, 47])):
-        corpora = Corpora(
-            {name: Part(size) for name, size in sizes.items()}, seed=3, temperature=temperature
-        )
+        corpora = Corpora([Part(size) for size in sizes], seed=3, temperature=temperature)
         assert corpora.quotas.sum() == len(corpora) == 140
         assert np.abs(corpora.quotas - expected).max() <= 1, (temperature, corpora.quotas)
         epochs = [corpora.order(epoch) for epoch in range(4)]
@@ -255,15 +246,13 @@ def test_corpora_have_their_share_of_every_epoch():
         visits = np.bincount(np.concatenate(epochs), minlength=140)
         for start, stop in zip(corpora.starts, corpora.starts[1:], strict=False):
             assert np.ptp(visits[start:stop]) <= 1, "no example twice before all others once"
-    tiny = Corpora({"one": Part(1), "many": Part(1000)}, seed=0)
+    tiny = Corpora([Part(1), Part(1000)], seed=0)
     assert tiny.quotas.tolist() == [1, 1000]
 
 
-def test_corpora_by_name(corpus, documents, tiny_model_dir):
+def test_several_corpora(corpus, documents, tiny_model_dir):
     cut = Cut(AutoTokenizer.from_pretrained(tiny_model_dir), 20)
-    corpora = open_corpora([f"a={corpus}", str(documents)], cut, seed=0)
-    assert list(corpora.parts) == ["a", str(documents)]
-    assert corpora.ids([0, len(corpora) - 1]) == [corpora.parts["a"].texts.id(0), "short"]
-    assert list(corpora.shares()) == ["corpus a", f"corpus {documents}"]
-    with pytest.raises(UserError, match="there are two corpora a"):
-        open_corpora([f"a={corpus}", f"a={documents}"], cut, seed=0)
+    parts = [Blocks(open_texts(path), cut) for path in (corpus, documents)]
+    corpora = Corpora(parts, seed=0)
+    assert corpora.ids([0, len(corpora) - 1]) == [parts[0].texts.id(0), "short"]
+    assert list(corpora.shares()) == [f"corpus {corpus}", f"corpus {documents}"]

@@ -63,7 +63,7 @@ def train_step(accelerator, loss_name, chunked):
             positives, all_gather(filler[groups]), all_gather(keys[groups]), positive_keys[mine]
         )
 
-        def loss_fn(q_reps, p_reps, positives=positives, mask=mask):
+        def loss_fn(batch, q_reps, p_reps, positives=positives, mask=mask):
             scores = q_reps @ all_gather_with_grad(p_reps).T
             if loss_name == "info_nce":
                 return info_nce(scores, positives, mask).mean(), {}
@@ -79,7 +79,7 @@ def train_step(accelerator, loss_name, chunked):
                 }
                 loss, _ = contrastive_backward(accelerator, model, sides, loss_fn, seed=0)
             else:
-                loss, _ = loss_fn(*model(q[mine], p[groups]))
+                loss, _ = loss_fn(None, *model(q[mine], p[groups]))
                 accelerator.backward(loss)
                 loss = loss.detach()
     assert accelerator.sync_gradients

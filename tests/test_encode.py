@@ -3,7 +3,6 @@ processes, refusals."""
 
 import contextlib
 import io
-import json
 import signal
 import subprocess
 import sys
@@ -19,7 +18,8 @@ from scipy.sparse import load_npz
 from encode import cut, main
 from lib.checkpoint import load_encoder, save_encoder
 from lib.embeddings import Embeddings
-from lib.files import UserError, read_json
+from lib.encoder import Head
+from lib.files import UserError
 from lib.text import format_texts, to_ids, token_batches
 from lib.texts import open_texts, write_texts
 
@@ -27,8 +27,6 @@ ROOT = Path(__file__).parents[1]
 SMALL = [
     "--shard_rows",
     "9",
-    "--window",
-    "5",
     "--tokens_per_batch",
     "100",
     "--num_workers",
@@ -40,7 +38,17 @@ SMALL = [
 def checkpoint(tiny_model_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "model"
     texts = {"query_prompt": "what: ", "max_query_length": 8, "max_passage_length": 40}
-    save_encoder(load_encoder(tiny_model_dir, "mean", texts), folder, {})
+    save_encoder(load_encoder(tiny_model_dir, Head("mean"), texts), folder, {})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sparse(tiny_model_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sparse") / "model"
+    model = load_encoder(
+        tiny_model_dir, Head(kind="sparse"), {"max_query_length": 8, "max_passage_length": 40}
+    )
+    save_encoder(model, folder, {})
     return folder
 
 
@@ -107,7 +115,20 @@ def test_rows_keep_the_order_of_the_input(encoded, checkpoint, tiny_collection):
     np.testing.assert_allclose(embeddings.take(range(40)), expected, atol=2e-5)
     assert sorted(path.name for path in folder.glob("*.npy"))[-1] == "shard-00004.npy"
     assert "[CLS]" in printed and "max_length               40" in printed and "fp32" in printed
-    assert not (folder / "progress.json").exists()
+
+
+def test_rows_keep_their_order_through_the_windows_of_a_shard(
+    checkpoint, sparse, tiny_collection, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("encode.WINDOW", 4)  # of 9 texts
+    for name, model in (("dense", checkpoint), ("sparse", sparse)):
+        encode(model, tiny_collection.corpus, tmp_path / name, "--dtype", "float32")
+        ids, expected = reference(model, tiny_collection.corpus, "passage")
+        embeddings = Embeddings(tmp_path / name)
+        found = embeddings.take(range(40))
+        assert embeddings.ids(range(40)) == ids
+        found = found.toarray() if name == "sparse" else found
+        np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def test_queries_take_prompt_and_length_of_their_own(checkpoint, tiny_collection, tmp_path):
@@ -138,8 +159,6 @@ def test_a_lost_shard_is_made_again_and_a_complete_folder_left_alone(
     encode(*flags)
     for name in ("meta.json", "shard-00001.npy", "shard-00003.npy", "shard-00003.ids.txt"):
         (tmp_path / "a" / name).unlink()
-    meta = read_json(encoded[0] / "meta.json")
-    (tmp_path / "a" / "progress.json").write_text(json.dumps(meta))
     (tmp_path / "a" / ".tmp-1-shard-00001.npy").write_bytes(b"half")
     kept = (tmp_path / "a" / "shard-00000.npy").stat().st_mtime_ns
     assert "18 texts" in encode(*flags)
@@ -167,16 +186,6 @@ def test_killed_at_any_moment(encoded, checkpoint, tiny_collection, tmp_path):
         started.kill()
         assert started.wait() in (0, -signal.SIGKILL)  # one that fails would fail for ever
     assert kills >= 2 and content(cut) == content(tmp_path / "whole")
-
-
-@pytest.fixture(scope="module")
-def sparse(tiny_model_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sparse") / "model"
-    model = load_encoder(
-        tiny_model_dir, None, {"max_query_length": 8, "max_passage_length": 40}, head="sparse"
-    )
-    save_encoder(model, folder, {})
-    return folder
 
 
 def test_sparse_vectors_in_csr_shards(sparse, tiny_collection, tmp_path):
@@ -229,7 +238,7 @@ def test_sparse_shards_of_two_processes_and_of_a_resumed_run(
     assert content(tmp_path / "one") == content(tmp_path / "two")
     for name in ("shard-00001.npz", "shard-00003.npz"):
         (tmp_path / "two" / name).unlink()
-    (tmp_path / "two" / "meta.json").rename(tmp_path / "two" / "progress.json")
+    (tmp_path / "two" / "meta.json").unlink()
     assert "18 texts" in encode(sparse, tiny_collection.corpus, tmp_path / "two")
     assert content(tmp_path / "one") == content(tmp_path / "two")
     with pytest.raises(UserError, match="made with --max_terms 0, now 5"):
@@ -262,7 +271,7 @@ def test_what_is_refused(encoded, checkpoint, tiny_model_dir, tiny_collection, t
     refused("128 positions", checkpoint, corpus, output, "--max_length", "129", "--override")
     refused("made with --dtype float32", checkpoint, corpus, encoded[0])
     other, moved = tmp_path / "other", tmp_path / "corpus.jsonl"
-    save_encoder(load_encoder(tiny_model_dir, "mean"), other, {})
+    save_encoder(load_encoder(tiny_model_dir, Head("mean")), other, {})
     refused("made with --model", other, corpus, encoded[0], "--dtype", "float32")
     assert not output.exists()
     write_texts(moved, [("1", "", "ants"), ("2", "", "bees")])

@@ -7,22 +7,30 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, T5Config, T5Model
 
-from lib.checkpoint import check_checkpoint, load_encoder, model_hash, save_encoder
+from lib.checkpoint import (
+    check_checkpoint,
+    load_encoder,
+    load_lm,
+    model_hash,
+    save_checkpoint,
+    save_encoder,
+)
 from lib.cpu import PackedLinear, pack_linears
-from lib.encoder import POOLINGS, Dense, LayerNorm
+from lib.encoder import POOLINGS, Dense, Head, LayerNorm
 from lib.files import UserError
-from lib.groups import encoder_input
+from lib.groups import GroupCollator
 from lib.text import pad, to_ids
 
 CARD = {
     "base": "tiny",
     "data": {"corpus": "c.jsonl"},
-    "command": ["python", "x.py"],
+    "command": "python x.py",
     "metrics": {"MRR@10": 0.5},
 }
 TEXTS = [
@@ -47,7 +55,7 @@ def vectors(model, texts=TEXTS, **settings):
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_pooling_is_what_transformers_gives_text_by_text(tiny_model_dir, pooling):
-    model = load_encoder(tiny_model_dir, pooling)
+    model = load_encoder(tiny_model_dir, Head(pooling))
     plain, tokenizer = (
         AutoModel.from_pretrained(tiny_model_dir).eval(),
         AutoTokenizer.from_pretrained(tiny_model_dir),
@@ -60,28 +68,28 @@ def test_pooling_is_what_transformers_gives_text_by_text(tiny_model_dir, pooling
 
 
 def test_projection_and_normalisation(tiny_model_dir):
-    plain = load_encoder(tiny_model_dir, "cls")
+    plain = load_encoder(tiny_model_dir, Head("cls"))
     torch.manual_seed(1)
-    model = load_encoder(tiny_model_dir, "cls", projection=24, normalize=True)
+    model = load_encoder(tiny_model_dir, Head("cls", projection=24, normalize=True))
     dense, norm = model.head[0].linear, model.head[1].norm
     assert model.dim == 24 and 0.018 < dense.weight.std() < 0.022 and not dense.bias.any()
     expected = torch.layer_norm(vectors(plain) @ dense.weight.T, (24,), norm.weight, norm.bias)
     torch.testing.assert_close(vectors(model), expected / expected.norm(dim=1, keepdim=True))
     torch.manual_seed(1)
     assert torch.equal(
-        load_encoder(tiny_model_dir, "cls", projection=24).head[0].linear.weight, dense.weight
+        load_encoder(tiny_model_dir, Head("cls", projection=24)).head[0].linear.weight, dense.weight
     )
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_the_width_of_the_padding_does_not_matter(tiny_model_dir, pooling):
-    model = load_encoder(tiny_model_dir, pooling)
+    model = load_encoder(tiny_model_dir, Head(pooling))
     expected, batch = vectors(model), batch_of(model)
     wide = {name: torch.nn.functional.pad(values, (0, 20)) for name, values in batch.items()}
     with torch.no_grad():
         torch.testing.assert_close(model.encode(wide), expected)
     rows = [((), text) for text in TEXTS]
-    side = encoder_input("query", rows, model.format, model.tokenizer, chunk_rows=2)
+    side = GroupCollator(None, model.tokenizer, model.format, 2).encoder_input("query", rows)
     with torch.no_grad():
         torch.testing.assert_close(model.encode(side), vectors(model))
         q_reps, p_reps = model(None, side)
@@ -91,7 +99,7 @@ def test_the_width_of_the_padding_does_not_matter(tiny_model_dir, pooling):
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_poolings_are_the_plain_formula(tiny_model_dir, pooling, side):
-    model = load_encoder(tiny_model_dir, pooling)
+    model = load_encoder(tiny_model_dir, Head(pooling))
     batch = batch_of(model, padding_side=side)
     with torch.no_grad():
         hidden = model.backbone(**batch).last_hidden_state
@@ -102,7 +110,7 @@ def test_poolings_are_the_plain_formula(tiny_model_dir, pooling, side):
 
 
 def test_left_padding_pools_the_first_real_token(tiny_model_dir):
-    model = load_encoder(tiny_model_dir, "cls")
+    model = load_encoder(tiny_model_dir, Head("cls"))
     batch = batch_of(model, padding_side="left")
     assert (batch["attention_mask"][:, 0] == 0).any()
     with torch.no_grad():
@@ -114,7 +122,7 @@ def test_left_padding_pools_the_first_real_token(tiny_model_dir):
 
 
 def test_every_parameter_has_a_gradient_and_pooling_is_fp32_under_autocast(tiny_model_dir):
-    model = load_encoder(tiny_model_dir, "mean", projection=16).train()
+    model = load_encoder(tiny_model_dir, Head("mean", projection=16)).train()
     with torch.autocast("cpu", torch.bfloat16):
         q_reps, p_reps = model(batch_of(model), batch_of(model))
     assert q_reps.dtype == torch.float32
@@ -131,13 +139,12 @@ def test_a_saved_checkpoint_comes_back_whole(tiny_model_dir, tmp_path, title):
         "max_query_length": 9,
         "max_passage_length": 99,
     }
-    model = load_encoder(tiny_model_dir, "cls", texts, projection=24, normalize=True)
+    model = load_encoder(tiny_model_dir, Head("cls", projection=24, normalize=True), texts)
     save_encoder(model.train(), tmp_path / "a", CARD)
     assert model.training
-    again = load_encoder(tmp_path / "a", strict=True, overrides=texts, normalize=True)
+    again = load_encoder(tmp_path / "a", Head(normalize=True), texts, strict=True)
     torch.testing.assert_close(vectors(again), vectors(model.eval()))
     assert again.format == model.format and again.pooling == "cls"
-    assert again.stated == {**texts, "max_chunks": 1, "max_characters": 0}
     assert (tmp_path / "a" / "modules.json").exists()
     _, report = AutoModel.from_pretrained(tmp_path / "a", output_loading_info=True)
     assert (
@@ -145,7 +152,7 @@ def test_a_saved_checkpoint_comes_back_whole(tiny_model_dir, tmp_path, title):
         and not report["unexpected_keys"]
     )
     card = (tmp_path / "a" / "README.md").read_text()
-    assert "tiny" in card and "MRR@10: 0.5" in card and "python x.py" in card
+    assert "tiny" in card and "'MRR@10': 0.5" in card and "python x.py" in card
     for name, value in [("title", "none"), ("query_prompt", ""), ("max_query_length", 8)]:
         with pytest.raises(UserError, match=f"its {name} is"):
             load_encoder(tmp_path / "a", overrides={name: value}, strict=True)
@@ -153,7 +160,7 @@ def test_a_saved_checkpoint_comes_back_whole(tiny_model_dir, tmp_path, title):
 
 
 def test_saving_again_keeps_what_a_run_put_beside_the_checkpoint(tiny_model_dir, tmp_path):
-    model = load_encoder(tiny_model_dir, "cls", projection=24)
+    model = load_encoder(tiny_model_dir, Head("cls", projection=24))
     (tmp_path / "state").mkdir()
     (tmp_path / "args.json").write_text("{}")
     save_encoder(model, tmp_path, CARD)
@@ -173,7 +180,9 @@ def test_saving_again_keeps_what_a_run_put_beside_the_checkpoint(tiny_model_dir,
     assert model_hash(tmp_path) == first
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
-    with pytest.raises(UserError, match=r"other vectors .* it is in .*\.refused — look for NaN"):
+    with pytest.raises(
+        UserError, match=r"another model when .* it is in .*\.refused — look for NaN"
+    ):
         save_encoder(model, tmp_path, CARD)
     assert model_hash(tmp_path) == first
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -183,12 +192,43 @@ def test_saving_again_keeps_what_a_run_put_beside_the_checkpoint(tiny_model_dir,
 
 
 def test_a_model_that_cannot_be_kept_is_refused_before_it_is_trained(tiny_model_dir, tmp_path):
-    model = load_encoder(tiny_model_dir, "cls")
-    check_checkpoint(model, tmp_path)
+    model = load_encoder(tiny_model_dir, Head("cls"))
+
+    def save(folder):
+        save_encoder(model, folder, {})
+
+    check_checkpoint(tmp_path, save)
     assert not list(tmp_path.iterdir())
     model.vectors = lambda ids, mask: torch.rand(len(ids), 32)  # a pooling that no file states
-    with pytest.raises(UserError, match="other vectors"):
-        check_checkpoint(model, tmp_path)
+    with pytest.raises(UserError, match="another model"):
+        check_checkpoint(tmp_path, save)
+
+
+def test_so_is_a_masked_lm(tiny_model_dir, tmp_path):
+    lm, tokenizer, origin = load_lm(str(tiny_model_dir))
+    assert origin == str(tiny_model_dir)
+    model = SimpleNamespace(lm=lm, settings={"objective": "mlm"})
+
+    def save(folder):
+        save_checkpoint(model, tokenizer, folder, "space", {})
+
+    check_checkpoint(tmp_path, save)
+    assert not list(tmp_path.iterdir())
+    next(lm.parameters()).data.fill_(torch.nan)
+    with pytest.raises(UserError, match="another model"):
+        check_checkpoint(tmp_path, save)
+
+
+def test_the_encoder_of_t5_is_saved_alone(tiny_model_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    config = T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **sizes)
+    T5Model(config).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    model = load_encoder(tmp_path / "t5", Head("mean"))
+    save_encoder(model, tmp_path / "a", CARD)
+    assert torch.equal(vectors(load_encoder(tmp_path / "a")), vectors(model))
+    assert not any("decoder" in name for name in model.state_dict())
 
 
 def edit(path, **changes):
@@ -220,15 +260,18 @@ def lose_a_weight(folder):
             "pooling by weightedmean",
         ),
         (lambda f: edit(f / "1_Pooling/config.json", include_prompt=False), "include_prompt"),
-        (lambda f: swap_module(f, "sentence_transformers.models.CNN"), "the module .*CNN"),
-        (lambda f: swap_module(f, "my_code.Dense"), "the module my_code.Dense"),
+        (lambda f: swap_module(f, "sentence_transformers.models.CNN"), "a model of .* CNN"),
+        (lambda f: swap_module(f, "my_code.Dense"), "my_code.Dense"),
         (lambda f: edit(f / "2_Dense/config.json", activation_function="os.system"), "os.system"),
         (lambda f: edit(f / "2_Dense/config.json", use_residual=True), "residual"),
-        (lambda f: (f / "2_Dense/model.safetensors").unlink(), "no model.safetensors"),
-        (lambda f: edit(f / "2_Dense/config.json", out_features=7), "do not fit"),
+        (lambda f: (f / "2_Dense/model.safetensors").unlink(), "2_Dense/pytorch_model.bin"),
+        (
+            lambda f: edit(f / "2_Dense/config.json", out_features=7),
+            "cannot be loaded .*size mismatch",
+        ),
         (
             lambda f: edit(f / "config_sentence_transformers.json", model_type="SparseEncoder"),
-            "a SparseEncoder",
+            "model_type SparseEncoder",
         ),
         (
             lambda f: edit(f / "sentence_bert_config.json", query_expansion={"length": 3}),
@@ -245,7 +288,7 @@ def lose_a_weight(folder):
     ],
 )
 def test_what_cannot_be_loaded_says_why(tiny_model_dir, tmp_path, damage, message):
-    save_encoder(load_encoder(tiny_model_dir, "cls", projection=24), tmp_path / "a", CARD)
+    save_encoder(load_encoder(tiny_model_dir, Head("cls", projection=24)), tmp_path / "a", CARD)
     damage(tmp_path / "a")
     with pytest.raises(UserError, match=message) as error:
         load_encoder(tmp_path / "a")
@@ -253,17 +296,17 @@ def test_what_cannot_be_loaded_says_why(tiny_model_dir, tmp_path, damage, messag
 
 
 def test_flags_that_contradict_a_checkpoint(tiny_model_dir, tmp_path):
-    model = load_encoder(tiny_model_dir, "cls", projection=24)
+    model = load_encoder(tiny_model_dir, Head("cls", projection=24))
     save_encoder(model, tmp_path / "a", CARD)
-    assert [type(m) for m in load_encoder(tmp_path / "a", "cls", projection=24).head] == [
+    assert [type(m) for m in load_encoder(tmp_path / "a", Head("cls", projection=24)).head] == [
         Dense,
         LayerNorm,
     ]
     for arguments in [
-        ("mean",),
-        ("cls", None, 25),
-        ("cls", {"max_query_length": 129}),
-        ("cls", None, 0, True, True),
+        (Head("mean"),),
+        (Head(projection=25),),
+        (Head("cls"), {"max_query_length": 129}),
+        (Head(normalize=True), None, True),
     ]:
         with pytest.raises(UserError):
             load_encoder(tmp_path / "a", *arguments)
@@ -271,7 +314,7 @@ def test_flags_that_contradict_a_checkpoint(tiny_model_dir, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_packed_weights_give_the_same_vectors(tiny_model_dir, dtype, tolerance):
-    plain, packed = load_encoder(tiny_model_dir, "mean"), load_encoder(tiny_model_dir, "mean")
+    plain, packed = (load_encoder(tiny_model_dir, Head("mean")) for _ in range(2))
     pack_linears(packed.backbone, dtype)
     kinds = {type(module) for module in packed.backbone.modules()}
     assert PackedLinear in kinds and torch.nn.Linear not in kinds

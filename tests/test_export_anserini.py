@@ -227,7 +227,7 @@ def test_what_is_refused(tokenizer, embeddings, script, tmp_path):
     good = embeddings("good", "passage", rows, ids, V)
     for name, dim in (("narrow", V - 1), ("wide", V + 129)):
         errors = refused("--embeddings", embeddings(name, "passage", rows, ids, dim))
-        assert f"{V} tokens where the vectors have {dim} columns" in errors and "--model" in errors
+        assert f"{V} tokens where vectors have {dim} columns" in errors and "--model" in errors
     assert "no tokenizer" in refused("--embeddings", good, "--model", tmp_path)
     moved = embeddings("moved", "passage", rows, ids, V, model=str(tmp_path / "gone"))
     assert "give the folder of the checkpoint with --model" in refused("--embeddings", moved)
@@ -266,4 +266,4 @@ def test_a_run_that_stops_leaves_nothing_half(tokenizer, embeddings, script, mon
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert "made with --files 3, now 4" in script("recipes.export_anserini", *flags[:-1], 4)[2]
     finish_embeddings(folder, {**Embeddings(folder).meta, "model_hash": "another"})
-    assert "made from other embeddings" in script("recipes.export_anserini", *flags)[2]
+    assert "made with embeddings" in script("recipes.export_anserini", *flags)[2]

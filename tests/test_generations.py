@@ -10,9 +10,9 @@ import pytest
 
 from lib.files import UserError, read_qrels
 from lib.generations import (
-    Refresh,
+    Generations,
     checkpoint_path,
-    newest_checkpoint,
+    complete_checkpoints,
     read_generations,
     remove_old_checkpoints,
 )
@@ -33,7 +33,14 @@ def mined(tmp_path):
 
 
 def refresh(folder):
-    return Refresh(folder / "generations", folder / "generations.tsv")
+    return Generations(folder / "generations", folder / "generations.tsv", read=lambda train: train)
+
+
+def at(run, step):
+    """What is used after so many steps."""
+    before = run.used
+    assert run.renew(step, MAIN) == (run.used != before) and run.groups == run.used.train
+    return run.used
 
 
 def test_generations_are_numbered_and_only_whole_ones_are_seen(tmp_path, mined):
@@ -59,50 +66,57 @@ def test_a_run_takes_the_newest_that_its_own_past_has_made(tmp_path, mined):
     folder = tmp_path / "generations"
     publish(folder, mined, {"step": 0})
     run = refresh(tmp_path)
-    assert run.first() == (1, 0, folder / "generation-0001/train.jsonl") == run.at(0, MAIN)
+    assert run.used == (1, 0, folder / "generation-0001/train.jsonl") == at(run, 0)
     publish(folder, mined, {"step": 15})
     publish(folder, mined, {"step": 25})
-    assert run.at(10, MAIN).number == 1, "the second is of a step that the run has not reached"
-    assert run.at(20, MAIN) == (2, 15, folder / "generation-0002/train.jsonl")
-    assert run.at(40, MAIN).number == 3
+    assert at(run, 10).number == 1, "the second is of a step that the run has not reached"
+    assert at(run, 20) == (2, 15, folder / "generation-0002/train.jsonl")
+    assert at(run, 40).number == 3
     assert (tmp_path / "generations.tsv").read_text() == "0\t1\n10\t1\n20\t2\n40\t3\n"
 
 
 def test_a_resumed_run_repeats_its_decisions(tmp_path, mined):
     publish(tmp_path / "generations", mined, {"step": 0})
-    first = [refresh(tmp_path).at(step, MAIN).number for step in (0, 10, 20)]
+    first = [at(refresh(tmp_path), step).number for step in (0, 10, 20)]
     publish(tmp_path / "generations", mined, {"step": 10})
-    with open(tmp_path / "generations.tsv", "a") as stream:
-        stream.write("30\t")  # killed while it wrote
     again = refresh(tmp_path)
-    assert again.first().number == 1
-    assert [again.at(step, MAIN).number for step in (0, 10, 20)] == first == [1, 1, 1]
-    assert again.at(30, MAIN).number == 2
+    assert again.used.number == 1
+    assert [at(again, step).number for step in (0, 10, 20)] == first == [1, 1, 1]
+    assert at(again, 30).number == 2
     assert (tmp_path / "generations.tsv").read_text() == "0\t1\n10\t1\n20\t1\n30\t2\n"
 
 
 def test_what_is_missing_is_said(tmp_path, mined):
-    with pytest.raises(UserError, match="no generation of training data for step 0 — publish one"):
-        refresh(tmp_path).first()
-    publish(tmp_path / "generations", mined, {"step": 50})  # of another run
-    with pytest.raises(UserError, match="no generation of training data for step 20"):
-        refresh(tmp_path).at(20, MAIN)
+    (tmp_path / "generations").mkdir()
+    with pytest.raises(UserError, match="no generation for step 0 — see recipes/ance.sh"):
+        refresh(tmp_path)
+    publish(tmp_path / "generations", mined, {"step": 0})
     run = refresh(tmp_path)
-    assert run.at(50, MAIN).number == 1
+    assert at(run, 20).number == 1
+    shutil.rmtree(tmp_path / "generations/generation-0001")
+    publish(tmp_path / "generations", mined, {"step": 50})  # of another run
+    with pytest.raises(UserError, match="no generation for step 30"):
+        run.renew(30, MAIN)
     (tmp_path / "generations/generation-0001/manifest.json").unlink()
-    with pytest.raises(UserError, match="generation 1, which this run has used, is gone"):
-        refresh(tmp_path).first()
+    with pytest.raises(UserError, match="generation 1, used before, is gone — restore it"):
+        refresh(tmp_path)
+
+
+def test_a_training_file_is_the_only_generation(tmp_path, mined):
+    run = Generations(mined, tmp_path / "generations.tsv", read=lambda train: train)
+    assert run.groups == mined and not run.is_folder and run.log(5) == {}
+    assert not run.renew(5, MAIN) and not (tmp_path / "generations.tsv").exists()
 
 
 def test_checkpoints_are_found_newest_first_and_the_old_ones_go(tmp_path):
-    assert newest_checkpoint(tmp_path) is None
+    assert complete_checkpoints(tmp_path) == []
     for step in (5, 10, 100, 20):
         checkpoint_path(tmp_path, step).mkdir(parents=True)
         (checkpoint_path(tmp_path, step) / "isthmus.json").write_text("{}")
     checkpoint_path(tmp_path, 200).mkdir()  # empty
     (tmp_path / "checkpoints" / ".tmp-1-checkpoint-00000300").mkdir()
-    assert newest_checkpoint(tmp_path) == (100, checkpoint_path(tmp_path, 100))
-    remove_old_checkpoints(tmp_path, 2)
+    assert complete_checkpoints(tmp_path)[-1] == (100, checkpoint_path(tmp_path, 100))
+    remove_old_checkpoints(tmp_path)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["checkpoint-00000020", "checkpoint-00000100", "checkpoint-00000200"]
 

@@ -43,7 +43,7 @@ def sides(queries, passages, size):
 def loss_fn(kind):
     positives, mask = torch.arange(B) * P, torch.ones(B, B * P, dtype=torch.bool)
 
-    def loss(q_reps, p_reps):
+    def loss(batch, q_reps, p_reps):
         scores = q_reps @ p_reps.T
         if kind == "info_nce":
             return info_nce(scores, positives, mask).mean(), {"scores": scores.detach()}
@@ -69,7 +69,7 @@ def reference(model, batch, loss, seed):
     split = len(query["chunks"])
     q_reps = torch.cat(reps[:split])[query["order"]]
     p_reps = torch.cat(reps[split:])[passage["order"]]
-    value, _ = loss(q_reps, p_reps)
+    value, _ = loss(batch, q_reps, p_reps)
     return value, torch.autograd.grad(value, list(model.parameters()))
 
 
@@ -106,7 +106,7 @@ def test_plain_and_chunked_agree_without_dropout():
     model, loss = Encoder().eval(), loss_fn("info_nce")
     contrastive_backward(Accelerator(cpu=True), model, sides(*batch(), 4), loss, 7)
     queries, passages = batch()
-    value, _ = loss(model.layers(queries), model.layers(passages))
+    value, _ = loss(None, model.layers(queries), model.layers(passages))
     for parameter, grad in zip(
         model.parameters(), torch.autograd.grad(value, list(model.parameters())), strict=True
     ):

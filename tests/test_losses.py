@@ -9,14 +9,14 @@ import torch
 from lib.files import UserError
 from lib.losses import (
     candidate_mask,
-    count_terms,
+    distillation,
     flops,
-    group_columns,
     in_batch_accuracy,
     info_nce,
     kl_divergence,
     margin_mse,
     own_group,
+    sparsity,
     spread,
     stop_on_collapse,
     triplet_nll,
@@ -179,7 +179,9 @@ def test_worked_examples_of_distillation():
         torch.zeros(1, 2), torch.tensor([[math.log(3), 0]]), two
     ).item() == pytest.approx(0.1308, abs=1e-4)
     assert margin_mse(torch.tensor([[5.0, 3.0]]), torch.tensor([[9.0, 6.0]]), two).item() == 1
-    assert group_columns(torch.tensor([8, 12]), 4).tolist() == [[8, 9, 10, 11], [12, 13, 14, 15]]
+    scores, mask = torch.tensor([[7.0, 5.0, 3.0, 7.0]]), torch.ones(1, 4, dtype=torch.bool)
+    found = distillation(scores, torch.tensor([1]), mask, torch.tensor([[9.0, 6.0]]))
+    assert found["margin_mse"].item() == 1
 
 
 def test_flops_squares_the_mean_over_what_counts():
@@ -203,13 +205,14 @@ def test_terms_are_counted_and_collapse_is_named():
         torch.tensor([[1.0, 0, 0, 2], [0, 1, 0, 0]]),
         torch.tensor([[1.0, 1, 0, 1], [0, 0, 0, 1]]),
     )
-    counts = {
-        name: value.item() for name, value in count_terms(q, p, torch.cat([p, p[:1]])).items()
-    }
-    assert counts == {"q_terms": 1.5, "p_terms": pytest.approx(7 / 3), "shared_terms": 1.0}
+    found = sparsity(q, p, torch.tensor([True, True]))
+    counts = {name: found[name].item() for name in ("q_terms", "p_terms", "shared_terms")}
+    assert counts == {"q_terms": 1.5, "p_terms": 2, "shared_terms": 1.0}
+    found = sparsity(q, p.repeat_interleave(2, 0), torch.tensor([True, True, True, False]))
+    assert found["p_terms"].item() == pytest.approx(7 / 3) and found["shared_terms"].item() == 1
 
     def check(q_terms, p_terms, settled):
-        values = {"q_terms": q_terms, "p_terms": p_terms}
+        values = {"q_terms": q_terms, "p_terms": p_terms, "q_cosine": 0.5, "p_cosine": 0.5}
         stop_on_collapse(7, values, vocabulary=1000, settled=settled)
 
     check(20, 100, True)
@@ -217,5 +220,5 @@ def test_terms_are_counted_and_collapse_is_named():
     for few in ((0.2, 100, False), (20, 0, True)):
         with pytest.raises(UserError, match="step 7: .* nearly empty — lower --flops"):
             check(*few)
-    with pytest.raises(UserError, match="stay dense — raise --flops"):
+    with pytest.raises(UserError, match="still dense — raise --flops"):
         check(20, 501, True)

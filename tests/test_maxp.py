@@ -13,8 +13,9 @@ from lib import files, search
 from lib.checkpoint import load_encoder, save_encoder
 from lib.dev import DevSet
 from lib.embeddings import Embeddings, finish_embeddings, write_shard
+from lib.encoder import Head
 from lib.files import UserError, read_json
-from lib.groups import GroupCollator, Groups, TrainingFile, encoder_input, preview
+from lib.groups import GroupCollator, Groups, TrainingFile
 from lib.search import DenseIndex, unpack
 from lib.text import TextFormat, chunk_ids, format_texts, join_title, to_ids
 from lib.texts import open_texts
@@ -23,8 +24,7 @@ LENGTH, M = 10, 9  # tokens of a chunk, of which 8 are of the text
 WORDS = (
     "colony queen worker nest lava crater string snow oven tail orbit milk pod song goat".split()
 )  # a token each
-SMALL = """--shard_rows 3 --window 2 --tokens_per_batch 60 --num_workers 0
-    --dtype float32""".split()
+SMALL = "--shard_rows 3 --tokens_per_batch 60 --num_workers 0 --dtype float32".split()
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def checkpoint(tiny_model_dir, tmp_path_factory):
         "max_chunks": M,
         "max_characters": 700,
     }
-    save_encoder(load_encoder(tiny_model_dir, "cls", how), folder, {})
+    save_encoder(load_encoder(tiny_model_dir, Head("cls"), how), folder, {})
     return folder
 
 
@@ -172,7 +172,7 @@ def test_order_repeats_the_first_chunk_where_one_lacks(documents, tokenizer):
     rows = [texts[row] for row in (10, 0, 4, 3)] + [((), "")]  # the last: a filler
     for most in (1, 3, 9):
         form = TextFormat("sep", max_passage_length=LENGTH, max_chunks=most)
-        side = encoder_input("passage", rows, form, tokenizer, chunk_rows=4)
+        side = GroupCollator(None, tokenizer, form, 4).encoder_input("passage", rows)
         batches, order = side["chunks"], side["order"]
         read = [
             ids[mask == 1].tolist()
@@ -188,13 +188,14 @@ def test_order_repeats_the_first_chunk_where_one_lacks(documents, tokenizer):
         wanted = [ids for some in expected for ids in some + some[:1] * (most - len(some))]
         assert [read[place] for place in order] == wanted and order.dtype == torch.int64
         assert sorted(set(order.tolist())) == list(range(len(read)))
-        assert encoder_input("query", rows, form, tokenizer, 4)["order"].shape == (5,)
+        side = GroupCollator(None, tokenizer, form, 4).encoder_input("query", rows)
+        assert side["order"].shape == (5,)
 
 
 def test_gradient_of_a_maximum_reaches_the_best_chunk_alone(documents, checkpoint):
     model, texts = load_encoder(checkpoint), open_texts(documents.corpus)
     rows = [texts[row] for row in range(12)]
-    side = encoder_input("passage", rows, model.format, model.tokenizer, 5)
+    side = GroupCollator(None, model.tokenizer, model.format, 5).encoder_input("passage", rows)
     order = side["order"]
     reps = torch.cat([model.encode(chunk) for chunk in side["chunks"]]).detach().requires_grad_()
     query = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
@@ -212,7 +213,7 @@ def test_groups_preview_and_rerank(documents, naive, checkpoint, tmp_path):
         open_texts(documents.queries),
         open_texts(documents.corpus),
     )
-    groups = Groups(TrainingFile(documents.qrels, queries, corpus), 0, 200, 0)
+    groups = Groups(TrainingFile(documents.qrels, queries, corpus), 1, 200, 0)
     collate = GroupCollator(groups, model.tokenizer, model.format, 4)
     batch = collate([collate.groups[example, 0, example] for example in range(3)])
     assert batch["passage"]["order"].shape == (3 * M,) and batch["query"]["order"].shape == (3,)
@@ -222,13 +223,13 @@ def test_groups_preview_and_rerank(documents, naive, checkpoint, tmp_path):
         own = naive[row]
         np.testing.assert_allclose(reps[: len(own)], own, atol=2e-5)
         np.testing.assert_allclose(reps[len(own) :], np.tile(own[0], (M - len(own), 1)), atol=2e-5)
-    facts = preview(collate)
-    assert "| [CLS]" in facts["first positive"] and facts["passage tokens"].endswith(
+    facts = collate.preview()
+    assert "| [CLS]" in facts["passage 1"] and facts["passage tokens"].endswith(
         f"0.0% of texts cut at {M} x 10"
     )
     model.format.max_chunks = 3  # of D1, D3, D5, D7, D9
     longer = sum(len(naive[row]) > 3 for row in range(1, 11, 2)) / 5
-    assert preview(collate)["passage tokens"].endswith(f"{longer:.1%} of texts cut at 3 x 10")
+    assert collate.preview()["passage tokens"].endswith(f"{longer:.1%} of texts cut at 3 x 10")
     model.format.max_chunks = M
     candidates = {f"q{number}": [f"D{row}" for row in (5, 3, 7, 0, 10)] for number in range(5)}
     lists = "".join(f"{qid}\t{','.join(pids)}\n" for qid, pids in candidates.items())
@@ -258,11 +259,8 @@ def test_a_checkpoint_states_how_passages_are_cut(
         with pytest.raises(UserError, match=f"its {name} is"):
             load_encoder(checkpoint, overrides={name: value}, strict=True)
         assert getattr(load_encoder(checkpoint, overrides={name: value}).format, name) == value
-    for name, value in (("max_chunks", 0), ("max_characters", -1)):
-        with pytest.raises(UserError, match=f"{name} {value} — give"):
-            load_encoder(checkpoint, overrides={name: value})
 
-    save_encoder(load_encoder(tiny_model_dir, "cls"), tmp_path / "plain", {})
+    save_encoder(load_encoder(tiny_model_dir, Head("cls")), tmp_path / "plain", {})
     with pytest.raises(UserError, match="its max_chunks is 1, not 4"):
         load_encoder(tmp_path / "plain", overrides={"max_chunks": 4}, strict=True)
     assert (
@@ -272,13 +270,13 @@ def test_a_checkpoint_states_how_passages_are_cut(
     for change in ({"max_chunks": 2}, {"max_characters": 5}):
         assert not load_encoder(tmp_path / "plain", overrides=change).portable
     with pytest.raises(UserError, match="a sparse vector is one per text"):
-        load_encoder(tiny_model_dir, overrides={"max_chunks": 2}, head="sparse")
+        load_encoder(tiny_model_dir, Head(kind="sparse"), {"max_chunks": 2})
     private = read_json(checkpoint / "isthmus.json")
     (tmp_path / "plain" / "isthmus.json").write_text(json.dumps({**private, "version": 3}))
     with pytest.raises(UserError, match="a newer version"):
         load_encoder(tmp_path / "plain")
     monkeypatch.setattr(type(model.tokenizer), "is_fast", False)
-    with pytest.raises(UserError, match="a slow tokenizer gives no chunks"):
+    with pytest.raises(UserError, match="the tokenizer is slow"):
         load_encoder(checkpoint)
 
 
@@ -294,7 +292,8 @@ def content(folder):
     }
 
 
-def test_encode_gives_a_vector_to_each_chunk(encode, documents, naive, tmp_path):
+def test_encode_gives_a_vector_to_each_chunk(encode, documents, naive, tmp_path, monkeypatch):
+    monkeypatch.setattr("encode.WINDOW", 2)
     status, printed, error = encode(tmp_path / "a")
     assert status == 0, error
     counts = [len(part) for part in naive]
@@ -326,8 +325,6 @@ def test_encode_gives_a_vector_to_each_chunk(encode, documents, naive, tmp_path)
     for name, data in content(tmp_path / "a").items():
         (tmp_path / "b" / name).write_bytes(data)
     (tmp_path / "b" / "args.json").write_bytes((tmp_path / "a" / "args.json").read_bytes())
-    meta = {key: value for key, value in found.meta.items() if key != "vectors"}
-    (tmp_path / "b" / "progress.json").write_text(json.dumps(meta))
     for name in ("meta.json", "shard-00002.npy"):
         (tmp_path / "b" / name).unlink()
     status, printed, error = encode(tmp_path / "b")
@@ -394,7 +391,8 @@ def test_search_gives_distinct_texts_by_their_best_chunk(stored, monkeypatch, pa
     monkeypatch.setattr(DenseIndex, "_search_cpu", getattr(DenseIndex, path))
     monkeypatch.setattr(search, "QUERY_TILE", 3)
     monkeypatch.setattr(search, "ROW_TILE", 4)
-    scores, rows = DenseIndex(corpus).search(queries, k, at_a_time=5)
+    monkeypatch.setattr(search, "QUERIES_AT_A_TIME", (5, 5))
+    scores, rows = DenseIndex(corpus).search(queries, k)
     expected = [best(chunks, query, k) for query in queries]
     assert scores.tolist() == [one for one, _ in expected] and rows.tolist() == [
         one for _, one in expected
@@ -465,15 +463,6 @@ def test_faiss_and_scores_of_given_texts(stored):
         assert scores.dtype == np.float32
 
 
-def test_a_chunk_that_is_not_finite_names_its_text(stored):
-    corpus, chunks, queries = stored
-    vectors = np.concatenate(chunks[5:10])
-    vectors[len(chunks[5]) + 2, 1] = np.inf  # the third of d6
-    write_shard(corpus.folder, 1, vectors, [f"d{row}" for row in range(5, 10) for _ in chunks[row]])
-    with pytest.raises(UserError, match="the vector of d6 is not finite"):
-        DenseIndex(Embeddings(corpus.folder)).search(queries, 2)
-
-
 # ------------------------------------------------------------------------------------------------
 # mining and evaluation
 
@@ -485,7 +474,7 @@ def test_mining_and_evaluation_see_documents(
     assert encode("p")[0] == 0 and encode("q", source=documents.queries, kind="query")[0] == 0
     queries = Embeddings("q")
     assert (
-        "max_chunks" not in queries.meta
+        queries.max_chunks == 1
         and queries.first is None
         and len(queries) == queries.num_vectors == 5
     )

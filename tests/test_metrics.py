@@ -62,6 +62,15 @@ def test_agreement_with_pytrec_eval(random_run, level):
         assert ours["RR@3"][qid] == (rank if rank > 0.3 else 0)
 
 
+@pytest.mark.parametrize("level", [1, 2])
+def test_rr_is_the_official_mrr(random_run, level):
+    run, qrels = random_run
+    ranking = {qid: [entry.pids[i] for i in order(entry)] for qid, entry in run.items()}
+    for k in (1, 3, 10, 100):
+        values = score_run(run, qrels, [f"RR@{k}"], level)[f"RR@{k}"]
+        assert np.mean([*values.values()]) == pytest.approx(mrr_at_k(ranking, qrels, k, level))
+
+
 def test_ties_as_trec_eval():
     entry = listed(["a", "c", "b", "d"], [1, 1, 1, 2])
     assert [entry.pids[i] for i in order(entry)] == ["d", "c", "b", "a"]

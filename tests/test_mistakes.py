@@ -94,7 +94,7 @@ MINE = "mine_negatives --bm25 --corpus CORPUS --queries QUERIES --qrels "
 MISTAKES = [
     # what is typed, what the line says
     (ENCODE + "malformed.jsonl", "malformed.jsonl:3: not JSON"),
-    (ENCODE + "no_text.jsonl", "no_text.jsonl:2: no field for a text"),
+    (ENCODE + "no_text.jsonl", "no_text.jsonl:2: no field has one of the names text"),
     (ENCODE + "twice.jsonl", "twice.jsonl: entries 4 and 41 have the same id"),
     (ENCODE + "empty.jsonl", "empty.jsonl: the file has no texts"),
     (ENCODE + "cut.jsonl.gz", "truncated or damaged gzip"),
@@ -118,7 +118,7 @@ MISTAKES = [
     (FINETUNE + "lists.tsv", "lists.tsv:1: these are lists of negatives without positives"),
     (FINETUNE + "TRAIN --head sparse", "a sparse head is pooled by max — leave out --pooling"),
     (FINETUNE + "TRAIN --head lexical", "argument --head: invalid choice: 'lexical'"),
-    (FINETUNE + "TRAIN --kl_weight 1", "it has no teacher scores — add them"),
+    (FINETUNE + "TRAIN --kl_weight 1", "lines without scores — add them"),
     (ENCODE + "CORPUS --head sparse", "a sparse head is pooled by max"),
     (FINETUNE + "QRELS", "it has no negatives for --passages_per_query 2"),
     (FINETUNE.replace("QUERIES", "one_column.tsv") + "TRAIN", "one_column.tsv:1: 1 columns"),
@@ -128,8 +128,8 @@ MISTAKES = [
         FINETUNE + "TRAIN --learning_rate 1e30 --warmup_steps 0 --max_steps 9",
         "step 2: the loss or gradient is not finite",
     ),
-    (MINE + "run_as.qrels", "run_as.qrels:1: 6 columns are a run"),
-    (MINE + "headless.qrels", "headless.qrels:1: 3 columns without BEIR's header"),
+    (MINE + "run_as.qrels", "run_as.qrels:1: 6 columns — judgments have 4"),
+    (MINE + "headless.qrels", "headless.qrels:1: 3 columns — judgments have 4"),
     (MINE + "QRELS --depth 0", "--depth 0 — give a finite number at least 1"),
     (BM25 + "unknown_query.qrels", "query q999 is not in"),
     (
@@ -140,7 +140,7 @@ MISTAKES = [
     (
         "evaluate --queries_embeddings vectors_q --corpus_embeddings vectors_s "
         "--allow_unknown --qrels QRELS",
-        "vectors_s: sparse vectors",
+        "another checkpoint or --head than vectors_s",
     ),
     (
         "evaluate --queries_embeddings vectors_q --corpus_embeddings unfinished --qrels QRELS",
@@ -151,7 +151,7 @@ MISTAKES = [
         "--allow_unknown --qrels QRELS",
         "of kind passage",
     ),
-    ("evaluate --run QRELS --qrels QRELS", "the rank 'score' is not a finite number"),
+    ("evaluate --run QRELS --qrels QRELS", "the rank 'score' is not a whole number"),
 ]
 
 

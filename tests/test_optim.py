@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.optim import Lamb, make_optimizer, parameter_groups
+from lib.optim import Lamb, make_optimizer
 
 SHAPES = [(7, 5), (5,), (40, 30), (3, 2, 4), (1,), (6, 6), (2, 3)]
 
@@ -182,24 +182,10 @@ def test_nothing_is_read_back_from_the_device():
     Lamb(params, lr=0.1, weight_decay=0.1).step()
 
 
-def test_closure():
-    p = nn.Parameter(torch.ones(4))
-    optimizer = Lamb([p], lr=0.1)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (p**2).sum()
-        loss.backward()
-        return loss
-
-    losses = [optimizer.step(closure).item() for _ in range(5)]
-    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
-
-
 def test_the_choice():
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     for name, kind in (("lamb", Lamb), ("adamw", torch.optim.AdamW)):
-        optimizer = make_optimizer(name, parameter_groups(model, 0.1), 2e-3)
+        optimizer = make_optimizer(name, model, 2e-3, 0.1)
         assert type(optimizer) is kind
         assert [
             (g["lr"], g["weight_decay"], g["betas"], g["eps"]) for g in optimizer.param_groups

@@ -209,7 +209,7 @@ def test_every_objective_stops_resumes_and_goes_on(
             else {}
         )
         total = sum(weights.get(term, 1.0) * line[f"{term}_loss"] for term in terms)
-        assert line["loss"] == pytest.approx(total) and 0 <= line["waited"] <= 1 < line["tokens/s"]
+        assert line["loss"] == pytest.approx(total) and line["tokens/s"] > 1
     for line in log:
         assert ("probe_cosine" in line) == ("loss" not in line)
     assert {"probe_cosine", "probe_recall@100"} < log[-1].keys() and log[-1][
@@ -280,7 +280,7 @@ def test_cocondenser_goes_on_with_the_head_of_condenser(
 
 
 def test_several_corpora(tmp_path, tiny_model_dir, tiny_collection, sentences, here, capsys):
-    corpora = [f"plain={tiny_collection.corpus}", f"cut={sentences}"]
+    corpora = [tiny_collection.corpus, sentences]
     here(
         tmp_path / "out",
         corpus=corpora,
@@ -290,7 +290,7 @@ def test_several_corpora(tmp_path, tiny_model_dir, tiny_collection, sentences, h
         objective="mlm",
     )
     shown = capsys.readouterr().out
-    assert "corpus plain" in shown and "corpus cut" in shown and "40 texts" in shown
+    assert all(f"corpus {path}" in shown for path in corpora) and "40 texts" in shown
 
 
 def test_two_processes_log_the_losses_of_one(
@@ -333,7 +333,7 @@ def test_mistakes_end_in_a_line(tmp_path, tiny_model_dir, tiny_collection, here)
     for flags, message in (
         (
             {"learning_rate": 1e30},
-            r"step \d: loss or gradient not finite for texts p\d+, .* — lower --learning_rate",
+            r"step \d: the loss or gradient is not finite for texts p\d+, .* — lower",
         ),
         ({"max_length": 129}, "the model has 128 positions"),
         (
@@ -349,7 +349,7 @@ def test_mistakes_end_in_a_line(tmp_path, tiny_model_dir, tiny_collection, here)
         ({"objective": "mlm", "chunk_size": 2}, "--chunk_size: mlm has no such option"),
         (
             {"objective": "lexmae", "decoder_mask_ratio": 0.1},
-            "the decoder's mask contains the encoder's",
+            "--decoder_mask_ratio is below --encoder_mask_ratio",
         ),
         (
             {"objective": "cocondenser", "per_device_batch_size": 1},
@@ -360,7 +360,7 @@ def test_mistakes_end_in_a_line(tmp_path, tiny_model_dir, tiny_collection, here)
             {"probe_every": 1, "probe_queries": tiny_collection.queries},
             "give all of --probe_every, --probe_queries and --probe_qrels",
         ),
-        ({"model": tmp_path}, "not a model and tokenizer"),
+        ({"model": tmp_path}, "no config.json in it"),
         ({"model_config": "x.json"}, "which model"),
         ({"corpus": tmp_path / "none.jsonl"}, "no such file"),
     ):
@@ -369,6 +369,6 @@ def test_mistakes_end_in_a_line(tmp_path, tiny_model_dir, tiny_collection, here)
     here(tmp_path / "first", **{**good, "max_steps": 1})
     decoder = load_file(tmp_path / "first" / "decoder.safetensors")
     torch.save({}, tmp_path / "first" / "decoder.safetensors")
-    with pytest.raises(UserError, match="decoder.safetensors: does not fit this model"):
+    with pytest.raises(UserError, match="decoder.safetensors: cannot be loaded"):
         here(tmp_path / "second", **{**good, "model": tmp_path / "first"})
     assert len(decoder) == 16 and not (tmp_path / "second").exists()

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from lib import probe as module
-from lib.blocks import BlockCollator, Cut, open_corpora
+from lib.blocks import Blocks, Corpora, Cut
 from lib.files import UserError, read_qrels
 from lib.objectives import MLM, SEED, Condenser, DupMAE, LexMAE, RetroMAE
 from lib.probe import Probe
@@ -17,13 +17,9 @@ from lib.texts import open_texts
 @pytest.fixture
 def setting(tiny_model_dir, tiny_collection):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    corpora = open_corpora([str(tiny_collection.corpus)], Cut(tokenizer, 64), seed=0)
-    return (
-        AutoModelForMaskedLM.from_pretrained(tiny_model_dir),
-        tokenizer,
-        corpora,
-        BlockCollator(Cut(tokenizer, 64)),
-    )
+    cut = Cut(tokenizer, 64)
+    corpora = Corpora([Blocks(open_texts(tiny_collection.corpus), cut)], seed=0)
+    return AutoModelForMaskedLM.from_pretrained(tiny_model_dir), tokenizer, corpora, cut.collate
 
 
 @pytest.mark.parametrize("objective", [MLM, RetroMAE, LexMAE])
@@ -47,7 +43,7 @@ def test_recall_and_cosine_are_those_of_a_loop(setting, tiny_collection, monkeyp
             found.append(model.represent(batch)[0].detach())
         return torch.stack(found)
 
-    blocks = next(iter(corpora.parts.values()))
+    (blocks,) = corpora.parts
     texts, queries = blocks.texts, open_texts(tiny_collection.queries)
     v = torch.nn.functional.normalize(
         vectors([blocks.string(i) for i in range(len(blocks))]), dim=1
@@ -79,9 +75,7 @@ def test_recall_and_cosine_are_those_of_a_loop(setting, tiny_collection, monkeyp
 def test_rebuilding_sees_nothing_but_the_bottleneck(setting, objective, monkeypatch):
     lm, tokenizer, *_ = setting
     model, h, seen = objective(lm, tokenizer).eval(), torch.randn(2, 32), []
-    monkeypatch.setattr(model, "represent", lambda batch: h)
-    if objective is LexMAE:
-        monkeypatch.setattr(model, "bottleneck", lambda lexicon: h)
+    monkeypatch.setattr(model, "bottleneck", lambda hidden, batch: h)
     decoder = model.decoder["layers"] if objective is LexMAE else model.decoder
     decoder.register_forward_hook(lambda *call: seen.append(call[-1].detach()))
     batch = pad(tokenizer(["lava and ash of a volcano", "queen and nest"])["input_ids"], tokenizer)
@@ -100,7 +94,7 @@ def test_rebuilding_sees_nothing_but_the_bottleneck(setting, objective, monkeypa
 def test_files_that_do_not_match_stop(setting, tiny_collection, tmp_path):
     *_, corpora, collate = setting
     (tmp_path / "qrels.tsv").write_text("q0 0 nowhere 1\n")
-    with pytest.raises(UserError, match="the corpus has no positive"):
+    with pytest.raises(UserError, match="no positive is in the corpus"):
         Probe(corpora, collate, tiny_collection.queries, tmp_path / "qrels.tsv")
     (tmp_path / "qrels.tsv").write_text("nobody 0 p1 1\n")
     with pytest.raises(UserError, match="qrels.tsv:1: query nobody is not in"):

@@ -14,6 +14,7 @@ import torch
 
 from lib import encoder, losses, sentence_files
 from lib.checkpoint import load_encoder, save_encoder
+from lib.encoder import Head
 from lib.files import TrainingRow, read_training_file, write_training_file
 from lib.text import pad, to_ids
 
@@ -23,7 +24,6 @@ README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README} | {
     f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))
 }
-CURRENT = [name for name in PAGES if name != "docs/results.md"]  # its commands are of version 1
 RECIPES = ("import_training_data", "cluster_queries", "score_pairs", "train_cross_encoder")
 RECIPES += ("export_anserini",)
 LAUNCH = {"--multi_gpu", "--num_processes", "--mixed_precision", "--cpu", "--gpu_ids", "--help"}
@@ -71,7 +71,7 @@ def test_the_readme_is_short():
 
 
 def test_every_command_uses_flags_of_its_script():
-    found = [pair for name in CURRENT for pair in commands(PAGES[name])]
+    found = [pair for page in PAGES.values() for pair in commands(page)]
     assert {"finetune_biencoder", "mine_negatives", "encode", "evaluate"} <= dict(found).keys()
     for script, flags in found:
         unknown = set(flags) - flags_of(module_of(script))
@@ -126,12 +126,11 @@ def test_every_file_and_test_that_is_named_exists(page):
             titles = re.findall(r"^#+ (.+)$", target.read_text(), flags=re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
             assert anchor in anchors, link
-    if page in CURRENT:
-        files = set(re.findall(r"\b((?:lib|recipes|tests|bench|docs)/[\w-]+\.(?:py|sh|md))", text))
-        files |= {f"recipes/{name}.py" for name in re.findall(r"-m recipes\.(\w+)", text)}
-        files |= {f"recipes/{name}" for name in re.findall(r"`(\w+\.sh)`", text)}
-        for name in files:
-            assert (ROOT / name).is_file(), name
+    files = set(re.findall(r"\b((?:lib|recipes|tests|bench|docs)/[\w-]+\.(?:py|sh|md))", text))
+    files |= {f"recipes/{name}.py" for name in re.findall(r"-m recipes\.(\w+)", text)}
+    files |= {f"recipes/{name}" for name in re.findall(r"`(\w+\.sh)`", text)}
+    for name in files:
+        assert (ROOT / name).is_file(), name
 
 
 def test_the_diagram_shows_the_five_scripts():
@@ -187,7 +186,7 @@ def test_my_own_pooling_trains_and_loads_in_sentence_transformers(
     pooled = space["weighted_mean"](hidden, torch.tensor([[1, 1, 0]]))
     torch.testing.assert_close(pooled, (hidden[:, 0] + 2 * hidden[:, 1]) / 3)
 
-    model = load_encoder(tiny_model_dir, "weighted_mean")
+    model = load_encoder(tiny_model_dir, Head("weighted_mean"))
     save_encoder(model, tmp_path / "model", {})
     texts = ["ants and sugar", "ice and snow " * 6]
     ours = load_encoder(tmp_path / "model")

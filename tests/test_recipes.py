@@ -119,8 +119,8 @@ def test_coco_pretrains_on_all_collections(recipe, tiny_beir, tmp_path):
     done = recipe("coco_beir.sh", tiny_beir, tmp_path / "out", SCALE="tiny")
     assert done.returncode == 0, done.stderr
     assert (
-        "corpus one" in done.stdout
-        and "corpus two" in done.stdout
+        "one/corpus.jsonl 40 texts" in done.stdout
+        and "two/corpus.jsonl 40 texts" in done.stdout
         and "50.0% of a batch" in done.stdout
     )
     assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == ["one", "two", "average"]

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lib.checkpoint import load_encoder, save_encoder
+from lib.encoder import Head
 from lib.files import UserError
-from lib.text import format_texts, pad, to_ids
+from lib.text import TextFormat, format_texts, pad, to_ids
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 from sentence_transformers import SentenceTransformer  # noqa: E402
@@ -50,9 +51,8 @@ def same(a, b):
 @pytest.mark.parametrize("prompts", [{}, {"query_prompt": "query: ", "passage_prompt": "bow of "}])
 def test_ours_there(tiny_model_dir, tmp_path, pooling, head, prompts):
     lengths = {"max_query_length": 12, "max_passage_length": 40}
-    save_encoder(
-        load_encoder(tiny_model_dir, pooling, {**lengths, **prompts}, **head), tmp_path / "a", {}
-    )
+    head = Head(pooling, **head)
+    save_encoder(load_encoder(tiny_model_dir, head, {**lengths, **prompts}), tmp_path / "a", {})
     same(theirs(tmp_path / "a", "encode_query"), ours(tmp_path / "a", "query"))
     same(theirs(tmp_path / "a", "encode_document"), ours(tmp_path / "a", "passage"))
     if not prompts:
@@ -104,12 +104,11 @@ def test_theirs_here(tiny_model_dir, tmp_path, pooling, spelling):
         (tmp_path / "5_Normalize/config.json").unlink()
     model = load_encoder(tmp_path)
     assert model.pooling == pooling and model.dim == 16 and model.normalized
-    assert model.stated == {
-        "query_prompt": "what: ",
-        "passage_prompt": "",
-        "max_query_length": 30,
-        "max_passage_length": 30,
-    }
+    lengths = {"max_query_length": 30, "max_passage_length": 30}
+    assert model.format == TextFormat(query_prompt="what: ", **lengths)
+    with pytest.raises(UserError, match="its query_prompt is 'what: ', not ''"):
+        load_encoder(tmp_path, overrides={"query_prompt": ""}, strict=True)
+    load_encoder(tmp_path, overrides={"title": "none", **lengths}, strict=True)
     same(ours(tmp_path, "query"), theirs(tmp_path, "encode_query"))
     same(ours(tmp_path, "passage"), theirs(tmp_path, "encode_document"))
 
@@ -139,7 +138,7 @@ def test_other_poolings_are_refused(tiny_model_dir, tmp_path, mode):
 
 
 def test_sep_titles_are_joined_by_the_caller_there(tiny_model_dir, tmp_path):
-    save_encoder(load_encoder(tiny_model_dir, "cls", {"title": "sep"}), tmp_path / "a", {})
+    save_encoder(load_encoder(tiny_model_dir, Head("cls"), {"title": "sep"}), tmp_path / "a", {})
     model = load_encoder(tmp_path / "a")
     assert model.format.title == "sep"
     rows = [(("Ants",), "Ants sleep."), ((), "Bees fly."), (("Bread",), "")]
@@ -159,7 +158,7 @@ def test_sep_titles_are_joined_by_the_caller_there(tiny_model_dir, tmp_path):
 
 @pytest.mark.parametrize("form", [{"max_chunks": 3}, {"max_characters": 50}])
 def test_what_they_cannot_express_fails_there(tiny_model_dir, tmp_path, form):
-    save_encoder(load_encoder(tiny_model_dir, "cls", form), tmp_path / "a", {})
+    save_encoder(load_encoder(tiny_model_dir, Head("cls"), form), tmp_path / "a", {})
     assert (tmp_path / "a" / "modules.json").exists()
     with pytest.raises((ImportError, ValueError, OSError)):
         SentenceTransformer(str(tmp_path / "a"), device="cpu")

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from lib.checkpoint import load_encoder, save_encoder
-from lib.encoder import SparseBiEncoder
+from lib.encoder import Head, SparseBiEncoder
 from lib.files import UserError
 from lib.text import TextFormat, format_texts, pad, to_ids
 
@@ -40,7 +40,7 @@ def plain(lm, ids, mask, special=()):
 
 @pytest.mark.parametrize("exclude", [False, True])
 def test_vectors_and_gradients_are_the_plain_formula(tiny_model_dir, exclude):
-    model = load_encoder(tiny_model_dir, head="sparse", exclude_special_tokens=exclude)
+    model = load_encoder(tiny_model_dir, Head(kind="sparse", exclude_special_tokens=exclude))
     lm = AutoModelForMaskedLM.from_pretrained(tiny_model_dir).eval()
     batch = batch_of(TEXTS, model)
     batch["attention_mask"][4] = 0  # a text of padding alone
@@ -65,7 +65,7 @@ def test_vectors_and_gradients_are_the_plain_formula(tiny_model_dir, exclude):
 
 def test_special_tokens_are_a_matter_of_positions_not_of_terms(tiny_model_dir):
     included, excluded = (
-        load_encoder(tiny_model_dir, head="sparse", exclude_special_tokens=exclude)
+        load_encoder(tiny_model_dir, Head(kind="sparse", exclude_special_tokens=exclude))
         for exclude in (False, True)
     )
     a, b = vectors(included), vectors(excluded)
@@ -80,14 +80,14 @@ def test_special_tokens_are_a_matter_of_positions_not_of_terms(tiny_model_dir):
 
 @pytest.mark.parametrize("exclude", [False, True])
 def test_padding_and_company_do_not_matter(tiny_model_dir, exclude):
-    model = load_encoder(tiny_model_dir, head="sparse", exclude_special_tokens=exclude)
+    model = load_encoder(tiny_model_dir, Head(kind="sparse", exclude_special_tokens=exclude))
     together = vectors(model)
     for text, vector in zip(TEXTS, together, strict=True):
         torch.testing.assert_close(vectors(model, [text])[0], vector, atol=1e-5, rtol=1e-5)
 
 
 def test_autocast_is_near_fp32_and_gives_fp32(tiny_model_dir):
-    model = load_encoder(tiny_model_dir, head="sparse")
+    model = load_encoder(tiny_model_dir, Head(kind="sparse"))
     with torch.autocast("cpu", torch.bfloat16):
         low = vectors(model)
     assert low.dtype == torch.float32
@@ -98,7 +98,7 @@ def test_autocast_is_near_fp32_and_gives_fp32(tiny_model_dir):
 @pytest.mark.parametrize("prompts", [{}, {"query_prompt": "query: ", "passage_prompt": "bow of "}])
 def test_ours_in_sentence_transformers_and_back(tiny_model_dir, tmp_path, lengths, prompts):
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    model = load_encoder(tiny_model_dir, overrides={**lengths, **prompts}, head="sparse")
+    model = load_encoder(tiny_model_dir, Head(kind="sparse"), {**lengths, **prompts})
     save_encoder(model, tmp_path / "a", {"base": "x"})
     theirs = sentence_transformers.SparseEncoder(
         str(tmp_path / "a"), device="cpu", local_files_only=True
@@ -116,12 +116,13 @@ def test_ours_in_sentence_transformers_and_back(tiny_model_dir, tmp_path, length
     assert "Sparse retriever" in (tmp_path / "a" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("how", [{"exclude_special_tokens": True}, {"overrides": {"title": "sep"}}])
-def test_what_they_cannot_express_fails_there(tiny_model_dir, tmp_path, how):
-    model = load_encoder(tiny_model_dir, head="sparse", **how)
+@pytest.mark.parametrize("exclude", [False, True])
+def test_what_they_cannot_express_fails_there(tiny_model_dir, tmp_path, exclude):
+    head = Head(kind="sparse", exclude_special_tokens=exclude)
+    model = load_encoder(tiny_model_dir, head, {"title": "sep"})
     save_encoder(model, tmp_path / "a", {})
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    if how.get("exclude_special_tokens"):
+    if exclude:
         with pytest.raises((ImportError, ValueError, OSError)):
             sentence_transformers.SparseEncoder(str(tmp_path / "a"), local_files_only=True)
     again = load_encoder(tmp_path / "a")
@@ -138,16 +139,16 @@ def test_a_new_head_is_made_only_where_allowed(tiny_model_dir, tmp_path, monkeyp
     monkeypatch.setattr(
         "lib.checkpoint.NEW_HEAD", 1.5
     )  # the vocabulary is too small for fewer terms
-    save_encoder(load_encoder(tiny_model_dir, "mean"), tmp_path / "dense", {})
+    save_encoder(load_encoder(tiny_model_dir, Head("mean")), tmp_path / "dense", {})
     with pytest.raises(UserError, match="no LM head for --head sparse — .* --head new_sparse"):
-        load_encoder(tmp_path / "dense", head="sparse")
+        load_encoder(tmp_path / "dense", Head(kind="sparse"))
     heads = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        heads.append(vectors(load_encoder(tmp_path / "dense", head="sparse", allow_new_head=True)))
+        heads.append(vectors(load_encoder(tmp_path / "dense", Head(kind="new_sparse"))))
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert all(0 < (one > 0).float().mean() < 0.7 for one in heads)  # sparse from the start
-    model = load_encoder(tmp_path / "dense", head="sparse", allow_new_head=True)
+    model = load_encoder(tmp_path / "dense", Head(kind="new_sparse"))
     tied = {p.data_ptr() for p in model.parameters()}
     assert (
         len(tied) == len(list(model.parameters()))
@@ -158,8 +159,8 @@ def test_a_new_head_is_made_only_where_allowed(tiny_model_dir, tmp_path, monkeyp
 
 
 def test_refusals_name_the_remedy(tiny_model_dir, tmp_path):
-    save_encoder(load_encoder(tiny_model_dir, head="sparse"), tmp_path / "sparse", {})
-    save_encoder(load_encoder(tiny_model_dir, "mean"), tmp_path / "dense", {})
+    save_encoder(load_encoder(tiny_model_dir, Head(kind="sparse")), tmp_path / "sparse", {})
+    save_encoder(load_encoder(tiny_model_dir, Head("mean")), tmp_path / "dense", {})
     pooling = tmp_path / "sparse" / "1_SpladePooling" / "config.json"
     settings = json.loads(pooling.read_text())
     pooling.write_text(json.dumps({**settings, "pooling_strategy": "sum"}))
@@ -167,15 +168,17 @@ def test_refusals_name_the_remedy(tiny_model_dir, tmp_path):
         load_encoder(tmp_path / "sparse")
     pooling.write_text(json.dumps(settings))
     cases = [
-        ("a sparse checkpoint — add --head sparse", "sparse", {"head": "dense"}),
-        ("a dense checkpoint, not a sparse one", "dense", {"head": "sparse", "strict": True}),
+        ("a sparse checkpoint, not a dense one — add --head sparse", "sparse", {"kind": "dense"}),
+        ("a dense checkpoint, not a sparse one — add --head dense", "dense", {"kind": "sparse"}),
         ("leave out --pooling", "sparse", {"pooling": "mean"}),
         ("leave out --pooling", "sparse", {"normalize": True}),
         ("leave --exclude_special_tokens out", "sparse", {"exclude_special_tokens": True}),
     ]
     for what, folder, how in cases:
         with pytest.raises(UserError, match=what):
-            load_encoder(tmp_path / folder, **how)
+            load_encoder(tmp_path / folder, Head(**how), strict=True)
+    again = load_encoder(tmp_path / "sparse", Head(exclude_special_tokens=True))
+    assert again.exclude_special_tokens and not again.portable
     from transformers import ElectraConfig, ElectraForMaskedLM
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
@@ -190,7 +193,7 @@ def test_refusals_name_the_remedy(tiny_model_dir, tmp_path):
     )
     tokenizer.save_pretrained(tmp_path / "electra")
     with pytest.raises(UserError, match="LM head of electra .* — use bert, roberta, distilbert"):
-        load_encoder(tmp_path / "electra", head="sparse")
+        load_encoder(tmp_path / "electra", Head(kind="sparse"))
 
 
 @pytest.mark.parametrize("kind", ["roberta", "distilbert"])
@@ -210,7 +213,7 @@ def test_other_architectures(tiny_model_dir, tmp_path, kind):
     lm = AutoModelForMaskedLM.from_config(config).eval()
     lm.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    model = load_encoder(tmp_path, head="sparse", overrides={"max_passage_length": 48})
+    model = load_encoder(tmp_path, Head(kind="sparse"), {"max_passage_length": 48})
     batch = batch_of(TEXTS, model)
     with torch.no_grad():
         expected = plain(lm, batch["input_ids"], batch["attention_mask"])

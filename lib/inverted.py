@@ -233,8 +233,8 @@ class Inverted:
         dtypes = Lists(np.uint16, weights, np.int64, np.float32, np.int32, np.int64)
         parts = zip(Lists._fields, dtypes, strict=True)
         self.lists = Lists(*(map_array(_file(folder, name), dtype) for name, dtype in parts))
-        own = own_part(len(self.lists.tiles) - 1, accelerator)
-        self.tiling = Tiling(meta["tile"], meta["count"], *own)
+        first, stop = own_part(len(self.lists.tiles) - 1, accelerator)
+        self.tiling = Tiling(meta["tile"], meta["count"], first, stop)
 
     def search(self, queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Q queries -> (scores (Q, k), rows (Q, k)), the same on every process."""
@@ -249,8 +249,8 @@ class Inverted:
         """The scores of given rows, 0 without a common term: Q queries and Q arrays of rows -> Q
         float32 arrays."""
         asked = self.as_rows(queries)
-        parts = [np.asarray(some, dtype=np.int64) for some in rows]
-        return [_score_rows(self.lists, self.tiling, asked, *part) for part in enumerate(parts)]
+        lists = [np.asarray(some, dtype=np.int64) for some in rows]
+        return [_score_rows(self.lists, self.tiling, asked, q, r) for q, r in enumerate(lists)]
 
     def _best(self, queries: Rows, k: int) -> Tensor:
         """The best keys (Q, k) in the tiles of this process."""

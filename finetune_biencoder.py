@@ -132,6 +132,8 @@ def check(args: Args, passages_per_query: int, processes: int) -> None:
     if args.dro and (in_batch or args.gradient_checkpointing):
         remedy = "give --loss triplet or own_group, no --chunk_size, no --gradient_checkpointing"
         raise UserError(f"--dro needs a loss of each query alone, of a whole batch — {remedy}")
+    if args.eval_every and not args.dev_queries:
+        raise UserError("--eval_every: the development set is incomplete — give --dev_queries")
     if Path(args.train).is_dir() and not args.max_steps:
         raise UserError("--train with generations has no number of examples — give --max_steps")
 

@@ -249,6 +249,7 @@ def test_dry_run_shows_and_leaves_nothing(arguments, call, tmp_path, capsys):
         ),
         ({"loss": "triplet", "passages_per_query": 1}, "has no negatives"),
         ({"dev_queries": "x.tsv"}, "development set is incomplete"),
+        ({"eval_every": 5}, "development set is incomplete"),
         ({"kl_weight": 1}, "lines without scores — add them with recipes/score_pairs.py"),
         ({"learning_rate": "nan"}, "--learning_rate nan — give a finite number above 0"),
         ({"max_steps": -1}, "--max_steps -1 — give a finite number at least 0"),

@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, send_to_device
 from scipy.sparse import csr_matrix, vstack
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lib.arguments import arg, parse_args
@@ -50,7 +50,8 @@ from lib.cpu import pack_linears, speed_up_attention
 from lib.embeddings import finish_embeddings, shard_file, write_shard
 from lib.encoder import BiEncoder, Head, SparseBiEncoder
 from lib.files import UserError
-from lib.launch import claim_output, describe, echo, end_with_parent, make_accelerator, run
+from lib.launch import claim_output, describe, echo, make_accelerator, run
+from lib.loader import load
 from lib.text import TextFormat, chunk_ids, format_texts, pad, token_batches
 from lib.texts import Texts, open_texts
 
@@ -109,7 +110,8 @@ class Windows(Dataset):
         return len(self.spans)
 
     def __getitem__(self, index):
-        ids, titles, bodies = zip(*self.texts.stream(*self.spans[index]), strict=True)
+        start, stop = self.spans[index]
+        ids, titles, bodies = zip(*self.texts.stream(start, stop), strict=True)
         rows = list(zip(titles, bodies, strict=True))
         strings = format_texts(rows, self.kind, self.form, self.tokenizer)
         longest, most = self.form.max_length(self.kind), self.form.chunks(self.kind)
@@ -269,10 +271,9 @@ def main():
     missing = [s for s in range(len(shards)) if not (folder / shard_file(s, sparse)).is_file()]
     accelerator.wait_for_everyone()  # all have listed what is missing before the first adds to it
     mine = missing[rank::W]
-    spans = [cut(*shards[shard], WINDOW) for shard in mine]
-    windows = Windows(texts, list(chain(*spans)), args.kind, form, tokenizer)
-    workers = {"num_workers": args.num_workers, "worker_init_fn": end_with_parent}
-    loader = iter(DataLoader(windows, batch_size=None, collate_fn=tuple, **workers))
+    spans = [cut(start, stop, WINDOW) for start, stop in (shards[shard] for shard in mine)]
+    windows = Windows(texts, list(chain.from_iterable(spans)), args.kind, form, tokenizer)
+    loader = load(windows, tuple, None, args.num_workers)
     total = sum(shards[shard][1] - shards[shard][0] for shard in mine)
     bar = tqdm(total=total, unit=" texts", disable=not accelerator.is_main_process)
     packed = {"no": torch.float32, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)

@@ -135,7 +135,8 @@ def check(args: Args, positions: int, processes: int) -> None:
     if any(files) and not (all(files) and args.probe_every):
         raise UserError("give all of --probe_every, --probe_queries and --probe_qrels, or no files")
     if args.objective == "cocondenser" and processes * args.per_device_batch_size < 2:
-        raise UserError("--per_device_batch_size 1: the contrast needs another document — raise it")
+        wrong = "--per_device_batch_size 1: the contrast needs another document"
+        raise UserError(f"{wrong} — raise it")
 
 
 def mean_loss(accelerator, terms):

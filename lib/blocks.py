@@ -27,7 +27,7 @@ SENTENCE_END = re.compile(
             (?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)(?<!\bcf)(?<!\bal)(?<!\b[Ff]ig)(?<!\bNo)
             (?<!\bMr)(?<!\bMs)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\bProf) \.
           | [!?…] )
-        ["'”’»)\]]* (?=\s+[^\sa-z])                   # closing quotes; then space, no small letter
+        ["'”’»)\]]* (?=\s+[^\sa-z])                   # quotes; a space, no small letter
       | [。！？][”’」』）]*                              # needs no space
       | (?=\n\s*\n)                                   # an empty line""",
     re.VERBOSE,
@@ -115,7 +115,8 @@ def split(text: str, offsets: list, room: int, size: int, draw=None) -> list[tup
 
 def cut_texts(texts: Texts, cut: Cut, first: int) -> np.ndarray:
     """(n, 3) int32 (row, first character, end) of the pieces of AT_ONCE texts from row `first`."""
-    strings = [cut.join(*row[1:]) for row in texts.stream(first, first + AT_ONCE)]
+    rows = texts.stream(first, first + AT_ONCE)
+    strings = [cut.join(titles, text) for _, titles, text in rows]
     backend = cut.tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -167,7 +168,8 @@ class Blocks:
 
     def whole(self, row: int) -> str:
         """A text of the corpus, uncut."""
-        return self.cut.join(*self.texts[row])
+        titles, text = self.texts[row]
+        return self.cut.join(titles, text)
 
     def string(self, line: int) -> str:
         row, start, end = self.table[line].tolist()

@@ -142,7 +142,8 @@ def _text_format(folder, stated: dict, overrides: dict, strict: bool, limit: int
             what = f"its {name} is {own!r}, not {value!r}"
             raise UserError(f"{folder}: {what} — leave it out, or add --override")
         if name.endswith("_length") and value > limit:
-            raise UserError(f"{folder}: {name} {value} — lower it, the model has {limit} positions")
+            what = f"{folder}: {name} {value}, but the model has {limit} positions"
+            raise UserError(f"{what} — lower it")
     form = TextFormat(**stated | given)
     form.max_query_length = min(form.max_query_length, limit)
     form.max_passage_length = min(form.max_passage_length, limit)

@@ -103,7 +103,8 @@ class GroupGradients:
                 module.register_forward_hook(self._keep)
             elif next(module.parameters(recurse=False), None) is not None:
                 kind = type(module).__name__
-                raise UserError(f"--dro: {kind} is neither Linear nor LayerNorm — use BERT's kind")
+                wrong = f"--dro: {kind} is neither Linear nor LayerNorm"
+                raise UserError(f"{wrong} — use BERT's kind")
 
     def _keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         if output.requires_grad:

@@ -41,7 +41,8 @@ def lines(path) -> Iterator[tuple[int, str]]:
                 if line and not line.isspace():
                     yield number, line
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}:{number}: not UTF-8 — convert the file with iconv") from error
+            wrong = f"{path}:{number}: not UTF-8"
+            raise UserError(f"{wrong} — convert the file with iconv") from error
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             wrong = f"{path}:{number + 1}: truncated or damaged gzip"
             raise UserError(f"{wrong} — download or write the file again") from error

@@ -79,7 +79,8 @@ class TrainingFile:
         self.scores = arrays["scores"]
         self.clusters = arrays["clusters"]
         if len(self.scores) < len(self.rows) and (scores or len(self.scores)):
-            raise UserError(f"{path}: lines without scores — add them with recipes/score_pairs.py")
+            remedy = "add them with recipes/score_pairs.py"
+            raise UserError(f"{path}: lines without scores — {remedy}")
         if len(self.clusters) < len(self.query_rows) and (clusters or len(self.clusters)):
             remedy = "add them with recipes/cluster_queries.py"
             raise UserError(f"{path}: lines without clusters — {remedy}")
@@ -136,8 +137,8 @@ class Groups(Dataset):
         self.depth = depth
         self.seed = seed
         if P > 1 and not negatives.any():
-            wrong = f"it has no negatives for --passages_per_query {P}"
-            raise UserError(f"{file.path}: {wrong} — run mine_negatives.py, or leave the flag out")
+            wrong = f"{file.path}: it has no negatives for --passages_per_query {P}"
+            raise UserError(f"{wrong} — run mine_negatives.py, or leave the flag out")
         self.query_of = np.repeat(np.arange(len(positives)), positives)  # (E,)
         first = file.bounds[:-1:2] - (np.cumsum(positives) - positives)
         self.place_of = np.arange(len(self)) + np.repeat(first, positives)  # (E,) in rows

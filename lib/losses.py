@@ -185,7 +185,7 @@ def spread(reps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def spreads(q_reps: Tensor, p_reps: Tensor, real: Tensor) -> dict[str, Tensor]:
-    """`spread` of queries (B, D), and of passages (B·P·M, D) of which `real` (B·P,) bool count."""
+    """`spread` of queries (B, D), and of passages (B·P·M, D), of which `real` (B·P,) count."""
     q_std, q_cosine = spread(q_reps)
     p_std, p_cosine = spread(p_reps[real.repeat_interleave(len(p_reps) // len(real))])
     return {"q_std": q_std, "q_cosine": q_cosine, "p_std": p_std, "p_cosine": p_cosine}

@@ -3,8 +3,8 @@ has one, its decoder; it turns a batch into loss terms.
 
 B texts, L tokens of the longest, D hidden size, V vocabulary, n tokens with a label. attention_mask
 1 = keep; other masks True = hidden, unless said otherwise. h (B, D) is the bottleneck. `places`
-(n,) are the tokens with a label as indices of the flat (B·L); an LM head runs nowhere else. A batch
-holds input_ids, attention_mask (B, L); rows (B,) in the batch of all processes; micro_step.
+(n,) are the tokens with a label as indices of the flat (B·L); an LM head runs nowhere else. A
+batch holds input_ids, attention_mask (B, L); rows (B,) in the batch of all processes; micro_step.
 """
 
 import torch

@@ -106,14 +106,15 @@ def search_in_parts(
     scores = np.empty((queries, k), dtype=np.float32)
     rows = np.empty((queries, k), dtype=np.int64)
     world = accelerator.num_processes if accelerator else 1
-    at_a_time = int(np.clip(KEYS_AT_A_TIME // (k * chunks * world), *QUERIES_AT_A_TIME))
+    least, most = QUERIES_AT_A_TIME
+    at_a_time = min(max(KEYS_AT_A_TIME // (k * chunks * world), least), most)
     for start in range(0, queries, at_a_time):
         part = slice(start, min(start + at_a_time, queries))
         scores[part], rows[part] = unpack(merge(find(part), k, accelerator))
     return scores, rows
 
 
-# selection on a CPU: a query has a list of 2·k keys, which is cut to the k best whenever it is full
+# selection on a CPU: a query has a list of 2·k keys, which is cut to the k best when it is full
 @numba.njit(nogil=True, cache=True)
 def _best_first(keys, k):
     """Quickselect: reorder unique keys so that the k largest come first; returns the k-th.

@@ -104,8 +104,8 @@ def _read_module(name: str, place: Path) -> nn.Module:
         short = activation.rpartition(".")[2]
         if not activation.startswith("torch.nn.") or not hasattr(nn, short):
             _refuse(place, f"the activation {activation}")
-        sizes = config["in_features"], config["out_features"]
-        module = Dense(*sizes, bias=config.get("bias", True), activation=short)
+        bias = config.get("bias", True)
+        module = Dense(config["in_features"], config["out_features"], bias, short)
     weights = place / "model.safetensors"
     if weights.is_file():
         module.load_state_dict(load_file(weights))

@@ -208,7 +208,7 @@ class Pairs:
                     example = FORMATS[name](*row) if isinstance(row, list) else FORMATS[name](row)
                     yield from self.add(example)
                 except (ValueError, LookupError, TypeError, AttributeError) as error:
-                    other = f"not a row of {name} as --help shows it — fix it or name the --format"
+                    other = f"not a row of {name} as --help shows it — fix it or give --format"
                     reason = error if isinstance(error, BadRow) else other
                     raise UserError(f"{path}:{line}: {reason}") from None
 
@@ -310,7 +310,8 @@ def main():
             write_texts(out / "queries.jsonl", ((qid, (), text) for qid, text in queries))
             files.write_training_file(out / "train.jsonl", pairs.training_rows(corpus))
     except sqlite3.Error as error:
-        raise UserError(f"{temporary}: {error} — check the space there and in /var/tmp") from error
+        wrong = f"{temporary}: {error}"
+        raise UserError(f"{wrong} — check the space there and in /var/tmp") from error
     finally:
         temporary.unlink(missing_ok=True)
     for path in (out / "corpus.jsonl", out / "queries.jsonl"):

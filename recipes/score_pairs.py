@@ -35,7 +35,7 @@ import torch
 import xxhash
 from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from lib import launch
@@ -52,6 +52,7 @@ from lib.files import (
     write_run,
     write_training_file,
 )
+from lib.loader import load
 from lib.text import TextFormat, join_title, pad, token_batches
 from lib.texts import Texts, open_texts, require_rows
 
@@ -237,8 +238,7 @@ def main():
     accelerator.wait_for_everyone()  # all have listed what is missing before the first adds to it
     mine = missing[rank::W]
     shards = Shards(pairs, query_rows, rows, [spans[shard] for shard in mine])
-    workers = {"num_workers": args.num_workers, "worker_init_fn": launch.end_with_parent}
-    loader = DataLoader(shards, batch_size=None, collate_fn=list, **workers)
+    loader = load(shards, list, None, args.num_workers)
     total = sum(spans[shard][1] - spans[shard][0] for shard in mine)
     bar = tqdm(total=total, unit=" pairs", disable=not accelerator.is_main_process)
     with torch.inference_mode(), accelerator.autocast():  # one context: weights are cast once

@@ -1,6 +1,7 @@
 """Pre-train an encoder through a bottleneck: a weak decoder rebuilds a text from one vector.
 
     mlm          masked language modelling alone, the control: BERT (arXiv 1810.04805)
+    bow          + the bag of words from [CLS], without a decoder: BoW prediction (2401.11248)
     retromae     + a one-layer decoder of the clean text, each row with its own mask: RetroMAE
                  (2205.12035)
     dupmae       retromae + the bag of words from the max-pooled LM logits: DupMAE (2305.02564)
@@ -21,10 +22,16 @@ Deliberate deviations from the official code:
   4. The decoder is saved; the next stage of the same objective continues it (RetroMAE: a new one).
   5. Special tokens in a text, such as the [SEP] of --title sep, are neither masked nor predicted;
      only SEED's decoder predicts them, because [SEP] ends its text.
-  6. Token masks hide exactly their share of a text (BERT, RoBERTa: each token independently).
+  6. Token masks hide exactly their share of a text, as BERT's and fairseq's do (transformers'
+     collator hides each token independently). A word of more than 16 tokens counts as several.
   7. SEED's cross-attention has no query and key projections: with one key they change nothing.
   8. coCondenser's spans are cut by COCO-DR's rule, and a span is never paired with itself.
   9. COCO-DR has no dropout in the encoder but in the head, maybe by mistake: --no_encoder_dropout.
+ 10. With --chunk_size, MLM weighs as much as without (coCondenser's GradCache counts it twice).
+ 11. The first step of the warm-up has 1 / warm-up of the learning rate (transformers: 0).
+ 12. bow keeps the weight 1 (its authors lower it to 0.1 during the training).
+ 13. ModernBERT's positions are rotary, so that the inputs of a decoder would not show their order:
+     the decoders of retromae, dupmae and lexmae have learned positions of their own there.
 Masks and spans are functions of (seed, micro-step, row in the batch of all processes).
 
 Reads   --model (Hugging Face), or --model_config and --tokenizer to start from scratch; corpora

@@ -21,7 +21,7 @@ set -euo pipefail
 data=$(path "$1") out=$(path "$2")
 flags=("${@:3}")
 corpus=$(ls "$data"/corpus.jsonl* | head -1) queries=$(ls "$data"/queries.jsonl* | head -1)
-read -ra objectives <<<"${OBJECTIVES:-mlm retromae dupmae lexmae seed condenser cocondenser}"
+read -ra objectives <<<"${OBJECTIVES:-mlm bow retromae dupmae lexmae seed condenser cocondenser}"
 read -ra seeds <<<"${SEEDS:-0 1}"
 read -ra head <<<"${HEAD:---pooling cls --normalize --temperature 0.05}"
 as=${AS:+-$AS}

@@ -30,11 +30,11 @@ import transformers
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from lib.architectures import head_transform
 from lib.blocks import Blocks, Corpora, Cut
 from lib.checkpoint import load_lm
 from lib.cpu import speed_up_attention
 from lib.files import read_json, write_json
-from lib.lm_head import head_transform
 from lib.loader import StepSampler
 from lib.objectives import OBJECTIVES
 from lib.optim import parameter_groups, recompute_activations
@@ -78,7 +78,8 @@ class PlainCollator:
         tokenizer = self.cut.tokenizer
         ids, (B, L) = batch["input_ids"], batch["input_ids"].shape
         masks, views = torch.zeros(B, L, dtype=torch.bool), torch.zeros(B, L, L, dtype=torch.bool)
-        bags = torch.zeros(B, len(tokenizer)) if self.objective == "dupmae" else torch.zeros(0)
+        with_bags = self.objective in ("bow", "dupmae")
+        bags = torch.zeros(B, len(tokenizer)) if with_bags else torch.zeros(0)
         for b, length in enumerate(batch["attention_mask"].sum(1).tolist()):
             tokens = tokenizer.convert_ids_to_tokens(ids[b, :length].tolist())
             masks[b, :length] = torch.tensor(whole_words(tokens, self.ratio))
@@ -92,6 +93,9 @@ class PlainCollator:
                 views[b, :length, :length] = torch.tensor(rows)
             if self.objective == "dupmae":
                 bags[b, ids[b, 1 : length - 1]] = 1 / max(length - 2, 1)
+            if self.objective == "bow":
+                words = ids[b, 1 : length - 1].unique()
+                bags[b, words] = 1 / max(len(words), 1)
         fate = torch.rand(B, L)
         other = torch.randint(len(tokenizer), (B, L))
         corrupted = torch.where(masks & (fate < 0.8), tokenizer.mask_token_id, ids)
@@ -129,6 +133,8 @@ def plain_loss(model, batch: dict, seed: int):
         loss = loss + cross_entropy(
             logits_of(model.rows(hidden[:, 0], ids, view, everywhere)), batch["targets"]
         )
+    if name == "bow":
+        loss = loss - (batch["bags"] * logits[:, 0].log_softmax(1)).sum(1).mean()
     if name == "dupmae":
         pooled = (logits[:, 1:] - 1000.0 * (1 - keep[:, 1:, None])).max(1).values
         loss = loss - 0.1 * (batch["bags"] * pooled.log_softmax(1)).sum(1).mean()

@@ -36,9 +36,9 @@ from transformers import (
     AutoTokenizer,
 )
 
+from lib.architectures import ARCHITECTURES
 from lib.encoder import BiEncoder, Head, SparseBiEncoder, extend, positions
 from lib.files import UserError, atomic, read_json, write_json, write_lines
-from lib.lm_head import ARCHITECTURES
 from lib.sentence_files import read_head, stated_format, write_head
 from lib.text import TextFormat, format_texts, pad, to_ids
 
@@ -102,8 +102,8 @@ def load_encoder(
     backbone, tokenizer, new_head = _load(base, auto, trust_remote_code)
     if new_head and head.kind != "new_sparse":
         raise UserError(f"{base}: no LM head for --head sparse — train one by --head new_sparse")
-    if new_head:
-        output = backbone.get_output_embeddings()
+    output = backbone.get_output_embeddings()
+    if new_head and output.bias is not None:
         output.bias.data.copy_(-NEW_HEAD * output.weight.data.norm(dim=1))
     limit = positions(backbone)
     stated = {}

@@ -7,26 +7,10 @@ label. `places` (n,) are these as indices of the flat (B·L): nothing else is co
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig
 from transformers.activations import ACT2FN
 
+from lib.architectures import ARCHITECTURES, bert_config
 from lib.cpu import attention
-
-
-def bert_config(config):
-    """The encoder's config under BERT's names, which the decoders read. DistilBERT has its own."""
-    if config.model_type != "distilbert":
-        return config
-    return BertConfig(
-        hidden_size=config.dim,
-        num_attention_heads=config.n_heads,
-        intermediate_size=config.hidden_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.attention_dropout,
-        hidden_act=config.activation,
-        initializer_range=config.initializer_range,
-    )
 
 
 def initialize(module: nn.Module, std: float) -> None:
@@ -38,12 +22,26 @@ def initialize(module: nn.Module, std: float) -> None:
             nn.init.zeros_(parameter)
 
 
+def own_positions(config) -> nn.Embedding | None:
+    """Positions for a decoder, None if the encoder has learned ones. Where they are rotary, what
+    the decoder reads would not tell one position from another."""
+    if ARCHITECTURES[config.model_type].positions:
+        return None
+    config = bert_config(config)
+    positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+    nn.init.normal_(positions.weight, std=config.initializer_range)
+    return positions
+
+
 class Layer(nn.Module):
     """Multi-head attention and feed-forward. more: names of further linear maps (D, D)"""
 
+    eps: float | None = None  # of the norms; None: as in the encoder
+
     def __init__(self, config, *more: str):
         super().__init__()
-        D, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        D, inner = config.hidden_size, config.intermediate_size
+        eps = self.eps or config.layer_norm_eps
         self.heads = config.num_attention_heads
         self.attention_dropout = config.attention_probs_dropout_prob
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -107,7 +105,7 @@ class CausalDecoder(nn.Module):
 
     def __init__(self, config, num_layers: int, window: int):
         super().__init__()
-        D, eps = config.hidden_size, config.layer_norm_eps
+        D, eps = config.hidden_size, CausalLayer.eps
         self.window = window
         self.positions = nn.Embedding(config.max_position_embeddings, D)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -137,6 +135,8 @@ class CausalLayer(Layer):
     """Self-attention, cross-attention to h, feed-forward, each after a norm and added to its input.
     With one key every softmax is 1. So cross-attention adds Wo Wv h, with dropout per position and
     head, and has no query and key projections."""
+
+    eps = 1e-5  # fairseq's, whatever the encoder has
 
     def __init__(self, config):
         super().__init__(config, "bottleneck_value", "bottleneck_output")

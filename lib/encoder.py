@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib.architectures import head_transform
 from lib.files import UserError
-from lib.lm_head import head_transform, max_pooled_logits
+from lib.lm_head import max_pooled_logits
 from lib.text import TextFormat
 
 

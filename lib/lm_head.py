@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib.cpu import max_over_positions
 
-ARCHITECTURES = ("bert", "roberta", "distilbert")  # config.model_type of known LM heads
 # fp32 logits that linear_cross_entropy holds at a time: 64 MB on a CPU, 256 MB on a GPU
 CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**26}
 # logits that max_pooled_logits holds at a time: it reads them once, fastest from a CPU's cache
@@ -27,15 +26,6 @@ class Term(NamedTuple):
     labels: int
     correct: Tensor  # number of labels that scored highest
     weight: float = 1.0  # of the mean in the total loss
-
-
-def head_transform(lm: nn.Module, hidden: Tensor) -> Tensor:
-    """The LM head up to its output layer: dense, activation, norm. (n, D) -> (n, D)"""
-    if lm.config.model_type == "bert":
-        return lm.cls.predictions.transform(hidden)
-    if lm.config.model_type == "roberta":
-        return lm.lm_head.layer_norm(F.gelu(lm.lm_head.dense(hidden)))
-    return lm.vocab_layer_norm(lm.activation(lm.vocab_transform(hidden)))
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -113,13 +103,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(None if grad is None else grad * upstream for grad in ctx.grads), None, None
 
 
-def max_pooled_logits(hidden: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+def max_pooled_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
     """The highest logit of each term of the vocabulary over the positions of a text.
 
     pooled[b, v] = max_{l: mask[b, l]} (hidden[b, l] @ weight[v] + bias[v]);  0 without a position
     hidden: (B, L, D)   mask: (B, L) bool, True = take   ->   (B, V) fp32
     The gradient goes back through the position of each maximum alone, of equal ones the first: at
     most B·V weighted rows in place of two products as large as the forward pass."""
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
     pooled = _MaxPooledLogits.apply(hidden, weight, bias, mask)
     return pooled.masked_fill(~mask.any(1, keepdim=True), 0.0)
 
@@ -170,3 +161,22 @@ def _sum_rows(rows: Tensor, index: Tensor, factor: Tensor, group: Tensor, groups
     """(groups, D) sum of factor[i] · rows[index[i]] over all i with group[i] == g, ascending."""
     first = torch.searchsorted(group, torch.arange(groups, device=group.device))
     return F.embedding_bag(index, rows, first, mode="sum", per_sample_weights=factor)
+
+
+def bag_of_words(
+    logits: Tensor, ids: Tensor, ordinary: Tensor, divisor: Tensor | None = None
+) -> Term:
+    """The loss of predicting which tokens a text has, from one logit for each of the vocabulary.
+
+    loss = sum over texts of (1/|T|) sum_{v in T} -log softmax(logits)[v], T = the distinct tokens
+    logits: (B, V)   ids: (B, L)   ordinary: (B, L) bool, True = counts as a token of the text
+    divisor: (B,) in the place of |T|
+    The labels are the texts that have a token; `correct` counts those whose highest term is in T.
+    """
+    tokens = ids.masked_fill(~ordinary, -1).sort(1).values
+    distinct = (tokens >= 0) & (tokens != F.pad(tokens[:, :-1], (1, 0), value=-1))
+    found = logits.gather(1, tokens.clamp(min=0))  # (B, L)
+    loss = ((logits.logsumexp(1, keepdim=True) - found) * distinct).sum(1)
+    loss = loss / (distinct.sum(1) if divisor is None else divisor).clamp(min=1)
+    correct = ((found == logits.amax(1, keepdim=True)) & distinct).any(1).sum()
+    return Term(loss.sum(), int(ordinary.any(1).sum()), correct)

@@ -10,6 +10,7 @@ from lib.text import step_seed
 # Streams of random numbers in pre-training. 0 is the order of the data, 1 negatives in fine-tuning.
 DROPOUT, ENCODER_MASK, DECODER_MASK, DECODER_ROW = 2, 3, 4, 5
 ROUNDS = 4  # of whole_word_mask
+LONGEST_WORD = 16  # tokens
 
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # constants of splitmix64, as signed integers
 MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
@@ -56,10 +57,15 @@ def word_index(ids: Tensor, attention_mask: Tensor, starts: Tensor, special: Ten
     """(B, L) int64 number 0, 1, 2, ... of each token's word; -1 at special tokens and padding.
     starts, special: (V,) bool, word_start_table and special_table
 
-    The token after a special one opens a word too: byte-level BPE does not mark a text's first."""
+    The token after a special one opens a word too: byte-level BPE does not mark a text's first.
+    A word of more than LONGEST_WORD tokens is cut into several: to SentencePiece, a sentence of
+    Chinese or Thai is one word, which no budget would ever hide."""
     ordinary = attention_mask.bool() & ~special[ids]
     after_special = F.pad(~ordinary[:, :-1], (1, 0), value=True)
     opens = ordinary & (starts[ids] | after_special)
+    place = torch.arange(ids.shape[1], device=ids.device)
+    first = place.where(opens, 0).cummax(1).values  # of the word
+    opens |= ordinary & ((place - first) % LONGEST_WORD == 0)
     return (opens.cumsum(1) - 1).masked_fill(~ordinary, -1)
 
 

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib import masking
-from lib.decoders import CausalDecoder, SlotDecoder, Transform, TwoStreamLayer, bert_config
+from lib import architectures, masking
+from lib.architectures import bert_config, head_transform
+from lib.decoders import CausalDecoder, SlotDecoder, Transform, TwoStreamLayer, own_positions
 from lib.files import UserError
-from lib.lm_head import Term, head_transform, linear_cross_entropy, max_pooled_logits
+from lib.lm_head import Term, bag_of_words, linear_cross_entropy, max_pooled_logits
 from lib.masking import DECODER_MASK, DECODER_ROW, ENCODER_MASK
 from lib.spans import span_contrast
 from lib.text import step_seed
@@ -22,6 +23,7 @@ from lib.text import step_seed
 # The options of each objective with their defaults, which pretrain_mae.py has as flags
 OPTIONS = {
     "mlm": dict(encoder_mask_ratio=0.3, mask="whole_word"),
+    "bow": dict(encoder_mask_ratio=0.3, mask="whole_word"),
     "retromae": dict(encoder_mask_ratio=0.3, mask="whole_word", decoder_mask_ratio=0.5),
     "dupmae": dict(encoder_mask_ratio=0.3, mask="whole_word", decoder_mask_ratio=0.5),
     "lexmae": dict(encoder_mask_ratio=0.3, mask="token", decoder_mask_ratio=0.5, decoder_layers=2),
@@ -53,6 +55,7 @@ class MLM(nn.Module):
         super().__init__()
         assert options.keys() <= OPTIONS[self.name].keys()
         self.lm = lm
+        self.architecture = architectures.of(lm)
         self.options = OPTIONS[self.name] | options
         self.encoder_mask_ratio = self.options["encoder_mask_ratio"]
         self.mask_id = tokenizer.mask_token_id
@@ -115,6 +118,22 @@ class MLM(nn.Module):
         output = self.lm.get_output_embeddings()
         return max_pooled_logits(head_transform(self.lm, hidden), output.weight, output.bias, mask)
 
+    def positions(self, length: int) -> Tensor:
+        """(L, D) embeddings of the positions: the encoder's, or else the decoder's own."""
+        table = getattr(self.decoder, "positions", None)
+        if table is None:
+            table = self.lm.base_model.embeddings.position_embeddings
+        first = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa's offset
+        return table.weight[first : first + length]
+
+    def embed(self, **inputs: Tensor | None) -> Tensor:
+        """input_ids (B, L), or inputs_embeds (B, L, D) -> (B, L, D) as a decoder reads them, with
+        positions: norm and dropout as the encoder has them, then the decoder's own positions."""
+        embeddings = self.lm.base_model.embeddings(**inputs)
+        if self.architecture.positions:
+            return embeddings
+        return embeddings + self.positions(embeddings.shape[1])
+
     def bottleneck(self, hidden: Tensor, batch: dict) -> Tensor:
         """(B, L, D) of the encoder -> (B, D)."""
         return hidden[:, 0]
@@ -141,6 +160,23 @@ class MLM(nn.Module):
         return {"first text": batch["input_ids"], "encoder reads": self.corrupt(batch, seed)[0]}
 
 
+class BagOfWords(MLM):
+    """MLM, and the bag of words of the text predicted from [CLS] by the same LM head, without any
+    decoder: "Drop your decoder" (arXiv 2401.11248), code `bowdpr`. Both read the masked text. The
+    weight is 1 throughout (their recipes lower it to 0.1 along a cosine)."""
+
+    name = decoder_of = "bow"
+
+    def forward(self, batch: dict, seed: int) -> dict[str, Term]:
+        corrupted, mask = self.corrupt(batch, seed)
+        masked = flat(mask)
+        hidden = self.encode(corrupted, batch["attention_mask"])
+        output = self.lm.get_output_embeddings()
+        logits = output(head_transform(self.lm, hidden[:, 0])).float()  # (B, V)
+        bag = bag_of_words(logits, batch["input_ids"], self.words(batch) >= 0)
+        return {"encoder": self.predict(hidden, masked, batch["input_ids"]), "bow": bag}
+
+
 class RetroMAE(MLM):
     """MLM, and a one-layer decoder that rebuilds every token from h and a view of the text that is
     different in each row ("enhanced decoding"): RetroMAE (arXiv 2205.12035) section 3, official
@@ -152,6 +188,7 @@ class RetroMAE(MLM):
     def __init__(self, lm: nn.Module, tokenizer, **options):
         super().__init__(lm, tokenizer, **options)
         self.decoder = TwoStreamLayer(bert_config(lm.config))
+        self.decoder.positions = own_positions(lm.config)
 
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:
         ids = batch["input_ids"]
@@ -182,16 +219,12 @@ class RetroMAE(MLM):
 
     def rows(self, h: Tensor, input_ids: Tensor, view: Tensor, places: Tensor) -> Tensor:
         """h: (B, D)   input_ids: (B, L)   view: (B, L or 1, L) bool, True = visible   -> (n, D)"""
-        embeddings = self.lm.base_model.embeddings(input_ids=input_ids)
-        keys = torch.cat([h[:, None], embeddings[:, 1:]], 1)  # (B, L, D)
+        keys = torch.cat([h[:, None], self.embed(input_ids=input_ids)[:, 1:]], 1)  # (B, L, D)
         return self.decoder(self.queries(h, input_ids.shape[1]), keys, view, places)
 
     def queries(self, h: Tensor, length: int) -> Tensor:
         """(B, D) -> (B, L, D): h + the embedding of each position."""
-        config = self.lm.config
-        first = config.pad_token_id + 1 if config.model_type == "roberta" else 0
-        positions = torch.arange(first, first + length, device=h.device)
-        return h[:, None] + self.lm.base_model.embeddings.position_embeddings(positions)
+        return h[:, None] + self.positions(length)
 
     def decode(self, h: Tensor, ids: Tensor, places: Tensor, batch: dict) -> Term:
         h_only = torch.arange(ids.shape[1], device=ids.device) == 0
@@ -208,30 +241,24 @@ class DupMAE(RetroMAE):
     """RetroMAE, and the bag of words of the text predicted from the highest logit of each term:
     DupMAE (arXiv 2305.02564), code `modeling_duplex.py`.
 
-        (1/N) sum_{v in T} -log softmax(mu)[v]      weight 0.1
+        (1/N) sum_{v in T} -log softmax(mu)[v]      weight 0.1, see bag_of_words
 
-    mu (B, V) = the encoder's logits of the masked text, maximum over all positions but [CLS]; T =
-    the distinct tokens of the text's N ordinary ones. Mean over the texts that have a token;
-    `correct` counts those whose highest term is in T. (Paper, eq. 6 to 9: no 1/N, weight 1.)"""
+    mu (B, V) = the encoder's logits of the masked text, maximum over all positions but [CLS].
+    (Paper, eq. 6 to 9: no 1/N, weight 1.)"""
 
     name = decoder_of = "dupmae"
 
     def queries(self, h: Tensor, length: int) -> Tensor:
         """(B, D) -> (B, L, D): h + position and token type, norm, dropout, as in FlagEmbedding."""
         everywhere = h[:, None].expand(-1, length, -1)
-        return self.lm.base_model.embeddings(input_ids=None, inputs_embeds=everywhere)
+        return self.embed(input_ids=None, inputs_embeds=everywhere)
 
     def more_terms(self, hidden: Tensor, batch: dict) -> dict[str, Term]:
-        ordinary = self.words(batch) >= 0
         after_cls = F.pad(batch["attention_mask"][:, 1:], (1, 0)).bool()
         mu = self.pooled_logits(hidden, after_cls)  # (B, V)
-        tokens = batch["input_ids"].masked_fill(~ordinary, -1).sort(1).values
-        distinct = (tokens >= 0) & (tokens != F.pad(tokens[:, :-1], (1, 0), value=-1))
-        found = mu.gather(1, tokens.clamp(min=0))  # (B, L)
-        loss = ((mu.logsumexp(1, keepdim=True) - found) * distinct).sum(1)
-        loss = loss / ordinary.sum(1).clamp(min=1)
-        correct = ((found == mu.amax(1, keepdim=True)) & distinct).any(1).sum()
-        return {"bow": Term(loss.sum(), int(ordinary.any(1).sum()), correct, BAG_WEIGHT)}
+        ordinary = self.words(batch) >= 0
+        bag = bag_of_words(mu, batch["input_ids"], ordinary, ordinary.sum(1))
+        return {"bow": bag._replace(weight=BAG_WEIGHT)}
 
 
 class LexMAE(MLM):
@@ -242,7 +269,7 @@ class LexMAE(MLM):
     all positions but those of special tokens;  b = a @ E, without a gradient to the embeddings E.
     The decoder's mask contains the encoder's and as many other tokens as its own ratio needs; its
     80/10/10 is drawn anew. Its LM head has a transform and bias of its own, and the encoder's
-    output matrix."""
+    output matrix. ModernBERT's decoder reads b after the embedding norm, as it reads the rest."""
 
     name = decoder_of = "lexmae"
 
@@ -254,8 +281,8 @@ class LexMAE(MLM):
         config = bert_config(lm.config)
         layers = SlotDecoder(config, self.options["decoder_layers"])
         self.decoder = nn.ModuleDict({"layers": layers, "head": Transform(config)})
-        bias = nn.Parameter(torch.zeros_like(lm.get_output_embeddings().bias))
-        self.decoder.register_parameter("bias", bias)
+        self.decoder.register_parameter("bias", nn.Parameter(torch.zeros(lm.config.vocab_size)))
+        self.decoder.add_module("positions", own_positions(lm.config))
 
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:
         ids = batch["input_ids"]
@@ -288,10 +315,13 @@ class LexMAE(MLM):
 
     def bottleneck(self, hidden: Tensor, batch: dict) -> Tensor:
         weights = self.lexicon(hidden, batch).softmax(1)
-        return weights @ self.lm.get_input_embeddings().weight.detach()
+        b = weights @ self.lm.get_input_embeddings().weight.detach()
+        if self.architecture.positions:
+            return b
+        return self.lm.base_model.embeddings(inputs_embeds=b[:, None])[:, 0]
 
     def decode(self, h: Tensor, ids: Tensor, places: Tensor, batch: dict) -> Term:
-        rest = self.lm.base_model.embeddings(input_ids=ids)
+        rest = self.embed(input_ids=ids)
         states = self.decoder["layers"](h, rest, batch["attention_mask"], places)
         weight = self.lm.get_output_embeddings().weight
         labels = batch["input_ids"].flatten()[places]
@@ -347,7 +377,8 @@ class SEED(MLM):
 class Condenser(MLM):
     """MLM, and MLM of the same mask by a head of a few layers over [h ; middle layer states]:
     Condenser (arXiv 2104.08253), code `modeling.py`. The middle layer is half way (6 of 12), as in
-    all recipes. The mask ratio is of the tokens without [CLS] and [SEP]."""
+    all recipes; ModernBERT's states pass its final norm. The mask ratio is of the tokens without
+    [CLS] and [SEP]."""
 
     name = decoder_of = "condenser"
 
@@ -377,7 +408,10 @@ class Condenser(MLM):
         found = self.lm.base_model(
             input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True
         )
-        return found.last_hidden_state, found.hidden_states[self.middle]
+        middle = found.hidden_states[self.middle]
+        if self.architecture.final_norm:
+            middle = self.lm.base_model.get_submodule(self.architecture.final_norm)(middle)
+        return found.last_hidden_state, middle
 
     def decode(self, h: Tensor, ids: Tensor, places: Tensor, batch: dict) -> Term:
         middle = self.states(ids, batch["attention_mask"])[1]
@@ -401,5 +435,6 @@ class CoCondenser(Condenser):
 
 
 OBJECTIVES = {
-    cls.name: cls for cls in (MLM, RetroMAE, DupMAE, LexMAE, SEED, Condenser, CoCondenser)
+    cls.name: cls
+    for cls in (MLM, BagOfWords, RetroMAE, DupMAE, LexMAE, SEED, Condenser, CoCondenser)
 }

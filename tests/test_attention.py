@@ -4,7 +4,8 @@ encoder."""
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from architectures import KINDS, tiny_config
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from lib import cpu as module
 from lib.cpu import attention, speed_up_attention
@@ -82,19 +83,12 @@ def test_under_autocast_it_stays_near():
         torch.testing.assert_close(half.float(), full, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("architecture", KINDS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_encoders_attend_by_it(architecture, checkpointing, tmp_path):
-    config = AutoConfig.for_model(architecture, vocab_size=99, max_position_embeddings=40)
-    names = ("dim", "n_heads", "n_layers", "hidden_dim") if architecture == "distilbert" else ()
-    names = names or (
-        "hidden_size",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "intermediate_size",
-    )
-    for name, value in zip(names, (32, 4, 2, 48), strict=True):
-        setattr(config, name, value)
+def test_encoders_attend_by_it(architecture, checkpointing, tmp_path, tiny_model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    config = tiny_config(architecture, tokenizer, **dropout)
     torch.manual_seed(0)
     plain, model = (
         AutoModelForMaskedLM.from_config(config),

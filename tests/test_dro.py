@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from architectures import KINDS, tiny_config
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from lib.dro import GroupGradients, GroupWeights
 from lib.files import UserError
@@ -67,30 +68,28 @@ def test_weights_that_cannot_sum_to_one_are_refused():
         weights(3, eps=0.5)
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
-def test_products_are_those_of_the_gradients_that_autograd_gives_each_group(kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_those_of_the_gradients_that_autograd_gives_each_group(kind, tiny_model_dir):
     """Texts of several chunks of different lengths, padded; dropout off; one backward pass against
     one per group."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 32, "max_position_embeddings": 40, "pad_token_id": 1}
-    if kind == "distilbert":
-        sizes = {
-            "vocab_size": 50,
-            "dim": 16,
-            "n_layers": 3,
-            "n_heads": 2,
-            "hidden_dim": 32,
-            "pad_token_id": 1,
-        }
-    model = AutoModel.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    config = tiny_config(kind, tokenizer, num_hidden_layers=3, hidden_size=16)
+    model = AutoModel.from_config(config).eval()
     watch = GroupGradients(model, 2)
-    layers = (model.transformer if kind == "distilbert" else model.encoder).layer[1:]
+    layers = model.transformer.layer if kind == "distilbert" else None
+    layers = layers or (model.layers if kind == "modernbert" else model.encoder.layer)
+    layers = layers[1:]
     chunks = []
     for rows, length in ((4, 9), (5, 6), (3, 12)):
-        ids, mask = torch.randint(2, 50, (rows, length)), torch.ones(rows, length, dtype=torch.long)
+        ids, mask = torch.randint(9, 50, (rows, length)), torch.ones(rows, length, dtype=torch.long)
         mask[1, length // 2 :] = 0
-        chunks.append({"input_ids": ids.masked_fill(mask == 0, 1), "attention_mask": mask})
+        chunks.append(
+            {
+                "input_ids": ids.masked_fill(mask == 0, tokenizer.pad_token_id),
+                "attention_mask": mask,
+            }
+        )
     groups = torch.tensor([3, 0, 0, 4, 3, 3, 0, 4, 4, 0, 3, 4])
     present = torch.tensor([True, False, False, True, True])
     target = torch.randn(12, 16)

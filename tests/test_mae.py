@@ -8,39 +8,20 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from architectures import KINDS, tiny_config
 from gloo import spawn_two
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from lib.checkpoint import load_lm
 from lib.files import UserError
-from lib.objectives import MLM, SEED, CoCondenser, Condenser, DupMAE, LexMAE, RetroMAE
+from lib.objectives import MLM, SEED, BagOfWords, CoCondenser, Condenser, DupMAE, LexMAE, RetroMAE
 from lib.spans import span_backward, span_contrast
 from lib.text import pad
 from pretrain_mae import mean_loss
 
-SIZES = {
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 64,
-}
-BERT = {
-    **SIZES,
-    "intermediate_size": 48,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-DISTIL = {
-    "dim": 32,
-    "n_heads": 4,
-    "n_layers": 2,
-    "hidden_dim": 48,
-    "dropout": 0.0,
-    "attention_dropout": 0.0,
-}
-CONFIGS = {"bert": BERT, "roberta": BERT, "distilbert": {**DISTIL, "max_position_embeddings": 64}}
 OBJECTIVES = {
     "mlm": (MLM, {}),
+    "bow": (BagOfWords, {}),
     "retromae": (RetroMAE, {}),
     "dupmae": (DupMAE, {}),
     "lexmae": (LexMAE, {}),
@@ -59,12 +40,7 @@ TEXTS = [
 
 def build(tokenizer, architecture="bert", objective="retromae"):
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "initializer_range": 0.3,
-    }
-    config = AutoConfig.for_model(architecture, **CONFIGS[architecture], **sizes)
+    config = tiny_config(architecture, tokenizer)
     cls, options = OBJECTIVES[objective]
     model = cls(AutoModelForMaskedLM.from_config(config), tokenizer, **options)
     for (
@@ -94,6 +70,8 @@ def logits_of(lm, hidden):
         return lm.cls(hidden)
     if hasattr(lm, "lm_head"):
         return lm.lm_head(hidden)
+    if hasattr(lm, "head"):
+        return lm.decoder(lm.head(hidden))
     return lm.vocab_projector(lm.vocab_layer_norm(lm.activation(lm.vocab_transform(hidden))))
 
 
@@ -125,13 +103,18 @@ def naive_retromae(model, b, ids, h, view):
     """[loss of each ordinary token] of one unpadded text."""
     layer, lm = model.decoder, model.lm
     embed = lm.base_model.embeddings
-    first = 1 + lm.config.pad_token_id if lm.config.model_type == "roberta" else 0
     clean, length = embed(input_ids=ids[None])[0], len(ids)
-    stream = torch.cat([h[None], clean[1:]])
     normed = embed(input_ids=None, inputs_embeds=h.expand(1, length, -1))[0]
+    if lm.config.model_type == "modernbert":
+        positions = layer.positions.weight[:length]
+        clean, normed = clean + positions, normed + positions
+    else:
+        first = 1 + lm.config.pad_token_id if hasattr(lm, "roberta") else 0
+        positions = embed.position_embeddings.weight[first:]
+    stream = torch.cat([h[None], clean[1:]])
     losses = []
     for i in range(1, length - 1):
-        raw = h + embed.position_embeddings.weight[first + i]
+        raw = h + positions[i]
         query = normed[i] if isinstance(model, DupMAE) else raw
         seen = [j for j in range(length) if view[b, i, j]]
         assert i not in seen and 0 in seen and length - 1 in seen
@@ -146,7 +129,11 @@ def naive_lexmae(model, ids, logits, decoder_ids, decoder_mask):
     u = inner.max(0).values if len(inner) else torch.zeros(logits.shape[-1])
     embedding = lm.get_input_embeddings().weight
     slot = torch.softmax(u, 0) @ embedding.detach()
-    x = torch.cat([slot[None], lm.base_model.embeddings(input_ids=decoder_ids[None])[0][1:]])
+    rest = lm.base_model.embeddings(input_ids=decoder_ids[None])[0]
+    if lm.config.model_type == "modernbert":
+        slot = lm.base_model.embeddings.norm(slot)
+        rest = rest + model.decoder["positions"].weight[:length]
+    x = torch.cat([slot[None], rest[1:]])
     x = slot_layers(model.decoder["layers"].layers, x)
     head = model.decoder["head"]
     scores = (
@@ -171,9 +158,7 @@ def naive_seed(model, ids, h):
 
 
 def naive_bag(ids, logits):
-    tokens = ids[1:-1].tolist()
-    mu = logits[1:].max(0).values
-    return [sum(nll(mu, token) for token in set(tokens)) / len(tokens)] if tokens else []
+    return sum(nll(logits, token) for token in set(ids[1:-1].tolist()))
 
 
 def naive_terms(model, batch, seed):
@@ -189,8 +174,11 @@ def naive_terms(model, batch, seed):
         terms["encoder"] += [nll(logits[b, i], text[i]) for i in range(length) if mask[b, i]]
         if isinstance(model, RetroMAE):
             terms["decoder"] += naive_retromae(model, b, text, h, model.view(batch, seed))
-        if isinstance(model, DupMAE):
-            terms["bow"] += naive_bag(text, logits[b, :length])
+        if isinstance(model, DupMAE) and length > 2:
+            most = logits[b, 1:length].max(0).values
+            terms["bow"].append(naive_bag(text, most) / (length - 2))
+        if isinstance(model, BagOfWords) and length > 2:
+            terms["bow"].append(naive_bag(text, logits[b, 0]) / len(set(text[1:-1].tolist())))
         if isinstance(model, LexMAE):
             again, more = model.corrupt_again(batch, mask, seed)
             terms["decoder"] += naive_lexmae(
@@ -199,7 +187,10 @@ def naive_terms(model, batch, seed):
         if isinstance(model, SEED):
             terms["decoder"] += naive_seed(model, text, h)
         if isinstance(model, Condenser):
-            x = torch.cat([h[None], found.hidden_states[model.middle][b, 1:length]])
+            middle = found.hidden_states[model.middle]
+            if lm.config.model_type == "modernbert":
+                middle = lm.base_model.final_norm(middle)
+            x = torch.cat([h[None], middle[b, 1:length]])
             x = logits_of(lm, slot_layers(model.decoder.layers, x))
             terms["decoder"] += [nll(x[i], text[i]) for i in range(length) if mask[b, i]]
         if isinstance(model, CoCondenser):
@@ -215,7 +206,7 @@ def gradients(loss, model):
     return torch.cat([g.flatten() for g in found])
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", KINDS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_losses_are_those_of_the_formulas(tokenizer, architecture, objective):
     model, batch = build(tokenizer, architecture, objective), make_batch(tokenizer)
@@ -235,11 +226,14 @@ def test_losses_are_those_of_the_formulas(tokenizer, architecture, objective):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["bert", "modernbert"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_under_autocast_losses_are_fp32_and_near(tokenizer, objective):
-    model, batch = build(tokenizer, "bert", objective), make_batch(tokenizer)
+def test_under_autocast_losses_are_fp32_and_near(tokenizer, architecture, objective, dtype):
+    """Also: no NaN comes from padding or from a text without tokens (RetroMAE issue 35)."""
+    model, batch = build(tokenizer, architecture, objective), make_batch(tokenizer)
     full = model(batch, 7)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         low = model(batch, 7)
     for name, term in low.items():
         assert term.loss.dtype == torch.float32
@@ -274,12 +268,13 @@ def test_labels_stand_at_ordinary_tokens_only(tokenizer, objective):
     special = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id}
     assert not special & set(batch["input_ids"][ordinary].tolist())
     rebuilt = model.rebuild(batch)
-    assert rebuilt is None if objective == "mlm" else rebuilt.labels == ordinary.sum()
+    assert rebuilt is None if objective in ("mlm", "bow") else rebuilt.labels == ordinary.sum()
 
 
+@pytest.mark.parametrize("architecture", ["bert", "xlm-roberta", "modernbert"])
 @pytest.mark.parametrize("objective", ["retromae", "dupmae"])
-def test_retromae_no_token_reaches_its_own_prediction(tokenizer, objective):
-    model, batch = build(tokenizer, "bert", objective), make_batch(tokenizer)
+def test_retromae_no_token_reaches_its_own_prediction(tokenizer, objective, architecture):
+    model, batch = build(tokenizer, architecture, objective), make_batch(tokenizer)
     ids, view = batch["input_ids"], model.view(batch, 0)
     places, h = torch.arange(ids.numel()), torch.randn(len(ids), 32)
     length = int(batch["attention_mask"][0].sum())
@@ -352,12 +347,15 @@ def test_lexmae_bottleneck_and_masks(tokenizer, monkeypatch):
         LexMAE(model.lm, tokenizer, decoder_mask_ratio=0.2)
 
 
+@pytest.mark.parametrize("architecture", ["bert", "xlm-roberta", "modernbert"])
 @pytest.mark.parametrize("objective", [LexMAE, Condenser, CoCondenser])
-def test_a_token_hidden_from_encoder_and_decoder_reaches_no_prediction(tokenizer, objective):
+def test_a_token_hidden_from_encoder_and_decoder_reaches_no_prediction(
+    tokenizer, objective, architecture
+):
     """[MASK] stands in its place for both, so no state may tell which token it was, there or
     elsewhere."""
     model, batch = (
-        objective(build(tokenizer, "bert", "mlm").lm, tokenizer, mask="token"),
+        objective(build(tokenizer, architecture, "mlm").lm, tokenizer, mask="token"),
         make_batch(tokenizer),
     )
     corrupted, mask = model.corrupt(batch, 2)
@@ -437,7 +435,7 @@ def test_span_partners_are_their_own_inverse():
     torch.testing.assert_close(span_contrast(swapped).loss, term.loss)
 
 
-@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("architecture", KINDS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_padding_changes_nothing(tokenizer, architecture, objective):
     model, batch = build(tokenizer, architecture, objective).eval(), make_batch(tokenizer)
@@ -456,7 +454,7 @@ def test_other_architectures_are_refused(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     from_scratch = {"model_config": tmp_path / "config.json", "tokenizer": tmp_path}
     (tmp_path / "config.json").write_text('{"model_type": "electra"}')
-    message = "electra is not supported.* — use bert, roberta, distilbert"
+    message = "electra is not supported.* — use bert, roberta, xlm-roberta, .*modernbert"
     with pytest.raises(UserError, match=message):
         load_lm(None, **from_scratch)
     (tmp_path / "config.json").write_text('{"model_type": "bert", "vocab_size": 9}')
@@ -468,14 +466,14 @@ def test_other_architectures_are_refused(tmp_path, tokenizer):
 # two processes
 
 
-def world_step(folder, objective, rows=0):
+def world_step(folder, objective, rows=0, architecture="bert"):
     """(loss over the world, gradient) of a batch of eight ragged texts on however many processes
     there are."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = Accelerator(cpu=True)
     tokenizer, W = AutoTokenizer.from_pretrained(folder), accelerator.num_processes
-    model = accelerator.prepare(build(tokenizer, objective=objective))
+    model = accelerator.prepare(build(tokenizer, architecture, objective))
     mine = range(accelerator.process_index * 8 // W, (accelerator.process_index + 1) * 8 // W)
     texts = [*TEXTS, "lava", "", "ash and ice and lava, lava", "the queen of bees and ants"]
     batch = make_batch(tokenizer, [texts[i] for i in mine]) | {"rows": torch.tensor(mine)}
@@ -488,9 +486,9 @@ def world_step(folder, objective, rows=0):
     return losses, torch.cat([p.grad.flatten() for p in model.parameters()]), W
 
 
-CASES = [(objective, 0) for objective in OBJECTIVES] + [
-    ("cocondenser", 2)
-]  # the last with GradCache
+CASES = [(objective, 0, "bert") for objective in OBJECTIVES]
+CASES += [("retromae", 0, "modernbert"), ("lexmae", 0, "modernbert"), ("dupmae", 0, "xlm-roberta")]
+CASES += [("cocondenser", 2, "bert")]  # with GradCache
 
 
 def one_of_two(rank, folder, out):
@@ -499,7 +497,7 @@ def one_of_two(rank, folder, out):
 
 def test_two_processes_are_one_with_twice_the_batch(tiny_model_dir, tmp_path):
     spawn_two(one_of_two, str(tiny_model_dir), str(tmp_path))
-    single = [world_step(tiny_model_dir, objective) for objective, _ in CASES]
+    single = [world_step(tiny_model_dir, objective, 0, kind) for objective, _, kind in CASES]
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for case, (loss, grad, W), (loss_1, grad_1, W_1) in zip(CASES, found, single, strict=True):

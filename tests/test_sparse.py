@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from architectures import KINDS, tiny_config
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from lib.checkpoint import load_encoder, save_encoder
@@ -192,24 +193,15 @@ def test_refusals_name_the_remedy(tiny_model_dir, tmp_path):
         tmp_path / "electra"
     )
     tokenizer.save_pretrained(tmp_path / "electra")
-    with pytest.raises(UserError, match="LM head of electra .* — use bert, roberta, distilbert"):
+    with pytest.raises(UserError, match="LM head of electra .* — use bert, .*, modernbert"):
         load_encoder(tmp_path / "electra", Head(kind="sparse"))
 
 
-@pytest.mark.parametrize("kind", ["roberta", "distilbert"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_other_architectures(tiny_model_dir, tmp_path, kind):
-    from transformers import AutoConfig
-
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    names = {
-        "roberta": ("hidden_size", "num_hidden_layers", "num_attention_heads"),
-        "distilbert": ("dim", "n_layers", "n_heads"),
-    }
-    shape = dict(zip(names[kind], (32, 1, 2), strict=True)) | {"initializer_range": 0.3}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        kind, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **shape
-    )
+    config = tiny_config(kind, tokenizer)
     lm = AutoModelForMaskedLM.from_config(config).eval()
     lm.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

@@ -1,0 +1,82 @@
+"""What the masked language models of transformers call their parts; only this module asks for a
+`model_type`. A new architecture is one entry of ARCHITECTURES, and one of tests/architectures.py.
+
+D hidden size, n tokens."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import BertConfig
+
+
+class Architecture(NamedTuple):
+    """transform   (LM, states (n, D)) -> (n, D): the LM head up to its output layer
+    sizes       names of its config, by the name that BERT has for the same; empty: BERT's names
+    positions   whether positions are learned and added to the embeddings; False: they are rotary
+    final_norm  name of the norm after the last layer, where the layers add to a stream that has no
+                norm of its own; empty: each layer ends in one"""
+
+    transform: Callable[[nn.Module, Tensor], Tensor]
+    sizes: dict[str, str] = {}
+    positions: bool = True
+    final_norm: str = ""
+
+
+BERT = Architecture(lambda lm, x: lm.cls.predictions.transform(x))
+ROBERTA = Architecture(lambda lm, x: lm.lm_head.layer_norm(F.gelu(lm.lm_head.dense(x))))
+DISTILBERT = Architecture(
+    lambda lm, x: lm.vocab_layer_norm(lm.activation(lm.vocab_transform(x))),
+    sizes={
+        "hidden_size": "dim",
+        "num_attention_heads": "n_heads",
+        "intermediate_size": "hidden_dim",
+        "max_position_embeddings": "max_position_embeddings",
+        "hidden_dropout_prob": "dropout",
+        "attention_probs_dropout_prob": "attention_dropout",
+        "hidden_act": "activation",
+        "initializer_range": "initializer_range",
+    },
+)
+MODERNBERT = Architecture(  # also Ettin and mmBERT
+    lambda lm, x: lm.head(x),
+    sizes={
+        "hidden_size": "hidden_size",
+        "num_attention_heads": "num_attention_heads",
+        "intermediate_size": "intermediate_size",
+        "max_position_embeddings": "max_position_embeddings",
+        "hidden_dropout_prob": "mlp_dropout",
+        "attention_probs_dropout_prob": "attention_dropout",
+        "hidden_act": "hidden_activation",
+        "layer_norm_eps": "norm_eps",
+        "initializer_range": "initializer_range",
+    },
+    positions=False,
+    final_norm="final_norm",
+)
+ARCHITECTURES = {
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
+    "distilbert": DISTILBERT,
+    "modernbert": MODERNBERT,
+}
+
+
+def of(model: nn.Module) -> Architecture:
+    return ARCHITECTURES[model.config.model_type]
+
+
+def bert_config(config):
+    """The encoder's config under BERT's names, which the decoders read."""
+    sizes = ARCHITECTURES[config.model_type].sizes
+    if not sizes:
+        return config
+    return BertConfig(**{name: getattr(config, own) for name, own in sizes.items()})
+
+
+def head_transform(lm: nn.Module, hidden: Tensor) -> Tensor:
+    """The LM head up to its output layer: dense, activation, norm. (n, D) -> (n, D)"""
+    return of(lm).transform(lm, hidden)

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Adapt a model to a collection: go on pre-training it on texts that nobody has judged. The adapted model is the start
+# of a fine-tuning. At the end stands whether the bottleneck has learned; with a few judgments, the ranking of the model
+# and of the adapted model without any fine-tuning are compared.
+#
+#     bash recipes/adapt.sh CORPUS MODEL OUT [flags for pretrain_mae.py, such as --objective bow --max_steps 2000 ...]
+#
+# CORPUS           texts in any format that pretrain_mae.py reads
+# MODEL            masked language model, or any dense or sparse retriever on one
+# OUT              OUT/adapted is the adapted model; to continue a stopped run, give the same command again
+# QUERIES, QRELS   optional: judged queries for the comparison
+# HEAD             flags of encode.py for the comparison that say how both models make a vector, by default
+#                  "--pooling cls"; "--pooling mean --normalize" for most models of sentence-transformers
+# LAUNCH           how scripts are started, by default "accelerate launch" as `accelerate config` configured it
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
+[ $# -ge 3 ] || usage 6,15
+corpus=$(path "$1") model=$(model "$2") out=$(path "$3")
+flags=("${@:4}")
+judged=${QUERIES:-}${QRELS:-}
+if [ -n "$judged" ] && { [ -z "${QUERIES:-}" ] || [ -z "${QRELS:-}" ]; }; then
+    echo "adapt.sh: give both QUERIES and QRELS, or none of them" >&2
+    exit 1
+fi
+read -ra head <<<"${HEAD:---pooling cls}"
+
+"${launch[@]}" pretrain_mae.py --model "$model" --corpus "$corpus" --max_length 150 --probe_every 100 \
+    --output_dir "$out/adapted" --resume "${flags[@]}"
+
+if [ -n "$judged" ]; then
+    queries=$(path "$QUERIES") qrels=$(path "$QRELS")
+    compare=()
+    for name in before after; do
+        checkpoint=$([ $name = before ] && echo "$model" || echo "$out/adapted")
+        "${launch[@]}" encode.py --model "$checkpoint" --input "$queries" --kind query "${head[@]}" \
+            --output_dir "$out/queries-$name"
+        "${launch[@]}" encode.py --model "$checkpoint" --input "$corpus" --kind passage "${head[@]}" \
+            --output_dir "$out/corpus-$name"
+        "${launch[@]}" evaluate.py --queries_embeddings "$out/queries-$name" --corpus_embeddings "$out/corpus-$name" \
+            --qrels "$qrels" --metrics RR@10 nDCG@10 R@100 "${compare[@]}" --output_dir "$out/evaluation-$name"
+        compare=(--compare "$out/evaluation-before/run.trec")
+    done
+fi
+python -m recipes.probe_report "$out/adapted"

@@ -65,6 +65,7 @@ class Args:
     output_dir: str = arg(help="folder for the checkpoint")
     passages_per_query: int = arg(None, least=1, help="1 positive, the rest negatives (default: 8)")
     negatives_depth: int = arg(200, least=1, help="draw from the first N negatives of a query")
+    batch_by: Literal["chance", "cluster"] = arg("chance", help="cluster: of one cluster (TAS-B)")
     dev_queries: str = arg(None, group="development set", help="its queries")
     dev_qrels: str = arg(None, help="its judgments")
     dev_candidates: str = arg(None, help="passages to re-rank for MRR@10: a run or top1000.dev")
@@ -158,8 +159,10 @@ def main():
     distilled = bool(args.kl_weight or args.margin_mse_weight)
 
     def read(train):
-        file = TrainingFile(train, queries, corpus, scores=distilled, clusters=args.dro)
-        return Groups(file, args.passages_per_query, args.negatives_depth, args.seed)
+        by_cluster = args.batch_by == "cluster"
+        file = TrainingFile(train, queries, corpus, distilled, args.dro or by_cluster)
+        one_cluster = W * B if by_cluster else 0
+        return Groups(file, args.passages_per_query, args.negatives_depth, args.seed, one_cluster)
 
     data = Generations(args.train, out / "generations.tsv", read)
     groups, P = data.groups, data.groups.passages_per_query

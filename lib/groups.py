@@ -126,9 +126,19 @@ class Groups(Dataset):
 
     From the first `depth` negatives of a query, P - 1 are drawn without replacement, as a function
     of (seed, micro-step, global row). A shorter list is filled up with row -1. P is by default 8,
-    or 1 if the file has no negatives."""
+    or 1 if the file has no negatives.
 
-    def __init__(self, file: TrainingFile, passages_per_query: int | None, depth: int, seed: int):
+    one_cluster   the number of queries of a micro-step in all processes: each micro-step then takes
+                  its queries from one cluster of the file; 0 = clusters do not matter"""
+
+    def __init__(
+        self,
+        file: TrainingFile,
+        passages_per_query: int | None,
+        depth: int,
+        seed: int,
+        one_cluster: int = 0,
+    ):
         positives, negatives = np.diff(file.bounds).reshape(-1, 2).T  # (Q,) numbers
         negatives = np.minimum(negatives, depth)
         P = passages_per_query or (8 if negatives.any() else 1)
@@ -136,6 +146,7 @@ class Groups(Dataset):
         self.passages_per_query = P
         self.depth = depth
         self.seed = seed
+        self.one_cluster = one_cluster
         if P > 1 and not negatives.any():
             wrong = f"{file.path}: it has no negatives for --passages_per_query {P}"
             raise UserError(f"{wrong} — run mine_negatives.py, or leave the flag out")
@@ -151,13 +162,40 @@ class Groups(Dataset):
             "short lists": f"{(short > 0).sum()} queries have fewer than {P - 1} negatives: "
             f"{short @ positives} columns per epoch are empty and masked",
         }
+        if one_cluster:
+            sizes = np.unique(file.clusters[self.query_of], return_counts=True)[1]
+            pure = (sizes // one_cluster).sum()
+            share = f"{pure} of {len(self) / one_cluster:.1f} batches of an epoch"
+            self.notes["batches"] = f"{share} are of one cluster, the others of the rest"
 
     def __len__(self) -> int:
         return len(self.query_of)
 
     def order(self, epoch: int) -> np.ndarray:
         """The examples of an epoch."""
-        return permutation(len(self), self.seed, epoch)
+        order = permutation(len(self), self.seed, epoch)
+        return self._by_cluster(order, epoch) if self.one_cluster else order
+
+    def _by_cluster(self, order: np.ndarray, epoch: int) -> np.ndarray:
+        """The same examples, in batches of one cluster as far as its examples go (as TAS-B, arXiv
+        2104.06967, but each example once an epoch). What is left over of the clusters completes the
+        last batch of the epoch before, and makes the last ones of this epoch."""
+        size = self.one_cluster
+        clusters = self.file.clusters[self.query_of[order]]
+        by_cluster = np.argsort(clusters, kind="stable")
+        counts = np.unique(clusters, return_counts=True)[1]
+        place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        full = place < np.repeat(counts // size * size, counts)
+        order = order[by_cluster]
+        batches = order[full].reshape(-1, size)
+        batches = batches[permutation(len(batches), self.seed, epoch, 1)]
+        rest = order[~full]
+        rest = rest[permutation(len(rest), self.seed, epoch, 2)]
+        missing = -epoch * len(order) % size  # to the last batch of the epoch before
+        while len(rest) < missing:
+            rest = np.concatenate([batches[-1], rest])
+            batches = batches[:-1]
+        return np.concatenate([rest[:missing], batches.ravel(), rest[missing:]])
 
     def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, np.ndarray, np.ndarray]:
         """(example, micro-step, global row) of StepSampler -> (query of the file, (P,) corpus rows,

@@ -245,3 +245,30 @@ def test_parameter_groups_decay_matrices_only():
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)] for p in others["params"]} == {"dense.bias", "norm.weight", "norm.bias"}
     assert others["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_batches_of_one_cluster(texts, tmp_path, world):
+    """Over several epochs: every example once an epoch; whole batches of one cluster while it
+    lasts, whatever the number of processes and although the epochs are no multiple of a batch."""
+    queries = "".join(f"q{n}\ttext {n}\n" for n in range(23))
+    (tmp_path / "many.tsv").write_text(queries)
+    sizes = [11, 7, 4, 1]
+    clusters = np.repeat(np.arange(4), sizes)
+    rows = [row(f"q{n}", f"p{n % 9}", cluster=int(clusters[n])) for n in range(23)]
+    file = TrainingFile(
+        write(tmp_path / "t.jsonl", *rows), open_texts(tmp_path / "many.tsv"), texts[1]
+    )
+    groups = Groups(file, 1, depth=9, seed=5, one_cluster=4)
+    samplers = [iter(StepSampler(groups, 4 // world, rank, world)) for rank in range(world)]
+    batches = [
+        [example for sampler in samplers for example, _, _ in next(sampler)] for _ in range(46)
+    ]
+    seen = [example for batch in batches for example in batch]
+    for epoch in range(8):
+        assert sorted(seen[23 * epoch : 23 * (epoch + 1)]) == list(range(23))
+    pure = [len({int(clusters[example]) for example in batch}) == 1 for batch in batches]
+    assert np.mean(pure) > 0.6  # of 5.75 batches an epoch, 2 + 1 + 1 can be
+    firsts = {int(clusters[batch[0]]) for batch, one in zip(batches, pure, strict=True) if one}
+    assert firsts == {0, 1, 2}
+    assert groups.notes["batches"].startswith("4 of 5.8 batches of an epoch are of one cluster")

@@ -130,9 +130,13 @@ def cut(start: int, stop: int, window: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def to_csr(reps: torch.Tensor, min_weight: float, max_terms: int) -> csr_matrix:
-    """(n, V) on any device -> CSR of the weights above `min_weight`, at most `max_terms` of a row
-    (0 = all). A NaN stays one."""
+def to_csr(reps: torch.Tensor | csr_matrix, min_weight: float, max_terms: int) -> csr_matrix:
+    """(n, V) on any device, or CSR -> CSR of the weights above `min_weight`, at most `max_terms` of
+    a row (0 = all). A NaN stays one."""
+    if isinstance(reps, csr_matrix):
+        reps.data[reps.data <= min_weight] = 0
+        reps.eliminate_zeros()
+        return prune(reps, max_terms) if max_terms else reps
     row, term = (~(reps <= min_weight)).nonzero(as_tuple=True)
     starts = np.cumsum([0, *np.bincount(row.cpu().numpy(), minlength=len(reps))])
     parts = reps[row, term].cpu().numpy(), term.int().cpu().numpy(), starts
@@ -151,17 +155,20 @@ def prune(vectors: csr_matrix, max_terms: int) -> csr_matrix:
     return vectors
 
 
-def encode_window(model: BiEncoder, window: tuple, budget: int, limit: int, to_rows: Callable):
-    """The vectors of an item of Windows, in its order. to_rows: (B, D) on the device -> what is
-    kept of a batch, a tensor or CSR."""
+def encode_window(model: BiEncoder, window: tuple, kind: str, budget: int, to_rows: Callable):
+    """The vectors of an item of Windows, in its order. to_rows: (B, D) on the device or as CSR ->
+    what is kept of a batch, a tensor or CSR."""
     _, _, tokens, lengths = window
+    table = model.query_table if kind == "query" else None
+    if table is not None:
+        return to_rows(table.rows(tokens, lengths))
     texts = np.split(tokens, np.cumsum(lengths)[:-1])
-    batches = token_batches(lengths, budget, limit)
+    batches = token_batches(lengths, budget, model.format.max_length(kind))
     device = next(model.parameters()).device
     parts = []
     for rows, width in batches:
         batch = pad([texts[row] for row in rows], model.tokenizer, width)
-        parts.append(to_rows(model.encode(send_to_device(batch, device))))
+        parts.append(to_rows(model.encode(send_to_device(batch, device), kind)))
     order = np.argsort(np.concatenate([rows for rows, _ in batches]))
     if isinstance(parts[0], csr_matrix):
         return vstack(parts, "csr")[order]
@@ -289,7 +296,7 @@ def main():
         for shard, parts in zip(mine, spans, strict=True):
             vectors, ids = [], []
             for window in islice(loader, len(parts)):
-                vectors.append(encode_window(model, window, budget, limit, to_rows))
+                vectors.append(encode_window(model, window, args.kind, budget, to_rows))
                 ids += window[0]
                 limited += int(window[1].sum())
                 bar.update(len(window[1]))

@@ -52,6 +52,7 @@ from lib.groups import GroupCollator, Groups, TrainingFile
 from lib.loader import StepSampler, load
 from lib.masking import DROPOUT
 from lib.optim import descend, lr_at, make_optimizer, recompute_activations, steps_of
+from lib.query_table import inverse_document_frequency
 from lib.text import TextFormat, step_seed
 from lib.texts import open_texts
 
@@ -89,6 +90,9 @@ class Args:
     temperature: float = arg(None, above=0, help="divides scores (default: 1, unit vectors 0.05)")
     kl_weight: float = arg(0.0, least=0, help="weight of KL(teacher, student) per query (LexMAE 1)")
     margin_mse_weight: float = arg(0.0, least=0, help="weight of the margin-MSE (SPLADE 1)")
+    query_encoder: Literal["table", "idf"] = arg(
+        None, help="sparse: no model for queries, but a learned weight per term, or its IDF"
+    )
     flops_passages: float = arg(0.002, least=0, help="sparse: FLOPS weight of passages (as LexMAE)")
     flops_queries: float = arg(None, least=0, help="sparse: of queries (default: 0.75 of passages)")
     flops_warmup_steps: int = arg(0, least=0, help="sparse: steps in which the FLOPS weights grow")
@@ -178,9 +182,17 @@ def main():
     torch.manual_seed(args.seed)  # of new weights
     head = Head(args.pooling, args.head, args.projection, args.normalize)
     head.exclude_special_tokens = args.exclude_special_tokens
+    head.query_table = bool(args.query_encoder)
     texts = {name: getattr(args, name) for name in TextFormat.__dataclass_fields__}
     model = checkpoint.load_encoder(args.model, head, texts)
     form, dim = model.format, model.dim
+    if args.query_encoder == "idf":
+        weights = inverse_document_frequency(corpus, form, model.tokenizer, dim)
+        model.query_table = model.make_table(weights, learned=False)
+    elif args.query_encoder == "table":
+        model.query_table.scaled.requires_grad_()
+    if model.query_table is not None:  # its vectors are as sparse as the queries
+        lambda_q = 0.0
     temperature = args.temperature or (0.05 if model.normalized else 1.0)
     speed_up_attention(model.backbone)
     if args.gradient_checkpointing:

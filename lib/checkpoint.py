@@ -39,7 +39,7 @@ from transformers import (
 from lib.architectures import ARCHITECTURES
 from lib.encoder import BiEncoder, Head, SparseBiEncoder, extend, positions
 from lib.files import UserError, atomic, read_json, write_json, write_lines
-from lib.sentence_files import read_head, stated_format, write_head
+from lib.sentence_files import read_head, read_query_table, stated_format, write_head
 from lib.text import TextFormat, format_texts, pad, to_ids
 
 VERSION = 1  # of isthmus.json
@@ -52,7 +52,7 @@ NEW_HEAD = 3.5
 # the files of a checkpoint that decide its vectors
 FILES = """config.json model*.safetensors* pytorch_model* *.py *token*.json vocab* merges.txt
     *.model chat_template* modules.json sentence_*_config.json config_sentence_transformers.json
-    isthmus.json [0-9]*_*/*""".split()
+    isthmus.json router_config.json [0-9]*_*/* query_*/* document_*/*""".split()
 
 PROBES = (  # what the tokenizer is asked when a checkpoint is saved, and again when it is loaded
     "The quick brown fox jumps over the lazy dog.",
@@ -128,6 +128,8 @@ def load_encoder(
     if kind == "sparse":
         excluded = private.get("exclude_special_tokens", False)
         encoder = SparseBiEncoder(backbone, tokenizer, excluded, form)
+        if pooling and (table := read_query_table(folder)):
+            encoder.query_table = encoder.make_table(*table)
     else:
         encoder = BiEncoder(backbone, tokenizer, pooling or head.pooling, layers, form)
     extend(encoder, head, strict and pooling is not None, folder)
@@ -397,7 +399,7 @@ def _trial(model: BiEncoder) -> Tensor:
     for kind in ("query", "passage"):
         strings = format_texts(TRIAL, kind, model.format, model.tokenizer)
         ids = to_ids(strings, model.tokenizer, model.format.max_length(kind))
-        found.append(model.encode(send_to_device(pad(ids, model.tokenizer), device)))
+        found.append(model.encode(send_to_device(pad(ids, model.tokenizer), device), kind))
     model.train(training)
     return torch.cat(found).cpu()
 

@@ -79,4 +79,5 @@ class DevSet:
         side = collate.encoder_input(kind, [texts[row] for row in texts.rows(ids)])
         device = next(encoder.parameters()).device
         chunks = (send_to_device(chunk, device) for chunk in side["chunks"])
-        return torch.cat([encoder.encode(chunk).float().cpu() for chunk in chunks])[side["order"]]
+        reps = [encoder.encode(chunk, kind).float().cpu() for chunk in chunks]
+        return torch.cat(reps)[side["order"]]

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lib.architectures import head_transform
 from lib.files import UserError
 from lib.lm_head import max_pooled_logits
+from lib.query_table import QueryTable
 from lib.text import TextFormat
 
 
@@ -96,6 +97,7 @@ class Head:
     projection: int = 0
     normalize: bool = False
     exclude_special_tokens: bool = False  # see SparseBiEncoder
+    query_table: bool = False  # sparse: queries by a table, of weights 1 if there is none yet
 
 
 class BiEncoder(nn.Module):
@@ -113,6 +115,7 @@ class BiEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.format = form
+        self.query_table: QueryTable | None = None  # only of a SparseBiEncoder
 
     @property
     def dim(self) -> int:
@@ -134,15 +137,16 @@ class BiEncoder(nn.Module):
         """Whether sentence-transformers can express it. (Titles are joined by its caller.)"""
         return self.format.max_chunks == 1 and not self.format.max_characters
 
-    def encode(self, batch: dict) -> Tensor:
+    def encode(self, batch: dict, kind: str = "passage") -> Tensor:
         """{"input_ids": (B, L), "attention_mask": (B, L)} -> (B, D) fp32. Or {"chunks": a list of
         these, each padded to its own longest text, "order": (n,) places among their rows} -> (n,
-        D), encoded chunk by chunk."""
+        D), encoded chunk by chunk. kind: query or passage"""
         if "chunks" in batch:
-            return torch.cat([self.encode(chunk) for chunk in batch["chunks"]])[batch["order"]]
-        return self.vectors(batch["input_ids"], batch["attention_mask"])
+            reps = [self.encode(chunk, kind) for chunk in batch["chunks"]]
+            return torch.cat(reps)[batch["order"]]
+        return self.vectors(batch["input_ids"], batch["attention_mask"], kind)
 
-    def vectors(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def vectors(self, ids: Tensor, mask: Tensor, kind: str) -> Tensor:
         """(B, L), (B, L) -> (B, D) fp32."""
         hidden = self.backbone(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, H)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -154,7 +158,9 @@ class BiEncoder(nn.Module):
     def forward(self, query=None, passage=None) -> tuple[Tensor | None, Tensor | None]:
         """(q_reps, p_reps) of two batches as `encode` takes them, either of which may be None. Both
         sides in one call, so that one DDP forward covers both."""
-        return tuple(None if side is None else self.encode(side) for side in (query, passage))
+        q_reps = None if query is None else self.encode(query, "query")
+        p_reps = None if passage is None else self.encode(passage, "passage")
+        return q_reps, p_reps
 
 
 class SparseBiEncoder(BiEncoder):
@@ -164,6 +170,7 @@ class SparseBiEncoder(BiEncoder):
 
     exclude_special_tokens   LexMAE: no maximum over the positions of [CLS] and [SEP]; else only
                              padding is excluded (SPLADE). No term is ever excluded.
+    query_table              gives the vectors of queries in place of the LM; None = the LM does
     A text without a position that counts is the zero vector."""
 
     def __init__(self, lm: nn.Module, tokenizer, exclude_special_tokens: bool, form: TextFormat):
@@ -181,7 +188,23 @@ class SparseBiEncoder(BiEncoder):
     def portable(self) -> bool:
         return super().portable and not self.exclude_special_tokens
 
-    def vectors(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def make_table(self, weights: Tensor, learned: bool) -> QueryTable:
+        """weights: (V,)"""
+        ordinary = torch.ones(self.dim, dtype=torch.bool)
+        special = {*self.tokenizer.all_special_ids} - {self.tokenizer.unk_token_id}
+        ordinary[sorted(special)] = False
+        return QueryTable(weights, ordinary, learned)
+
+    def forward(self, query=None, passage=None) -> tuple[Tensor | None, Tensor | None]:
+        q_reps, p_reps = super().forward(query, passage)
+        if query is None and self.query_table is not None:
+            # DDP waits for the gradient of every parameter, also after a call without queries
+            p_reps = p_reps + 0.0 * self.query_table.scaled.sum()
+        return q_reps, p_reps
+
+    def vectors(self, ids: Tensor, mask: Tensor, kind: str) -> Tensor:
+        if kind == "query" and self.query_table is not None:
+            return self.query_table(ids, mask)
         encoder = self.backbone.base_model
         hidden = encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, L, H)
         hidden = head_transform(self.backbone, hidden)
@@ -206,6 +229,12 @@ def extend(model: BiEncoder, head: Head, strict: bool, place) -> None:
         if asked and asked != value and (value or strict):
             raise UserError(f"{place}: its {name} is {value}, not {asked} — leave --{name} out")
     model.exclude_special_tokens |= head.exclude_special_tokens
+    if head.query_table and not isinstance(model, SparseBiEncoder):
+        raise UserError(f"{place}: a table of queries is for sparse vectors — add --head sparse")
+    if head.query_table and model.query_table is None:
+        if strict:
+            raise UserError(f"{place}: it has no table for queries — leave --query_encoder out")
+        model.query_table = model.make_table(torch.ones(model.dim), learned=True)
     if head.projection and not model.projection:
         dense = Dense(model.dim, head.projection)
         nn.init.normal_(dense.linear.weight, std=0.02)

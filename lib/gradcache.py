@@ -60,6 +60,7 @@ def cached_backward(
         last = index == len(encoders) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             again, own = replay(index)
-            # the gradient of this product at the reps is `grad`
-            accelerator.backward((again * grad).sum() + own)
+            if again.requires_grad:  # not from a table of fixed weights
+                # the gradient of this product at the reps is `grad`
+                accelerator.backward((again * grad).sum() + own)
     return loss.detach(), stats

@@ -7,6 +7,9 @@ files of any version.
     sentence_bert_config.json              passage length; the query length where it differs
     config_sentence_transformers.json      prompts
 
+A sparse one with a table for queries is a Router instead: router_config.json,
+query_0_SparseStaticEmbedding/, the masked LM as ever, document_1_SpladePooling/.
+
 The older spelling is written, which newer versions read too; only a query length of its own needs
 version 6. A folder that sentence-transformers cannot express ends in a module named UNPORTABLE,
 which it fails to import."""
@@ -24,6 +27,7 @@ from lib.files import UserError, read_json, write_json
 
 UNPORTABLE = "isthmus.NotExpressibleHere"  # several chunks, cut characters, special tokens excluded
 SPARSE = (["MLMTransformer", "SpladePooling"], ["Transformer", "SpladePooling"])
+TABLE = "query_0_SparseStaticEmbedding"
 
 # the only value of a setting that gives the vectors we give, file by file
 SPLADE_POOLING = {"pooling_strategy": "max", "activation_function": "relu"}
@@ -64,10 +68,14 @@ def read_head(folder: Path) -> tuple[Path, str | None, list[nn.Module]]:
     if not path.is_file():
         return folder, None, []
     modules = [one for one in read_json(path) if one["type"] != UNPORTABLE]
-    names = [one["type"] for one in modules]
-    ours = "sentence_transformers."
-    names = [name.rpartition(".")[2] if name.startswith(ours) else name for name in names]
+    names = [_short(one["type"]) for one in modules]
     places = [folder / one["path"] for one in modules]
+    if names == ["Router"]:
+        routes, kinds = _routes(folder)
+        names = [kinds[one] for one in routes["document"]]
+        places = [folder / one for one in routes["document"]]
+        if [kinds[one] for one in routes["query"]] != ["SparseStaticEmbedding"]:
+            _refuse(path, "a model of other routes than a table for queries")
     if names in SPARSE:
         _settings(places[1] / "config.json", SPLADE_POOLING)
         return places[0], "max", []
@@ -76,6 +84,26 @@ def read_head(folder: Path) -> tuple[Path, str | None, list[nn.Module]]:
         _refuse(path, f"a model of {' + '.join(names)}")
     head = [_read_module(name, place) for name, place in zip(names[2:], places[2:], strict=True)]
     return places[0], _read_pooling(places[1] / "config.json"), head
+
+
+def _short(name: str) -> str:
+    """The name of a class of sentence-transformers; any other stays whole."""
+    return name.rpartition(".")[2] if name.startswith("sentence_transformers.") else name
+
+
+def _routes(folder: Path) -> tuple[dict, dict]:
+    """({"query": ids of modules, "document": ids of modules}, {id: class}) of a Router."""
+    config = read_json(folder / "router_config.json")
+    return config["structure"], {one: _short(name) for one, name in config["types"].items()}
+
+
+def read_query_table(folder: Path) -> tuple[torch.Tensor, bool] | None:
+    """((V,) weights of a table for queries, whether training changes them), None without one."""
+    if not (folder / "router_config.json").is_file():
+        return None
+    place = folder / _routes(folder)[0]["query"][0]
+    frozen = _settings(place / "config.json", {"path": None}).get("frozen", False)
+    return load_file(place / "model.safetensors")["weight"], not frozen
 
 
 def _read_pooling(path: Path) -> str:
@@ -164,6 +192,12 @@ def write_head(model: BiEncoder, folder: Path) -> None:
         {"idx": index, "name": str(index), "path": path, "type": home + name}
         for index, (name, path) in enumerate(zip(names, paths, strict=True))
     ]
+    if sparse and model.query_table is not None:
+        paths[1] = f"document_{paths[1]}"
+        kinds = [one["type"] for one in modules]
+        _write_router(model, folder, dict(zip(paths, kinds, strict=True)))
+        kind = "sentence_transformers.models.Router"
+        modules = [{"idx": 0, "name": "0", "path": "", "type": kind}]
     if not model.portable:
         modules.append({"idx": len(modules), "name": "-", "path": "", "type": UNPORTABLE})
     write_json(folder / "modules.json", modules)
@@ -187,3 +221,23 @@ def write_head(model: BiEncoder, folder: Path) -> None:
         "similarity_fn_name": "dot",
     }
     write_json(folder / "config_sentence_transformers.json", general)
+
+
+def _write_router(model: SparseBiEncoder, folder: Path, documents: dict[str, str]) -> None:
+    """The files of a Router and of its table for queries. documents: {path: type} of its modules
+    for passages."""
+    kind = "sentence_transformers.sparse_encoder.models.SparseStaticEmbedding"
+    structure = {"query": [TABLE], "document": list(documents)}
+    parameters = {"default_route": "document", "allow_empty_key": True, "route_mappings": {}}
+    config = {"types": {TABLE: kind, **documents}, "structure": structure}
+    write_json(folder / "router_config.json", {**config, "parameters": parameters})
+    table = model.query_table
+    write_json(folder / TABLE / "config.json", {"frozen": not table.learned})
+    weights = table.weights.detach().contiguous().cpu()
+    save_file({"weight": weights}, folder / TABLE / "model.safetensors")
+    model.tokenizer.save_pretrained(folder / TABLE)
+    # there a query is cut to so many tokens without special ones
+    path = folder / TABLE / "tokenizer_config.json"
+    special = model.tokenizer.num_special_tokens_to_add()
+    length = {"model_max_length": model.format.max_query_length - special}
+    write_json(path, read_json(path) | length)

@@ -10,6 +10,7 @@
 # fit together.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
+setting SCALE tiny "tiny, or no value for the full size"
 out=$(path "${1:-runs/quickstart}")
 . recipes/setup.sh
 setup
@@ -83,4 +84,4 @@ python evaluate.py --run "$out/evaluation-stage2/run.trec" --qrels "$test" --com
     --output_dir "$out/evaluation-gain"
 
 stage "Done"
-python -m recipes.quickstart_report "$out"
+python -m recipes.quickstart_report --folder "$out"

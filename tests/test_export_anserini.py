@@ -228,7 +228,7 @@ def test_what_is_refused(tokenizer, embeddings, script, tmp_path):
     for name, dim in (("narrow", V - 1), ("wide", V + 129)):
         errors = refused("--embeddings", embeddings(name, "passage", rows, ids, dim))
         assert f"{V} tokens where vectors have {dim} columns" in errors and "--model" in errors
-    assert "no tokenizer" in refused("--embeddings", good, "--model", tmp_path)
+    assert "cannot be loaded" in refused("--embeddings", good, "--model", tmp_path)
     moved = embeddings("moved", "passage", rows, ids, V, model=str(tmp_path / "gone"))
     assert "give the folder of the checkpoint with --model" in refused("--embeddings", moved)
     assert "--factor" in refused("--embeddings", good, "--factor", 0)

@@ -35,6 +35,7 @@ python -m recipes.python_docs --output_dir "$out/collection" ${collection[@]+"${
 
 stage "2/8  A tokenizer and a small BERT from scratch, pre-trained on the passages with RetroMAE"
 python -m recipes.train_tokenizer --corpus "$corpus" --vocab_size $vocabulary --output_dir "$out/tokenizer"
+mkdir -p "$out"
 cat >"$out/bert.json" <<END
 {"model_type": "bert", "hidden_size": 256, "num_hidden_layers": $layers, "num_attention_heads": 4,
  "intermediate_size": 1024, "max_position_embeddings": 128}

@@ -10,6 +10,7 @@ setting SCALE tiny "tiny, or no value for the published size"
 mkdir -p "$out"
 from=(--model "${MODEL:-bert-base-uncased}") teacher=${TEACHER:-bert-base-uncased} short=() few=()
 if [ "${SCALE:-}" = tiny ]; then
+    echo "SCALE=tiny: a test that the stages fit together, with two steps each; its numbers mean nothing"
     python -m recipes.train_tokenizer --corpus "$corpus" --vocab_size 1000 --output_dir "$out/tokenizer"
     cat >"$out/bert.json" <<'END'
 {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

@@ -83,6 +83,7 @@ def main():
         warmup_steps=0.05,
         seed=args.seed,
         save_strategy="no",
+        dataloader_pin_memory=accelerator.device.type == "cuda",
         report_to=[],
     )
     loss, data = st.losses.ListNetLoss(model), Dataset.from_dict(columns)
@@ -90,6 +91,7 @@ def main():
     if accelerator.is_main_process:
         model.save_pretrained(args.output_dir)
     finish(accelerator, args.output_dir)
+    accelerator.print(f"cross-encoder, trained on {len(rows)} queries -> {args.output_dir}")
 
 
 if __name__ == "__main__":

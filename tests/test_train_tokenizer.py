@@ -50,3 +50,23 @@ def test_what_it_writes_splits_any_text_of_the_corpus_without_unknown_words(scri
         tokenizer.decode(tokenizer("Café 中文 snake", add_special_tokens=False).input_ids)
         == "cafe 中 文 snake"
     )
+
+
+def test_a_folder_is_complete_for_its_corpus_and_other_folders_are_left_alone(script, tmp_path):
+    corpus, out = tmp_path / "corpus.tsv", tmp_path / "out"
+    corpus.write_text("p1\tant and ants\n")
+    flags = ("recipes.train_tokenizer", "--vocab_size", 50, "--corpus", corpus, "--output_dir")
+    assert script(*flags, out)[0] == 0
+    before = (out / "tokenizer.json").read_bytes()
+    assert "out is complete" in script(*flags, out)[1]
+    (out / "done").unlink()
+    (out / "tokenizer.json").write_text("{")  # a killed run
+    assert script(*flags, out)[0] == 0 and (out / "tokenizer.json").read_bytes() == before
+    corpus.write_text("p1\tbees and bees\n")
+    assert "it was made with corpus" in script(*flags, out)[2]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    status, _, error = script(*flags, mine)
+    assert status == 1 and "it holds something else (thesis.txt" in error
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]

@@ -17,7 +17,7 @@ from lib.checkpoint import checkpoint_folder, loading, model_hash
 from lib.encoder import positions
 from lib.files import UserError, read_training_file
 from lib.index import file_fingerprint
-from lib.launch import claim_output, finish, make_accelerator, run
+from lib.launch import claim_output, describe, echo, finish, make_accelerator, run
 from lib.text import join_title
 from lib.texts import open_texts, require_rows
 
@@ -66,6 +66,8 @@ def main():
     inputs = {"model": model_hash(folder), "train": file_fingerprint(args.train), "texts": texts}
     if claim_output(args, accelerator, inputs=inputs):
         return
+    facts = {"queries": f"{len(rows)} of {args.train}", "running on": describe(accelerator)}
+    echo(accelerator, "training a cross-encoder", facts)
 
     query_rows = require_rows(queries, [row.qid for row in rows], args.train, "query")
     columns = {"query": [queries[at][1] for at in query_rows], "docs": [], "labels": []}
@@ -83,6 +85,7 @@ def main():
         warmup_steps=0.05,
         seed=args.seed,
         save_strategy="no",
+        ddp_find_unused_parameters=False,  # DDP does not find the scores in what forward returns
         dataloader_pin_memory=accelerator.device.type == "cuda",
         report_to=[],
     )
@@ -91,7 +94,6 @@ def main():
     if accelerator.is_main_process:
         model.save_pretrained(args.output_dir)
     finish(accelerator, args.output_dir)
-    accelerator.print(f"cross-encoder, trained on {len(rows)} queries -> {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from lib.embeddings import finish_embeddings, write_shard
 from lib.files import read_run, read_training_file
 from lib.texts import open_texts
 
+KINDS = ["AutoConfig", "AutoModel", "AutoModelForMaskedLM", "AutoModelForSequenceClassification"]
+
 
 @pytest.fixture(scope="module", params=[1, 2])
 def teacher(request, tiny_model_dir, tmp_path_factory):
@@ -195,10 +197,7 @@ def test_no_tool_runs_the_code_of_a_checkpoint(
     folder, ran = tmp_path / "model", tmp_path / "ran"
     shutil.copytree(tiny_model_dir, folder)
     (folder / "custom.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
-    for name, classes in (
-        ("config.json", ("AutoConfig", "AutoModel", "AutoModelForSequenceClassification")),
-        ("tokenizer_config.json", ("AutoTokenizer",)),
-    ):
+    for name, classes in (("config.json", KINDS), ("tokenizer_config.json", ("AutoTokenizer",))):
         content = json.loads((folder / name).read_text())
         own = {kind: ["custom.Own"] * 2 if "Tok" in kind else "custom.Own" for kind in classes}
         content |= {"auto_map": own, "model_type": "own", "tokenizer_class": "Own"}
@@ -210,12 +209,16 @@ def test_no_tool_runs_the_code_of_a_checkpoint(
     pairs = ["--model", folder, "--train", tiny_collection.train, *texts]
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     for name, *flags in (
-        ("score_pairs", *pairs),
-        ("train_cross_encoder", *pairs),
-        ("export_anserini", "--embeddings", tmp_path / "vectors"),
+        ("recipes.score_pairs", *pairs),
+        ("recipes.train_cross_encoder", *pairs),
+        ("recipes.export_anserini", "--embeddings", tmp_path / "vectors"),
+        ("finetune_biencoder", *pairs, "--pooling", "cls"),
+        ("pretrain_mae", "--model", folder, "--corpus", tiny_collection.corpus),
+        ("encode", "--model", folder, "--input", tiny_collection.queries, "--kind", "query"),
     ):
         out = tmp_path / name
-        status, shown, error = script(f"recipes.{name}", *flags, "--output_dir", out)
+        flags += ["--pooling", "cls"] if name == "encode" else []
+        status, shown, error = script(name, *flags, "--output_dir", out)
         assert status == 1 and f"{folder}: cannot be loaded" in error, error
         assert len(error.strip().splitlines()) == 1 and not ran.exists() and not out.exists()
 

@@ -3,8 +3,12 @@ text."""
 
 import random
 
+import pytest
 from transformers import AutoTokenizer
 
+from lib.checkpoint import load_encoder, save_encoder
+from lib.encoder import Head
+from lib.files import UserError, read_json, write_json
 from recipes.train_tokenizer import train
 
 
@@ -70,3 +74,13 @@ def test_a_folder_is_complete_for_its_corpus_and_other_folders_are_left_alone(sc
     status, _, error = script(*flags, mine)
     assert status == 1 and "it holds something else (thesis.txt" in error
     assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+
+
+def test_a_tokenizer_that_gives_other_ids_is_refused(tiny_model_dir, tmp_path):
+    save_encoder(load_encoder(tiny_model_dir, Head("cls")), tmp_path / "model", {})
+    content = read_json(tmp_path / "model" / "tokenizer.json")
+    vocabulary = content["model"]["vocab"]
+    vocabulary["##e"], vocabulary["##s"] = vocabulary["##s"], vocabulary["##e"]
+    write_json(tmp_path / "model" / "tokenizer.json", content)
+    with pytest.raises(UserError, match="other ids than when .* — install tokenizers"):
+        load_encoder(tmp_path / "model")

@@ -1,14 +1,20 @@
 """The recipes, at SCALE=tiny. Run: python -m pytest tests/test_recipes.py"""
 
+import dataclasses
+import importlib
 import json
 import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from lib.arguments import parse_args
+from lib.files import UserError
 from lib.generations import read_generations
 from recipes import generations
 
@@ -156,6 +162,27 @@ def test_a_missing_file_is_one_line_before_work_begins(stubbed, odd):
             done.stderr
             == f"{name}: {file}: no such file — see the lines on DATA in recipes/{name}\n"
         )
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("*.py")))
+def test_every_number_of_a_tool_has_a_range_and_is_checked(name, monkeypatch):
+    args = importlib.import_module(f"recipes.{name}").Args
+    fields = dataclasses.fields(args)
+    required = [f for f in fields if f.default_factory is f.default is dataclasses.MISSING]
+    given = [f"--{field.name}=50" for field in required if "Literal" not in str(field.type)]
+    given += [
+        f"--{field.name}={get_args(field.type)[0]}" for field in required if get_args(field.type)
+    ]
+    for field in fields:
+        if not {int, float} & {field.type, *get_args(field.type)}:
+            continue
+        limits = field.metadata["limits"]
+        assert limits.keys() & {"least", "above"}, field.name
+        below = limits["least"] - 1 if "least" in limits else limits["above"]
+        for value in (below, "nan", "inf", "-inf", "x", ""):
+            monkeypatch.setattr(sys, "argv", [name, *given, f"--{field.name}={value}"])
+            with pytest.raises(UserError, match=f"--{field.name}.* — (give|see)"):
+                parse_args(args)
 
 
 def test_a_miner_killed_while_it_cleans_up_goes_on(script, tmp_path, monkeypatch):

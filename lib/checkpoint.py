@@ -174,10 +174,10 @@ def checkpoint_folder(model) -> Path:
 
 @contextlib.contextmanager
 def loading(place, remedy: str = "give the folder of a complete checkpoint") -> Iterator[None]:
-    """What the libraries raise at a damaged folder becomes a UserError."""
+    errors = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except errors as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{place}: cannot be loaded ({reason}) — {remedy}") from error
 

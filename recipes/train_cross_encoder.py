@@ -10,14 +10,15 @@ Writes --output_dir, a folder for recipes/score_pairs.py and CrossEncoder; `done
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from lib.arguments import arg, parse_args
 from lib.checkpoint import checkpoint_folder, loading, model_hash
 from lib.encoder import positions
-from lib.files import UserError, read_training_file
+from lib.files import UserError, read_training_file, write_lines
 from lib.index import file_fingerprint
-from lib.launch import claim_output, describe, echo, finish, make_accelerator, run
+from lib.launch import claim_output, describe, echo, make_accelerator, run
 from lib.text import join_title
 from lib.texts import open_texts, require_rows
 
@@ -93,7 +94,7 @@ def main():
     st.CrossEncoderTrainer(model=model, args=settings, train_dataset=data, loss=loss).train()
     if accelerator.is_main_process:
         model.save_pretrained(args.output_dir)
-    finish(accelerator, args.output_dir)
+        write_lines(Path(args.output_dir) / "done", [])
 
 
 if __name__ == "__main__":

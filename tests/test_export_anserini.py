@@ -241,6 +241,10 @@ def test_what_is_refused(tokenizer, embeddings, script, tmp_path):
     assert "dense vectors" in refused("--embeddings", tmp_path / "dense")
 
 
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
 def test_a_run_that_stops_leaves_nothing_half(tokenizer, embeddings, script, monkeypatch, tmp_path):
     folder = embeddings("corpus", "passage", [{9: 1.0}] * 9, list("abcdefghi"), len(tokenizer))
     out = tmp_path / "out"
@@ -250,11 +254,11 @@ def test_a_run_that_stops_leaves_nothing_half(tokenizer, embeddings, script, mon
     def fails(*given):
         calls.append(given)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            raise Killed
         return quantise(*given)
 
     monkeypatch.setattr(export_anserini, "quantise", fails)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         script("recipes.export_anserini", *flags)
     assert len(calls) == 3 and [path.name for path in out.iterdir()] == ["args.json"]
     monkeypatch.setattr(export_anserini, "quantise", quantise)

@@ -20,6 +20,11 @@ from recipes import generations
 
 ROOT = Path(__file__).parents[1]
 
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
 # in the place of python: writes its words to a file; the first `next` of a miner gets a folder
 STUB = """#!/usr/bin/env bash
 printf '%s\\0' "$@" end-of-call >>"$RECORD/words"
@@ -202,11 +207,11 @@ def test_a_miner_killed_while_it_cleans_up_goes_on(script, tmp_path, monkeypatch
 
     def killed(path):
         (path / "next.json").unlink()  # it may be the first to go
-        raise KeyboardInterrupt
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(generations.shutil, "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             script("recipes.generations", *flags, "publish")
     (published / ".tmp-1-generation-0002").mkdir()
     (tmp_path / "run").mkdir()

@@ -20,6 +20,7 @@ if [ "$DEVICE" = gpu ]; then export ACCELERATE_MIXED_PRECISION=bf16; fi
 # chosen for two CPU cores
 collection=() vocabulary=8000 layers=2 pretrain_steps=240 finetune_steps=220 batch=64
 if [ "${SCALE:-}" = tiny ]; then
+    echo "SCALE=tiny: a test that the stages fit together; its numbers mean nothing"
     library=$(python -c 'import os; print(os.path.dirname(os.__file__))')
     collection=(--roots "$library" --max_passages 400 --eval_queries 50)
     vocabulary=1000 layers=1 pretrain_steps=5 finetune_steps=5 batch=8

@@ -86,7 +86,7 @@ def load_encoder(
     folder = checkpoint_folder(model)
     private = _private(folder)
     head = head or Head()
-    with _loading(folder):
+    with loading(folder):
         base, pooling, layers = read_head(folder)
     own = "sparse" if pooling == "max" else "dense"
     kind = (head.kind or own).removeprefix("new_")
@@ -166,7 +166,7 @@ def checkpoint_folder(model) -> Path:
     folder = Path(model)
     if not folder.exists() and len(folder.parts) <= 2 and not folder.is_absolute():
         skip = ["*.onnx", "*.h5", "*.msgpack", "*.ot", "onnx/*", "openvino/*"]
-        with _loading(model, "give a folder or a name on the hub"):
+        with loading(model, "give a folder or a name on the hub"):
             folder = Path(snapshot_download(str(model), ignore_patterns=skip))
     if not (folder / "config.json").is_file() and not (folder / "modules.json").is_file():
         found = "no config.json in it" if folder.is_dir() else "no such folder"
@@ -175,7 +175,7 @@ def checkpoint_folder(model) -> Path:
 
 
 @contextlib.contextmanager
-def _loading(place, remedy: str = "give the folder of a complete checkpoint") -> Iterator[None]:
+def loading(place, remedy: str = "give the folder of a complete checkpoint") -> Iterator[None]:
     errors = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
     try:
         yield
@@ -188,7 +188,7 @@ def _load(folder: Path, auto, trust_remote_code: bool = False) -> tuple[nn.Modul
     """(model in fp32, tokenizer, whether the weights of its head are new). auto: AutoModel, which
     gives a backbone without its pooler, or a class with a head."""
     remote = {"trust_remote_code": trust_remote_code}
-    with _loading(folder):
+    with loading(folder):
         config = AutoConfig.from_pretrained(folder, **remote)
         # of T5 the encoder alone; one that was saved alone says so in its `architectures`
         alone = (config.architectures or [""])[0].endswith("EncoderModel")
@@ -240,7 +240,7 @@ def load_lm(model: str | None, model_config: str | None = None, tokenizer: str |
         origin = f"{model}, new LM head" if new_head else model
     else:
         origin = "from scratch"
-        with _loading(model_config, "check --model_config and --tokenizer"):
+        with loading(model_config, "check --model_config and --tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
             stated = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
             stated |= read_json(model_config)
@@ -264,7 +264,7 @@ def load_decoder(model: nn.Module, folder: str | None) -> str:
     if found.get("decoder", found["objective"]) != model.settings["decoder"]:
         return f"new, that of {folder} is of the objective {found['objective']}"
     path = settings.with_suffix(".safetensors")
-    with _loading(path, f"remove {settings} to start a new one"):
+    with loading(path, f"remove {settings} to start a new one"):
         model.decoder.load_state_dict(load_file(path))
     return f"that of {folder}"
 

@@ -32,30 +32,23 @@ role=$1 data=$(path "$2") model=$(model "$3") out=$(path "$4")
 flags=("${@:5}")
 read -ra train_launch <<<"${TRAIN_LAUNCH:-${LAUNCH:-accelerate launch}}"
 read -ra mine_launch <<<"${MINE_LAUNCH:-${LAUNCH:-accelerate launch}}"
-file() { # NAME ...: prints the first DATA/NAME.* that exists
-    local found
-    for found in "${@/#/$data/}"; do
-        found=$(compgen -G "$(printf %q "$found").*" | head -1) || continue # %q: * and [ in a path are themselves
-        echo "$found"
-        return
-    done
-    echo "ance: $data has no $1.* — give the folder that recipes/get_msmarco.sh filled" >&2
-    return 1
-}
-corpus=$(file corpus collection)
-queries=$(file queries.train)
-qrels=$(file qrels.train)
-dev_queries=$(file queries.dev)
-dev_qrels=$(file qrels.dev)
+ance_settings
+corpus=$(first "$data"/corpus.* "$data"/collection.*)
+queries=$(first "$data"/queries.train.*) qrels=$(first "$data"/qrels.train.*)
+dev_queries=$(first "$data"/queries.dev.*) dev_qrels=$(first "$data"/qrels.dev.*)
+need "${corpus:-$data/corpus.tsv}" "${queries:-$data/queries.train.tsv}" "${qrels:-$data/qrels.train.tsv}" \
+    "${dev_queries:-$data/queries.dev.tsv}" "${dev_qrels:-$data/qrels.dev.tsv}"
 generations=$out/generations
 mkdir -p "$generations"
 
 texts=() query=() passage=() # the text flags for encode.py; MODEL may state other values than the run's checkpoints
 for ((at = 0; at < ${#flags[@]}; at++)); do
-    case ${flags[at]} in
-        --title | --query_prompt | --passage_prompt | --max_chunks | --max_characters) texts+=("${flags[@]:at:2}") ;;
-        --max_query_length) query=(--max_length "${flags[at + 1]}") ;;
-        --max_passage_length) passage=(--max_length "${flags[at + 1]}") ;;
+    flag=${flags[at]%%=*} value=${flags[at + 1]:-}
+    if [[ ${flags[at]} = --*=* ]]; then value=${flags[at]#*=}; fi
+    case $flag in
+        --title | --query_prompt | --passage_prompt | --max_chunks | --max_characters) texts+=("$flag" "$value") ;;
+        --max_query_length) query=(--max_length "$value") ;;
+        --max_passage_length) passage=(--max_length "$value") ;;
     esac
 done
 
@@ -103,6 +96,6 @@ case $role in
         trainer=$!
         trap 'kill -- -$miner -$trainer 2>/dev/null || true' EXIT
         wait $trainer
-        wait $miner || { echo "ance: the miner had failed, so the last negatives are old: see above" >&2; exit 1; }
+        wait $miner || stop "the miner had failed, so the last negatives are old — see above, and give the command again"
         ;;
 esac

@@ -32,14 +32,11 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
 data=$(path "${1:-data/msmarco}") out=$(path "${2:-runs/ance_msmarco}") parts=${PARTS:-passages}
 [[ $parts =~ ^((passages|documents|maxp)( |$))+$ ]] || usage 10,16
+ance_settings
 corpus=$data/corpus.tsv
-mkdir -p "$out"
+need "$corpus" "$data/triples.train.small.tsv"
 . recipes/scale.sh
-model=${MODEL:-roberta-base}
-if [ "${SCALE:-}" = tiny ]; then
-    pretrain_tiny
-    model=$out/pretrained
-fi
+start "${MODEL:-roberta-base}"
 triplets=(--loss triplet --passages_per_query 2 --optimizer lamb --weight_decay 0)
 
 part() { # NAME MODEL [flags ...]: trains from MODEL, and evaluates

@@ -12,18 +12,19 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
 [ $# -ge 2 ] || usage 4,10
-model=$(model "$1") folder=$(path "$2")
-out=$(path "${3:-runs/beir-$(basename "$model")}")
-flags=("${@:4}")
+model=$(model "$1") folder=$(path "$2") flags=("${@:3}")
+out=$(path "runs/beir-$(basename "$model")")
+case ${flags[0]:---} in
+    --*) ;;
+    *) out=$(path "${flags[0]}") flags=("${flags[@]:1}") ;;
+esac
 
 found=0
 for collection in "$folder" "$folder"/*/; do
     collection=${collection%/}
-    corpus=$(ls "$collection"/corpus.jsonl* 2>/dev/null | head -1) || true
-    [ -n "$corpus" ] || continue
-    queries=$(ls "$collection"/queries.jsonl* | head -1)
+    corpus=$(first "$collection"/corpus.jsonl{,.gz}) queries=$(first "$collection"/queries.jsonl{,.gz})
     splits=("$collection"/qrels/test*.tsv)
-    [ -e "${splits[0]}" ] || continue
+    if [ -z "$corpus" ] || [ -z "$queries" ] || [ ! -e "${splits[0]}" ]; then continue; fi
     found=1 name=$(basename "$collection")
     here=$out/$name
     if [ "$model" = bm25 ]; then
@@ -39,10 +40,7 @@ for collection in "$folder" "$folder"/*/; do
     "${launch[@]}" evaluate.py "${source[@]}" --qrels "${splits[@]}" "${itself[@]}" --metrics nDCG@10 RR@10 R@100 \
         --output_dir "$here/evaluation"
 done
-[ $found = 1 ] || {
-    echo "$folder: no collection in it — BEIR layout is corpus.jsonl, queries.jsonl, qrels/test.tsv" >&2
-    exit 1
-}
+[ $found = 1 ] || stop "$folder: no collection in it — BEIR layout is corpus.jsonl, queries.jsonl, qrels/test.tsv"
 
 python - "$out" <<'END'
 import json, pathlib, sys

@@ -68,15 +68,11 @@ def kmeans(
     """vectors (Q, D) float32 -> (cluster (Q,) int64, L2 distance to its centroid (Q,) float32).
     Every cluster has a query; they are numbered by size, equal ones by their first query.
 
-    UserError: fewer than K vectors to train with, or fewer that differ."""
+    UserError: fewer than K vectors differ."""
     rows = slice(None)
     if 0 < sample < len(vectors):
         rows = np.sort(np.random.default_rng(seed).permutation(len(vectors))[:sample])
     train = vectors[rows]
-    if len(train) < K:
-        raise UserError(
-            f"--clusters {K}: more than the {len(train)} queries to make them from — give fewer"
-        )
     faiss.omp_set_num_threads(torch.get_num_threads())
     # without these limits faiss samples 256 points per centroid, and warns below 39
     limits = {"min_points_per_centroid": 1, "max_points_per_centroid": len(train)}
@@ -121,7 +117,13 @@ def main():
         raise UserError(f"{problem} — give the queries that were encoded")
     qids = [row.qid for _, row in read_training_file(args.train)]
     if not qids:
-        raise UserError(f"{args.train}: no query in it — is this the right file?")
+        raise UserError(f"{args.train}: no query in it — check the path")
+    trained_on = min(args.sample or len(qids), len(qids))
+    if args.clusters > trained_on:
+        problem = (
+            f"--clusters {args.clusters}: more than the {trained_on} queries to make them from"
+        )
+        raise UserError(f"{problem} — give fewer")
     inputs = {"embeddings": source, "training file": file_fingerprint(args.train)}
     if claim_output(args, accelerator, "meta.json", inputs=inputs):
         return
@@ -129,7 +131,6 @@ def main():
     vectors = embeddings.take(require_rows(embeddings, qids, args.train, "query"))
     if not np.isfinite(vectors).all():
         raise UserError(f"{embeddings.folder}: a vector is not finite — encode again")
-    trained_on = min(args.sample or len(qids), len(qids))
     facts = {
         "queries": f"{len(qids)} of {source['model']}, {embeddings.dim} dimensions",
         "clusters": f"{args.clusters}, the best of {args.nredo} runs",

@@ -23,13 +23,14 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
 [ $# -ge 1 ] || usage 6,14
 folder=$(path "$1") out=$(path "${2:-runs/coco_beir}")
+setting BALANCE '[1-9][0-9]{0,8}(\.[0-9]+)?' "a number from 1 on"
 corpora=()
-for file in "$folder"/*/corpus.jsonl*; do
-    [ -f "$file" ] || { echo "$folder: no collection in it — BEIR layout is NAME/corpus.jsonl" >&2; exit 1; }
-    corpora+=("$file")
+for collection in "$folder"/*/; do
+    corpus=$(first "$collection"corpus.jsonl{,.gz})
+    if [ -n "$corpus" ]; then corpora+=("$corpus"); fi
 done
+[ ${#corpora[@]} -gt 0 ] || stop "$folder: no collection in it — BEIR layout is NAME/corpus.jsonl"
 corpus=${corpora[0]}
-mkdir -p "$out"
 MODEL=${MODEL:-Luyu/condenser}
 . recipes/scale.sh
 

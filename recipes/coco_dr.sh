@@ -32,9 +32,12 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
 [ $# -ge 1 ] || usage 7,19
 folder=$(path "$1") data=$(path "${2:-data/msmarco}") out=$(path "${3:-runs/coco_dr}")
+whole EPISODES EPISODE_STEPS
+setting CLUSTERS '[2-9]|[1-9][0-9]{1,8}' "a whole number from 2 on"
+setting BALANCE '[1-9][0-9]{0,8}(\.[0-9]+)?' "a number from 1 on"
 steps=${EPISODE_STEPS:-45000} K=${CLUSTERS:-50}
 corpus=$data/corpus.tsv queries=$data/queries.train.tsv qrels=$data/qrels.train.tsv
-mkdir -p "$out"
+need "$corpus" "$queries" "$qrels" "$data/triples.train.small.tsv"
 . recipes/scale.sh
 triplets=(--loss triplet --passages_per_query 2 --optimizer lamb --weight_decay 0)
 dro=(--dro --dro_alpha 0.25 --dro_ema 0.1 --dro_rho 0.05 --dro_eps 0.01)

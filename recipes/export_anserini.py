@@ -34,6 +34,7 @@ from scipy.sparse import csr_matrix
 from transformers import AutoTokenizer
 
 from lib.arguments import arg, parse_args
+from lib.checkpoint import loading
 from lib.embeddings import Embeddings
 from lib.files import UserError, atomic, write_json, write_lines
 from lib.launch import claim_output, make_accelerator, run
@@ -52,7 +53,11 @@ class Args:
         None, help="folder with the tokenizer, if the checkpoint has moved since the encoding"
     )
     factor: float = arg(
-        100.0, group="export", above=0, help="a weight x is exported as rint(factor * x)"
+        100.0,
+        group="export",
+        above=0,
+        most=10_000,
+        help="a weight x is exported as rint(factor * x)",
     )
     files: int = arg(
         24, least=1, help="number of files of a collection; an indexing thread reads one at a time"
@@ -103,12 +108,8 @@ def main():
         problem = f"{args.embeddings}: dense vectors, not weights of terms"
         raise UserError(f"{problem} — encode with a sparse checkpoint")
     model = args.model or vectors.meta["model"]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        problem = f"{model}: no tokenizer ({reason})"
-        raise UserError(f"{problem} — give the folder of the checkpoint with --model") from error
+    with loading(model, "give the folder of the checkpoint with --model"):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     if tokenizer.unk_token_id is None:
         problem = f"{model}: the tokenizer has no unknown token, which stands for an empty text"
         raise UserError(f"{problem} — add one")

@@ -41,12 +41,21 @@ class Args:
     queries: str = arg(None, help="training queries")
     qrels: str = arg(None, help="training judgments")
     slices: int = arg(5, least=1, help="number of slices of the judged queries (ANCE 5)")
-    poll: float = arg(10.0, least=0, help="seconds between two looks for a new checkpoint")
+    poll: float = arg(
+        10.0, least=0, below=10_000, help="seconds between two looks for a new checkpoint"
+    )
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, which loses its name first, so that nobody finds half of it."""
+    aside = folder.with_name(f".tmp-{folder.name}")
+    folder.rename(aside)
+    shutil.rmtree(aside)
 
 
 def prepare(args: Args) -> None:
     work, run_folder = Path(args.work), Path(args.run)
-    for leftover in work.glob(".tmp-*"):
+    for leftover in [*work.glob(".tmp-*"), *Path(args.generations).glob(".tmp-*")]:
         shutil.rmtree(leftover)
     while not (run_folder / "done").is_file():
         generations = read_generations(args.generations)
@@ -55,7 +64,7 @@ def prepare(args: Args) -> None:
             if read_json(path / "next.json")["step"] > last:
                 print(path)
                 return
-            shutil.rmtree(path)  # the miner was killed after it had published this folder
+            discard(path)  # the miner was killed after it had published this folder
         found = complete_checkpoints(run_folder)
         if not found and args.initial:
             found = [(0, checkpoint_folder(args.initial))]
@@ -116,7 +125,9 @@ def publish(folder, training_file, manifest: dict) -> Path:
 
 
 def publish_negatives(args: Args) -> None:
-    (path,) = Path(args.work).glob("step-*")
+    path = next(Path(args.work).glob("step-*"), None)
+    if path is None:
+        raise UserError(f"{args.work}: nothing to publish — run --task next and mine first")
     training_file = path / "negatives" / "train.jsonl"
     (dev,) = read_json(path / "evaluation" / "metrics.json")["splits"].values()
     manifest = read_json(path / "next.json")
@@ -125,7 +136,7 @@ def publish_negatives(args: Args) -> None:
     generation = publish(args.generations, training_file, manifest)
     shown = "  ".join(f"{name} {value:.4f}" for name, value in dev["metrics"].items())
     print(f"{generation}: {manifest['queries']} queries, of step {manifest['step']}  {shown}")
-    shutil.rmtree(path)
+    discard(path)
 
 
 def main():

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Download MS MARCO passage ranking (and document ranking) and TREC Deep Learning 2019 and 2020 from their official
-# servers, and check every line count.
+# servers, and check the MD5 sum of every download and the line count of every file.
 #
 #     bash recipes/get_msmarco.sh [OUT] [--titles] [--bm25_negatives] [--triples] [--id_triples] [--documents]
 #     bash recipes/get_msmarco.sh [OUT] --check            only counts the lines of the files that are there
@@ -24,6 +24,9 @@
 # metadata of ir_datasets. The two agree, except for the judgments of the documents of train and dev: ir_datasets has
 # one per query (367,013 and 5,193, used here); the pages have 384,597 and 5,478. The pages do not list
 # 2020qrels-docs.txt. The member name in triples.train.small.tar.gz is verified nowhere.
+# The MD5 sums are in recipes/get_msmarco.md5. They are those of ir_datasets (ir_datasets/etc/downloads.json; of
+# msmarco-docs.tsv.gz those of Anserini's pages), as Microsoft publishes none. No sum is known of RocketQA's marco.tar.gz,
+# which --titles takes: it is used unchecked, and the script says so.
 set -euo pipefail
 out=data/msmarco titles="" negatives="" triples="" id_triples="" documents="" check=""
 for argument in "$@"; do
@@ -38,6 +41,8 @@ for argument in "$@"; do
         *) out=$argument ;;
     esac
 done
+case $out in /*) ;; *) out=$PWD/$out ;; esac # awk takes a relative path with "=" for an assignment, tar "a:b" for a host
+sums=$(dirname "${BASH_SOURCE[0]}")/get_msmarco.md5
 marco=https://msmarco.z22.web.core.windows.net/msmarcoranking # the old address, msmarco.blob.core.windows.net, is dead
 trec=https://trec.nist.gov/data/deep
 rocketqa=https://rocketqa.bj.bcebos.com/corpus/marco.tar.gz
@@ -53,13 +58,25 @@ have() { # FILE LINES: whether the file is there; stops if it has another number
     echo "$out/$1: $2 lines"
 }
 
-fetch() { # URL: prints the path of the downloaded file; continues a download that broke off
-    local name=$out/download/${1##*/}
+md5() { # FILE: prints its MD5 sum
+    if command -v md5sum >/dev/null; then md5sum <"$1" | cut -d ' ' -f 1; else command md5 -q "$1"; fi
+}
+
+fetch() { # URL: prints the path of the downloaded file, with its MD5 sum checked; continues a download that broke off
+    local name=$out/download/${1##*/} wanted found
     if [ ! -f "$name" ]; then
         echo "fetching $1" >&2
         curl -fL --retry 3 -C - -o "$name.part" "$1" >&2 ||
             stop "$1 does not answer — see https://microsoft.github.io/msmarco/Datasets"
         mv "$name.part" "$name"
+    fi
+    wanted=$(awk -v name="${1##*/}" '$2 == name { print $1 }' "$sums")
+    if [ -z "$wanted" ]; then
+        echo "note: $name: no MD5 sum of this file is known, so it is not checked" >&2
+    else
+        found=$(md5 "$name")
+        [ "$found" = "$wanted" ] || stop "$name: its MD5 sum is $found, not $wanted — remove it and try again; if it" \
+            "happens again, its source has changed"
     fi
     echo "$name"
 }

@@ -23,7 +23,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
 data=$(path "${1:-data/msmarco}") out=$(path "${2:-runs/lexmae_msmarco}")
 corpus=$data/corpus.tsv queries=$data/queries.train.tsv qrels=$data/qrels.train.tsv
-mkdir -p "$out"
+need "$corpus" "$queries" "$qrels"
 . recipes/scale.sh
 
 finetune() { # STAGE TRAINING_FILE DEPTH GROUP BATCH FLOPS [flags ...]
@@ -55,15 +55,10 @@ mine 1
 finetune 2 "$out/negatives-stage1/train.jsonl" 200 16 3 0.008
 mine 2 --num_negatives 100
 
-teacher=${TEACHER:-bert-base-uncased}
-[ "${SCALE:-}" != tiny ] || teacher=$out/pretrained
 pairs=(--corpus "$corpus" --queries "$queries" --train "$out/negatives-stage2/train.jsonl")
-if [ ! -f "$out/teacher/done" ]; then
-    "${launch[@]}" -m recipes.train_cross_encoder --model "$teacher" "${pairs[@]}" --title sep --max_length 200 \
-        --passages_per_query 16 --per_device_batch_size 2 --learning_rate 1e-5 --num_epochs 4 \
-        --output_dir "$out/teacher" "${few[@]}"
-    touch "$out/teacher/done"
-fi
+"${launch[@]}" -m recipes.train_cross_encoder --model "$teacher" "${pairs[@]}" --title sep --max_length 200 \
+    --passages_per_query 16 --per_device_batch_size 2 --learning_rate 1e-5 --num_epochs 4 \
+    --output_dir "$out/teacher" "${few[@]}"
 "${launch[@]}" -m recipes.score_pairs --model "$out/teacher" "${pairs[@]}" --title sep --max_query_length 32 \
     --max_length 200 --output_dir "$out/scores"
 finetune 3 "$out/scores/train.jsonl" 100 24 2 0.008 --kl_weight 1 --contrastive_weight 0.2

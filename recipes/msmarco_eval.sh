@@ -32,8 +32,8 @@ for argument in "${@:3}"; do
     esac
 done
 out=$(path "runs/msmarco-$(basename "$model")${documents:+-documents}")
-case ${flags[0]:--} in
-    -*) ;;
+case ${flags[0]:---} in
+    --*) ;;
     *) out=$(path "${flags[0]}") flags=("${flags[@]:1}") ;;
 esac
 
@@ -43,12 +43,6 @@ if [ -n "$documents" ]; then
     metrics=(RR@10 RR@100 nDCG@10 AP R@100 Hole@10)
 fi
 
-first() { # FILE ...: the first of them that is there
-    local file
-    for file in "$@"; do
-        if [ -f "$file" ]; then echo "$file"; return; fi
-    done
-}
 encode() { # TEXTS KIND NAME
     "${launch[@]}" encode.py --model "$model" --input "$1" --kind "$2" --output_dir "$out/$3" \
         "${flags[@]}"
@@ -61,10 +55,7 @@ evaluate() { # NAME [flags ...]
 
 corpus=$(first "$data"/{corpus,collection}.tsv)
 if [ "$model" = bm25 ]; then corpus=$(first "$data"/{collection,corpus}.tsv); fi
-[ -n "$corpus" ] || {
-    echo "$data: no corpus.tsv or collection.tsv in it — give the folder of get_msmarco.sh" >&2
-    exit 1
-}
+[ -n "$corpus" ] || stop "$data: no corpus.tsv or collection.tsv in it — give the folder of get_msmarco.sh"
 evaluated=()
 for set in dev dl19 dl20; do
     queries=$data/queries.$set.tsv qrels=$(first "$data/qrels.$set".{tsv,txt}) relevant=$level
@@ -82,10 +73,7 @@ for set in dev dl19 dl20; do
     candidates=$(first "$data/$top.$set"{,.tsv,.trec})
     if [ -n "$candidates" ]; then evaluate $set-reranked --candidates "$candidates"; fi
 done
-[ ${#evaluated[@]} -gt 0 ] || {
-    echo "$data: no queries of dev, dl19 or dl20 with their qrels — see get_msmarco.sh" >&2
-    exit 1
-}
+[ ${#evaluated[@]} -gt 0 ] || stop "$data: no queries of dev, dl19 or dl20 with their qrels — see get_msmarco.sh"
 
 python - "$out" "${evaluated[@]}" <<'END'
 import pathlib, sys

@@ -1,18 +1,44 @@
 # The recipes and bench/*.sh source this file first. It changes to the root of the repository, where their commands run,
 # and it keeps relative paths relative to the folder where the user called the recipe. It cannot do that for flags that
 # a recipe hands on to a script: give absolute paths there.
-#   path FILE    prints FILE as an absolute path
-#   model NAME   does the same for a model, which may also be a name on the hub or the word bm25
-#   usage A,B    prints the lines A to B of the recipe and stops
-#   launch       the array of words that start a script: $LAUNCH, by default "accelerate launch" as `accelerate config`
-#                configured it
+#   path FILE       prints FILE as an absolute path
+#   model NAME      does the same for a model, which may also be a name on the hub or the word bm25
+#   first FILE ...  prints the first of the files that is there; nothing if none is
+#   need FILE ...   stops unless all of them are there
+#   usage A,B       prints the lines A to B of the recipe and stops
+#   stop WORDS      prints one line, with the name of the recipe, and stops
+#   setting NAME PATTERN MEANING   stops if the environment variable NAME has a value that is not of the pattern
+#   whole NAME ...  stops unless these environment variables are whole numbers from 1 on, or have no value
+#   ance_settings   the same for those of recipes/ance.sh
+#   launch          the array of words that start a script: $LAUNCH, by default "accelerate launch" as `accelerate
+#                   config` configured it
 # The environment variables MODEL and TEACHER are made absolute too.
 caller=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 path() { case $1 in /*) printf '%s\n' "$1" ;; *) printf '%s\n' "$caller/$1" ;; esac; }
 model() { if [ "$1" != bm25 ] && [ -e "$caller/$1" ]; then path "$1"; else printf '%s\n' "$1"; fi; }
-read -ra launch <<<"${LAUNCH:-accelerate launch}"
+first() {
+    local file
+    for file in "$@"; do
+        if [ -e "$file" ]; then printf '%s\n' "$file"; return; fi
+    done
+}
+need() {
+    local file
+    for file in "$@"; do [ -e "$file" ] || stop "$file: no such file — see the lines on DATA in recipes/${0##*/}"; done
+}
 usage() { sed -n "$1p" "$(path "$0")" >&2; exit 1; }
+stop() { printf '%s\n' "${0##*/}: $*" >&2; exit 1; }
+setting() { [[ -z ${!1:-} || ${!1} =~ ^($2)$ ]] || stop "$1=${!1} — give $3"; }
+whole() {
+    local name
+    for name in "$@"; do setting "$name" '[1-9][0-9]{0,8}' "a whole number from 1 to 999999999"; done
+}
+ance_settings() {
+    whole STEPS SLICES DEPTH NEGATIVES
+    setting POLL '[0-9]{1,4}(\.[0-9]+)?' "a number of seconds, from 0 to 9999"
+}
+read -ra launch <<<"${LAUNCH:-accelerate launch}"
 for name in MODEL TEACHER; do
     [ -z "${!name:-}" ] || export "$name=$(model "${!name}")"
 done

@@ -42,7 +42,7 @@ import xxhash
 
 from lib.arguments import arg, parse_args
 from lib.files import UserError, write_json, write_qrels
-from lib.launch import end_with_parent, run
+from lib.launch import claim_output, end_with_parent, make_accelerator, run
 from lib.texts import write_texts
 
 # tests, other people's code carried along, and what is not meant to be read
@@ -68,7 +68,7 @@ class Args:
     output_dir: str = arg("runs/quickstart/collection", help="folder for the collection")
     roots: list[str] = arg([], help="folders of packages; default: those of this Python")
     max_passages: int = arg(
-        40_000, least=1, help="keep at most N passages, by a hash of their names"
+        40_000, least=100, help="keep at most N passages, by a hash of their names"
     )
     eval_queries: int = arg(1000, least=1, help="about N test queries; dev has half as many")
 
@@ -254,8 +254,11 @@ def split(entries: list[Entry], eval_queries: int) -> dict[str, list[Entry]]:
 def main():
     args = parse_args(Args)
     folder, counts = Path(args.output_dir), Counter()
-    if (folder / "stats.json").is_file():
-        return print(f"{folder}: the collection is complete")
+    for root in args.roots:
+        if not Path(root).is_dir():
+            raise UserError(f"{root}: no such folder — check --roots")
+    if claim_output(args, make_accelerator(), "stats.json"):
+        return
     paths = [sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")]
     roots = args.roots or sorted({str(Path(path).resolve()) for path in paths})
     files = [item for root in roots for item in source_files(Path(root))]

@@ -10,6 +10,7 @@
 # fit together.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
+setting SCALE tiny "tiny, or no value for the full size"
 out=$(path "${1:-runs/quickstart}")
 . recipes/setup.sh
 setup
@@ -19,6 +20,7 @@ if [ "$DEVICE" = gpu ]; then export ACCELERATE_MIXED_PRECISION=bf16; fi
 # chosen for two CPU cores
 collection=() vocabulary=8000 layers=2 pretrain_steps=240 finetune_steps=220 batch=64
 if [ "${SCALE:-}" = tiny ]; then
+    echo "SCALE=tiny: a test that the stages fit together; its numbers mean nothing"
     library=$(python -c 'import os; print(os.path.dirname(os.__file__))')
     collection=(--roots "$library" --max_passages 400 --eval_queries 50)
     vocabulary=1000 layers=1 pretrain_steps=5 finetune_steps=5 batch=8
@@ -34,6 +36,7 @@ python -m recipes.python_docs --output_dir "$out/collection" ${collection[@]+"${
 
 stage "2/8  A tokenizer and a small BERT from scratch, pre-trained on the passages with RetroMAE"
 python -m recipes.train_tokenizer --corpus "$corpus" --vocab_size $vocabulary --output_dir "$out/tokenizer"
+mkdir -p "$out"
 cat >"$out/bert.json" <<END
 {"model_type": "bert", "hidden_size": 256, "num_hidden_layers": $layers, "num_attention_heads": 4,
  "intermediate_size": 1024, "max_position_embeddings": 128}
@@ -83,4 +86,4 @@ python evaluate.py --run "$out/evaluation-stage2/run.trec" --qrels "$test" --com
     --output_dir "$out/evaluation-gain"
 
 stage "Done"
-python -m recipes.quickstart_report "$out"
+python -m recipes.quickstart_report --folder "$out"

@@ -1,20 +1,26 @@
 """The end of the quickstart: how well BM25, stage 1 and stage 2 find the passage of each test
 query, three examples.
 
-Reads   OUT, as recipes/quickstart.sh leaves it
+Reads   --folder, as recipes/quickstart.sh leaves it
 
-    python -m recipes.quickstart_report runs/quickstart
+    python -m recipes.quickstart_report --folder runs/quickstart
 """
 
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from lib.arguments import arg, parse_args
 from lib.files import read_json, read_qrels, read_run
 from lib.launch import run
 from lib.texts import open_texts
 
 METRICS = "RR@10", "nDCG@10", "R@100"
 STAGES = {"bm25": "BM25", "stage1": "stage 1", "stage2": "stage 2"}
+
+
+@dataclass(kw_only=True)
+class Args:
+    folder: str = arg(help="OUT of recipes/quickstart.sh")
 
 
 def shorten(text: str, width: int = 96) -> str:
@@ -36,7 +42,7 @@ def verdict(ours: str, theirs: str, part: dict, metric: str = "RR@10") -> str:
 
 
 def main():
-    out = Path(sys.argv[1])
+    out = Path(parse_args(Args).folder)
     results = {stage: result(out, stage) for stage in STAGES}
     corpus = open_texts(out / "collection/corpus.jsonl")
     queries = open_texts(out / "collection/queries.test.jsonl")

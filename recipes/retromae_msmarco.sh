@@ -20,7 +20,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
 data=$(path "${1:-data/msmarco}") out=$(path "${2:-runs/retromae_msmarco}")
 corpus=$data/corpus.tsv queries=$data/queries.train.tsv qrels=$data/qrels.train.tsv
-mkdir -p "$out"
+need "$corpus" "$queries" "$qrels"
 . recipes/scale.sh
 
 encode() { # MODEL TEXTS KIND OUTPUT

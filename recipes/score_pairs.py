@@ -35,7 +35,7 @@ import torch
 import xxhash
 from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from lib import launch
@@ -83,13 +83,28 @@ class Args:
 
 
 @dataclass
-class Pairs:
-    """Rows of queries and corpus to ids."""
+class Pairs(Dataset):
+    """The n pairs to score, those of a query next to each other. Item s: the ids of shard s."""
 
     queries: Texts
     corpus: Texts
     tokenizer: Any
     form: TextFormat  # its max_passage_length: tokens of a pair, special tokens included
+    query_rows: np.ndarray  # (n,)
+    rows: np.ndarray  # (n,) of passages
+    shard_pairs: int
+
+    def shard(self, index: int) -> range:
+        """The numbers of its pairs."""
+        return range(len(self.rows))[index * self.shard_pairs : (index + 1) * self.shard_pairs]
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.shard_pairs)
+
+    def __getitem__(self, index: int) -> list[tuple[list[int], list[int]]]:
+        by_query = groupby(self.shard(index), key=self.query_rows.__getitem__)
+        found = [self.ids(query_row, self.rows[list(some)]) for query_row, some in by_query]
+        return list(chain(*found))
 
     def ids(self, query_row: int, rows: np.ndarray) -> list[tuple[list[int], list[int]]]:
         """(ids, token types) of a query with each of some passages, in the tokenizer's own
@@ -118,25 +133,6 @@ class Pairs:
             padded = pad(types, self.tokenizer, width)["input_ids"]
             batch["token_type_ids"] = padded * batch["attention_mask"]
         return batch
-
-
-@dataclass
-class Shards(Dataset):
-    """Item s: Pairs.ids of the pairs from spans[s][0] to spans[s][1]; those of a query stand
-    together."""
-
-    pairs: Pairs
-    query_rows: np.ndarray
-    rows: np.ndarray
-    spans: list[tuple[int, int]]
-
-    def __len__(self):
-        return len(self.spans)
-
-    def __getitem__(self, index) -> list[tuple[list[int], list[int]]]:
-        by_query = groupby(range(*self.spans[index]), key=self.query_rows.__getitem__)
-        found = [self.pairs.ids(query_row, self.rows[list(some)]) for query_row, some in by_query]
-        return list(chain(*found))
 
 
 def score(classifier: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -196,25 +192,27 @@ def main():
     )
     classifier, tokenizer = load_cross_encoder(folder, form)
     classifier.to(device)
-    pairs = Pairs(queries, corpus, tokenizer, form)
 
     # ---- pairs
     source = args.train or args.run
     lists = read_lists(args)
+    if not lists:
+        raise UserError(f"{source}: no query in it — check the path")
     counts = [len(pids) for pids in lists.values()]
     query_rows = np.repeat(require_rows(queries, list(lists), source, "query"), counts)
     rows = require_rows(corpus, list(chain(*lists.values())), source, "passage")
-    starts = range(0, len(rows), args.shard_pairs)
-    spans = [(start, min(start + args.shard_pairs, len(rows))) for start in starts]
-    first = Shards(pairs, query_rows, rows, [(0, min(256, len(rows)))])[0]
-    text = tokenizer.decode(first[0][0])
+    pairs = Pairs(queries, corpus, tokenizer, form, query_rows, rows, args.shard_pairs)
+    first_ids, _ = pairs.ids(query_rows[0], rows[:1])[0]
+    text = tokenizer.decode(first_ids)
     facts = {
         "model": f"{args.model}, {classifier.config.model_type}",
         "texts": f"{args.max_query_length} tokens of a query, {args.max_length} of a pair",
         "first input": text if len(text) < 300 else f"{text[:200]} ... {text[-80:]}",
-        "pairs": f"{len(rows)} of {len(lists)} queries of {source}, {len(spans)} shard(s)",
+        "pairs": f"{len(rows)} of {len(lists)} queries of {source}, {len(pairs)} shard(s)",
         "running on": launch.describe(accelerator),
     }
+    out = Path(args.output_dir)
+    paths = [out / f"{shard_name(shard)}.npy" for shard in range(len(pairs))]
     if args.dry_run:
         return launch.echo(accelerator, "dry run: scoring", facts)
     digest = xxhash.xxh3_128_hexdigest(query_rows.tobytes() + rows.tobytes())
@@ -227,19 +225,18 @@ def main():
     }
     ignore = ("num_workers",)
     if launch.claim_output(args, accelerator, "meta.json", ignore, inputs):
+        for path in paths:  # of a run that was killed when all but this was done
+            path.unlink(missing_ok=True)
         return
     launch.echo(accelerator, "scoring", facts)
 
     # ---- score
-    out = Path(args.output_dir)
     speed_up_attention(classifier)
-    paths = [out / f"{shard_name(shard)}.npy" for shard in range(len(spans))]
     missing = [shard for shard, path in enumerate(paths) if not path.is_file()]
     accelerator.wait_for_everyone()  # all have listed what is missing before the first adds to it
     mine = missing[rank::W]
-    shards = Shards(pairs, query_rows, rows, [spans[shard] for shard in mine])
-    loader = load(shards, list, None, args.num_workers)
-    total = sum(spans[shard][1] - spans[shard][0] for shard in mine)
+    loader = load(Subset(pairs, mine), list, None, args.num_workers)
+    total = sum(len(pairs.shard(shard)) for shard in mine)
     bar = tqdm(total=total, unit=" pairs", disable=not accelerator.is_main_process)
     with torch.inference_mode(), accelerator.autocast():  # one context: weights are cast once
         for shard, found in zip(mine, loader, strict=True):
@@ -252,7 +249,7 @@ def main():
                 bar.update(len(some))
             scores = scores.cpu().numpy()
             if not np.isfinite(scores).all():
-                at = spans[shard][0] + int(np.argmin(np.isfinite(scores)))
+                at = pairs.shard(shard)[int(np.argmin(np.isfinite(scores)))]
                 pair = f"query {queries.id(query_rows[at])} and passage {corpus.id(rows[at])}"
                 raise UserError(f"{args.model}: the score of {pair} is not finite — use fp32")
             with atomic(paths[shard]) as temporary, open(temporary, "wb") as stream:

@@ -34,9 +34,11 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
 data=$(path "${1:-data/msmarco}") out=$(path "${2:-runs/seed_msmarco}") parts=${PARTS:-passages}
 [[ $parts =~ ^((passages|documents)( |$))+$ ]] || usage 7,13
+ance_settings
+whole WINDOW
 corpus=$data/corpus.tsv
+need "$corpus" "$data/triples.train.small.tsv"
 triplets=(--loss triplet --passages_per_query 2 --optimizer lamb --weight_decay 0)
-mkdir -p "$out"
 . recipes/scale.sh
 
 part() { # NAME [flags ...]: trains from the warm-up, and evaluates

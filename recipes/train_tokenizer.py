@@ -1,8 +1,8 @@
 """Train a WordPiece tokenizer as BERT's (lower case) on a corpus, for a model from scratch.
 
 Reads   --corpus (any format of lib/texts.py)
-Writes  --output_dir: a Hugging Face tokenizer, for pretrain_mae.py --tokenizer; of the same texts
-        the same, each time
+Writes  --output_dir: a Hugging Face tokenizer, for pretrain_mae.py --tokenizer, and `done` last; of
+        the same texts the same, each time
 
     python -m recipes.train_tokenizer --corpus corpus.jsonl --output_dir tokenizer \\
         --vocab_size 12000
@@ -17,17 +17,19 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import BertTokenizerFast
 
 from lib.arguments import arg, parse_args
-from lib.files import atomic
-from lib.launch import run
-from lib.texts import read_texts
+from lib.files import write_lines
+from lib.launch import claim_output, make_accelerator, run
+from lib.texts import open_texts
 
 
 @dataclass(kw_only=True)
 class Args:
     corpus: str = arg(help="texts to learn from")
     output_dir: str = arg(help="folder for the tokenizer")
-    vocab_size: int = arg(12_000, least=10, help="entries of the vocabulary (BERT 30,522)")
-    max_length: int = arg(512, least=4, help="longest text of the model, in tokens")
+    vocab_size: int = arg(
+        12_000, least=10, most=1_000_000, help="entries of the vocabulary (BERT 30,522)"
+    )
+    max_length: int = arg(512, least=4, most=1_000_000, help="longest text of the model, in tokens")
 
 
 def train(texts: Callable[[], Iterable[str]], vocab_size: int) -> dict[str, int]:
@@ -59,16 +61,18 @@ def train(texts: Callable[[], Iterable[str]], vocab_size: int) -> dict[str, int]
 
 def main():
     args = parse_args(Args)
-    if (Path(args.output_dir) / "tokenizer_config.json").is_file():
-        return print(f"{args.output_dir}: the tokenizer is complete")
+    corpus = open_texts(args.corpus)
+    inputs = {"corpus": corpus.fingerprint}
+    if claim_output(args, make_accelerator(), inputs=inputs):
+        return
 
     def texts():
-        return (" ".join([*titles, text]) for _, titles, text in read_texts(args.corpus))
+        return (" ".join([*titles, text]) for _, titles, text in corpus.stream())
 
     vocabulary = train(texts, args.vocab_size)
-    with atomic(args.output_dir) as folder:
-        tokenizer = BertTokenizerFast(vocab=vocabulary, model_max_length=args.max_length)
-        tokenizer.save_pretrained(folder)
+    tokenizer = BertTokenizerFast(vocab=vocabulary, model_max_length=args.max_length)
+    tokenizer.save_pretrained(args.output_dir)
+    write_lines(Path(args.output_dir) / "done", [])
     print(f"{args.output_dir}: {len(tokenizer):,} entries")
 
 

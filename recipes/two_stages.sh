@@ -14,13 +14,15 @@ set -euo pipefail
 [ $# -ge 3 ] || usage 6,11
 data=$(path "$1") model=$(model "$2") out=$(path "$3")
 flags=("${@:4}")
-corpus=$(ls "$data"/corpus.jsonl* | head -1) queries=$(ls "$data"/queries.jsonl* | head -1)
+corpus=$(first "$data"/corpus.jsonl{,.gz}) queries=$(first "$data"/queries.jsonl{,.gz})
+tests=("$data"/qrels/test*.tsv)
+need "${corpus:-$data/corpus.jsonl}" "${queries:-$data/queries.jsonl}" "$data/qrels/train.tsv" "${tests[0]}"
 texts=(--corpus "$corpus" --queries "$queries")
 
 # BM25: negatives for stage 1, the baseline, and the candidates of the development set
 "${launch[@]}" mine_negatives.py --bm25 "${texts[@]}" --qrels "$data/qrels/train.tsv" --depth 200 \
     --bm25_index "$out/bm25-index" --output_dir "$out/negatives-bm25"
-"${launch[@]}" evaluate.py --bm25 "${texts[@]}" --qrels "$data"/qrels/test*.tsv --bm25_index "$out/bm25-index" \
+"${launch[@]}" evaluate.py --bm25 "${texts[@]}" --qrels "${tests[@]}" --bm25_index "$out/bm25-index" \
     --output_dir "$out/evaluation-bm25"
 dev=() chosen=""
 if [ -f "$data/qrels/dev.tsv" ]; then
@@ -38,7 +40,7 @@ for stage in 1 2; do
     "${launch[@]}" encode.py --model "$checkpoint" --input "$queries" --kind query --output_dir "$out/queries$stage"
     "${launch[@]}" encode.py --model "$checkpoint" --input "$corpus" --kind passage --output_dir "$out/corpus$stage"
     vectors=(--queries_embeddings "$out/queries$stage" --corpus_embeddings "$out/corpus$stage")
-    "${launch[@]}" evaluate.py "${vectors[@]}" --qrels "$data"/qrels/test*.tsv \
+    "${launch[@]}" evaluate.py "${vectors[@]}" --qrels "${tests[@]}" \
         --compare "$out/evaluation-bm25/run.trec" --output_dir "$out/evaluation-stage$stage"
     if [ $stage = 1 ]; then
         "${launch[@]}" mine_negatives.py "${vectors[@]}" --corpus "$corpus" --qrels "$data/qrels/train.tsv" \

@@ -228,7 +228,7 @@ def test_what_is_refused(tokenizer, embeddings, script, tmp_path):
     for name, dim in (("narrow", V - 1), ("wide", V + 129)):
         errors = refused("--embeddings", embeddings(name, "passage", rows, ids, dim))
         assert f"{V} tokens where vectors have {dim} columns" in errors and "--model" in errors
-    assert "no tokenizer" in refused("--embeddings", good, "--model", tmp_path)
+    assert "cannot be loaded" in refused("--embeddings", good, "--model", tmp_path)
     moved = embeddings("moved", "passage", rows, ids, V, model=str(tmp_path / "gone"))
     assert "give the folder of the checkpoint with --model" in refused("--embeddings", moved)
     assert "--factor" in refused("--embeddings", good, "--factor", 0)
@@ -241,6 +241,10 @@ def test_what_is_refused(tokenizer, embeddings, script, tmp_path):
     assert "dense vectors" in refused("--embeddings", tmp_path / "dense")
 
 
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
 def test_a_run_that_stops_leaves_nothing_half(tokenizer, embeddings, script, monkeypatch, tmp_path):
     folder = embeddings("corpus", "passage", [{9: 1.0}] * 9, list("abcdefghi"), len(tokenizer))
     out = tmp_path / "out"
@@ -250,11 +254,11 @@ def test_a_run_that_stops_leaves_nothing_half(tokenizer, embeddings, script, mon
     def fails(*given):
         calls.append(given)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            raise Killed
         return quantise(*given)
 
     monkeypatch.setattr(export_anserini, "quantise", fails)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         script("recipes.export_anserini", *flags)
     assert len(calls) == 3 and [path.name for path in out.iterdir()] == ["args.json"]
     monkeypatch.setattr(export_anserini, "quantise", quantise)

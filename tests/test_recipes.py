@@ -1,14 +1,231 @@
 """The recipes, at SCALE=tiny. Run: python -m pytest tests/test_recipes.py"""
 
+import dataclasses
+import importlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from lib.arguments import parse_args
+from lib.files import UserError
+from lib.generations import read_generations
+from recipes import generations
+
 ROOT = Path(__file__).parents[1]
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+# in the place of python: writes its words to a file; the first `next` of a miner gets a folder
+STUB = """#!/usr/bin/env bash
+printf '%s\\0' "$@" end-of-call >>"$RECORD/words"
+case "$*" in
+    -c*) echo "$RECORD" ;;
+    *"--task next"*) mkdir "$RECORD/next" 2>/dev/null && echo "$RECORD/next" ;;
+esac
+exit 0
+"""
+ODD = "-w 'x' \"y\" [z]*?$HOME"
+MSMARCO = "corpus.tsv queries.train.tsv qrels.train.tsv queries.dev.tsv qrels.dev.tsv".split()
+
+
+@pytest.fixture
+def stubbed(tmp_path):
+    """stubbed("beir.sh", *arguments, NAME=value) -> (finished process, the calls of python, each a
+    list of words), called in tmp_path."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(STUB)
+    (tmp_path / "bin" / "python").chmod(0o755)
+
+    def call(name, *arguments, **environment):
+        shutil.rmtree(tmp_path / "record", ignore_errors=True)
+        (tmp_path / "record").mkdir()
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        own = {"PATH": path, "LAUNCH": "python", "RECORD": str(tmp_path / "record"), "POLL": "1"}
+        command = ["bash", ROOT / "recipes" / name, *map(str, arguments)]
+        how = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 60}
+        done = subprocess.run(command, env={**os.environ, **own, **environment}, **how)
+        words = tmp_path / "record" / "words"
+        calls = words.read_text().split("end-of-call\0")[:-1] if words.is_file() else []
+        return done, [call.split("\0")[:-1] for call in calls]
+
+    return call
+
+
+@pytest.fixture
+def odd(tmp_path):
+    """A folder whose name has all that a shell may stumble over: collections, MS MARCO, a model."""
+    folder = tmp_path / ODD
+    for name in ("msmarco", "msmarco/documents"):
+        (folder / name).mkdir(parents=True)
+        for file in (*MSMARCO, "triples.train.small.tsv"):
+            (folder / name / file).touch()
+    for name in ("arguana", "quora", "other"):
+        (folder / "beir" / name / "qrels").mkdir(parents=True)
+        for file in ("corpus.jsonl", "queries.jsonl.gz", "qrels/train.tsv", "qrels/test.tsv"):
+            (folder / "beir" / name / file).touch()
+    (folder / "model").mkdir()
+    return folder
+
+
+SOURCES = {path.stem: path.read_text() for path in (ROOT / "recipes").glob("*.py")}
+TOOLS = sorted(name for name, source in SOURCES.items() if "class Args" in source)
+PIPELINES = {
+    "two_stages.sh": ("beir/other", "model", "out"),
+    "beir.sh": ("model", "beir", "out"),
+    "coco_beir.sh": ("beir", "out"),
+    "coco_dr.sh": ("beir", "msmarco", "out"),
+    "msmarco_eval.sh": ("model", "msmarco", "out"),
+    "retromae_msmarco.sh": ("msmarco", "out"),
+    "lexmae_msmarco.sh": ("msmarco", "out"),
+    "seed_msmarco.sh": ("msmarco", "out"),
+    "ance_msmarco.sh": ("msmarco", "out"),
+    "splade.sh": ("msmarco", "out"),
+    "quickstart.sh": ("out",),
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_any_path_reaches_the_scripts_whole(name, stubbed, odd, tmp_path):
+    """A leading dash, spaces, quotes and glob characters, relative to the caller's folder."""
+    done, calls = stubbed(name, *(f"{ODD}/{path}" for path in PIPELINES[name]), EPISODES="1")
+    assert done.returncode == 0 and len(calls) > 2, done.stderr
+    words = [word for call in calls if call[0] != "-c" for word in call]
+    paths = {word for word in words if set(word) & set(" '\"[]*?$")}
+    assert paths and all(word.startswith(f"{odd}/") for word in paths), paths
+    assert not (ROOT / ODD).exists() and {path.name for path in tmp_path.iterdir()} == {
+        "bin",
+        "record",
+        ODD,
+    }
+
+
+def test_ance_hands_the_text_flags_on_to_the_miner(stubbed, odd):
+    sides = [f"{ODD}/{path}" for path in ("msmarco", "model", "out")]
+    flags = ["--title=sep", "--max_query_length=16", "--max_passage_length", 32]
+    done, calls = stubbed("ance.sh", "mine", *sides, *flags)
+    assert done.returncode == 0, done.stderr
+    encoded = [call for call in calls if call[0] == "encode.py"]
+    assert len(encoded) == 3 and all(call[4:6] == ["--title", "sep"] for call in encoded)
+    lengths = [call[call.index("--max_length") + 1] for call in encoded]
+    assert lengths == ["32", "16", "16"]
+    done, calls = stubbed("ance.sh", "train", *sides, *flags)
+    assert calls[0][-4:] == list(map(str, flags)) and str(odd / "out" / "model") in calls[0]
+
+
+def test_equal_ids_are_dropped_on_arguana_and_quora_alone(stubbed, odd, tmp_path):
+    done, calls = stubbed("beir.sh", f"{ODD}/model", f"{ODD}/beir", "--pooling", "cls")
+    assert done.returncode == 0, done.stderr
+    evaluated = [call for call in calls if call[0] == "evaluate.py"]
+    dropped = {Path(call[-1]).parent.name for call in evaluated if "--ignore_identical_ids" in call}
+    assert len(evaluated) == 3 and dropped == {"arguana", "quora"}
+    encoded = [call for call in calls if call[0] == "encode.py"]
+    assert all(call[-2:] == ["--pooling", "cls"] for call in encoded)  # it is not taken for OUT
+    assert encoded[0][-3].startswith(f"{tmp_path}/runs/beir-model/")
+
+
+@pytest.mark.parametrize(
+    "name, value, recipe_name",
+    [
+        ("SCALE", "large", "retromae_msmarco.sh"),
+        ("SCALE", "large", "quickstart.sh"),
+        ("STEPS", "0", "ance_msmarco.sh"),
+        ("DEPTH", "1e3", "ance_msmarco.sh"),
+        ("POLL", "-1", "seed_msmarco.sh"),
+        ("WINDOW", "-2", "seed_msmarco.sh"),
+        ("BALANCE", "nan", "coco_beir.sh"),
+        ("CLUSTERS", "1", "coco_dr.sh"),
+        ("EPISODES", "0", "coco_dr.sh"),
+        ("EPISODE_STEPS", "1) + __import__('os').system('touch here'", "coco_dr.sh"),
+        ("EPISODE_STEPS", "3000000000", "coco_dr.sh"),
+    ],
+)
+def test_settings_that_make_no_sense_are_one_line_before_work_begins(
+    name, value, recipe_name, stubbed, odd
+):
+    paths = [f"{ODD}/{path}" for path in PIPELINES[recipe_name]]
+    done, calls = stubbed(recipe_name, *paths, **{name: value})
+    assert done.returncode == 1 and not calls and not (odd / "out").exists()
+    assert done.stderr.startswith(f"{recipe_name}: {name}={value} — give ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_missing_file_is_one_line_before_work_begins(stubbed, odd):
+    (odd / "msmarco" / "qrels.train.tsv").unlink()
+    for name in ("retromae_msmarco.sh", "lexmae_msmarco.sh", "splade.sh", "coco_dr.sh"):
+        done, calls = stubbed(name, *(f"{ODD}/{path}" for path in PIPELINES[name]))
+        assert done.returncode == 1 and not calls and not (odd / "out").exists()
+        file = odd / "msmarco" / "qrels.train.tsv"
+        assert (
+            done.stderr
+            == f"{name}: {file}: no such file — see the lines on DATA in recipes/{name}\n"
+        )
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_every_number_of_a_tool_has_a_range_and_is_checked(name, monkeypatch):
+    args = importlib.import_module(f"recipes.{name}").Args
+    fields = dataclasses.fields(args)
+    required = [f for f in fields if f.default_factory is f.default is dataclasses.MISSING]
+    given = [f"--{field.name}=50" for field in required if "Literal" not in str(field.type)]
+    given += [
+        f"--{field.name}={get_args(field.type)[0]}" for field in required if get_args(field.type)
+    ]
+    for field in fields:
+        if not {int, float} & {field.type, *get_args(field.type)}:
+            continue
+        limits = field.metadata["limits"]
+        assert limits.keys() & {"least", "above"}, field.name
+        below = limits["least"] - 1 if "least" in limits else limits["above"]
+        for value in (below, "nan", "inf", "-inf", "x", ""):
+            monkeypatch.setattr(sys, "argv", [name, *given, f"--{field.name}={value}"])
+            with pytest.raises(UserError, match=f"--{field.name}.* — (give|see)"):
+                parse_args(args)
+
+
+def test_a_miner_killed_while_it_cleans_up_goes_on(script, tmp_path, monkeypatch):
+    """Of a published folder, and of a generation that was being written."""
+    mining, published = tmp_path / "mining", tmp_path / "generations"
+    work = mining / "step-00000500"
+    (work / "negatives").mkdir(parents=True)
+    (work / "negatives" / "train.jsonl").write_text('{"qid": "q1", "pos": ["7"], "neg": ["9"]}\n')
+    (work / "next.json").write_text('{"step": 500, "checkpoint": "c"}')
+    (work / "evaluation").mkdir()
+    (work / "evaluation" / "metrics.json").write_text(
+        '{"splits": {"dev": {"metrics": {"RR@10": 0.5}}}}'
+    )
+    flags = ["--generations", published, "--work", mining, "--task"]
+
+    def killed(path):
+        (path / "next.json").unlink()  # it may be the first to go
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generations.shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            script("recipes.generations", *flags, "publish")
+    (published / ".tmp-1-generation-0002").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "done").touch()
+    texts = ["--queries", "unused", "--qrels", "unused"]
+    status, shown, error = script(
+        "recipes.generations", *flags, "next", "--run", tmp_path / "run", *texts
+    )
+    assert status == 0 and not shown, error
+    assert not list(mining.iterdir())
+    assert [path.name for path in published.iterdir()] == ["generation-0001"]
+    assert [generation.step for generation in read_generations(published)] == [500]
+    status, _, error = script("recipes.generations", *flags, "publish")
+    assert status == 1 and "nothing to publish — run --task next" in error
 
 
 def test_beir_evaluates_every_collection_of_a_folder(recipe, tiny_beir, tmp_path):

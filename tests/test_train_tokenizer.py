@@ -3,8 +3,12 @@ text."""
 
 import random
 
+import pytest
 from transformers import AutoTokenizer
 
+from lib.checkpoint import load_encoder, save_encoder
+from lib.encoder import Head
+from lib.files import UserError, read_json, write_json
 from recipes.train_tokenizer import train
 
 
@@ -50,3 +54,33 @@ def test_what_it_writes_splits_any_text_of_the_corpus_without_unknown_words(scri
         tokenizer.decode(tokenizer("Café 中文 snake", add_special_tokens=False).input_ids)
         == "cafe 中 文 snake"
     )
+
+
+def test_a_folder_is_complete_for_its_corpus_and_other_folders_are_left_alone(script, tmp_path):
+    corpus, out = tmp_path / "corpus.tsv", tmp_path / "out"
+    corpus.write_text("p1\tant and ants\n")
+    flags = ("recipes.train_tokenizer", "--vocab_size", 50, "--corpus", corpus, "--output_dir")
+    assert script(*flags, out)[0] == 0
+    before = (out / "tokenizer.json").read_bytes()
+    assert "out is complete" in script(*flags, out)[1]
+    (out / "done").unlink()
+    (out / "tokenizer.json").write_text("{")  # a killed run
+    assert script(*flags, out)[0] == 0 and (out / "tokenizer.json").read_bytes() == before
+    corpus.write_text("p1\tbees and bees\n")
+    assert "it was made with corpus" in script(*flags, out)[2]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    status, _, error = script(*flags, mine)
+    assert status == 1 and "it holds something else (thesis.txt" in error
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+
+
+def test_a_tokenizer_that_gives_other_ids_is_refused(tiny_model_dir, tmp_path):
+    save_encoder(load_encoder(tiny_model_dir, Head("cls")), tmp_path / "model", {})
+    content = read_json(tmp_path / "model" / "tokenizer.json")
+    vocabulary = content["model"]["vocab"]
+    vocabulary["##e"], vocabulary["##s"] = vocabulary["##s"], vocabulary["##e"]
+    write_json(tmp_path / "model" / "tokenizer.json", content)
+    with pytest.raises(UserError, match="other ids than when .* — install tokenizers"):
+        load_encoder(tmp_path / "model")

@@ -18,9 +18,10 @@ set -euo pipefail
 corpus=$(path "$1") model=$(model "$2") out=$(path "$3")
 flags=("${@:4}")
 judged=${QUERIES:-}${QRELS:-}
-if [ -n "$judged" ] && { [ -z "${QUERIES:-}" ] || [ -z "${QRELS:-}" ]; }; then
-    echo "adapt.sh: give both QUERIES and QRELS, or none of them" >&2
-    exit 1
+if [ -n "$judged" ]; then
+    [ -n "${QUERIES:-}" ] && [ -n "${QRELS:-}" ] || stop "give both QUERIES and QRELS, or none of them"
+    queries=$(path "$QUERIES") qrels=$(path "$QRELS")
+    need "$queries" "$qrels"
 fi
 read -ra head <<<"${HEAD:---pooling cls}"
 
@@ -28,7 +29,6 @@ read -ra head <<<"${HEAD:---pooling cls}"
     --output_dir "$out/adapted" --resume "${flags[@]}"
 
 if [ -n "$judged" ]; then
-    queries=$(path "$QUERIES") qrels=$(path "$QRELS")
     compare=()
     for name in before after; do
         checkpoint=$([ $name = before ] && echo "$model" || echo "$out/adapted")
@@ -41,4 +41,4 @@ if [ -n "$judged" ]; then
         compare=(--compare "$out/evaluation-before/run.trec")
     done
 fi
-python -m recipes.probe_report "$out/adapted"
+python -m recipes.probe_report --output_dir "$out/adapted"

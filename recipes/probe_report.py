@@ -2,15 +2,22 @@
 
 Reads   OUT/log.jsonl of pretrain_mae.py --probe_every
 
-    python -m recipes.probe_report OUT
+    python -m recipes.probe_report --output_dir OUT
 """
 
 import json
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from lib.arguments import arg, parse_args
 from lib.files import UserError, lines
 from lib.launch import run
+
+
+@dataclass(kw_only=True)
+class Args:
+    output_dir: str = arg(help="folder of a run of pretrain_mae.py")
+
 
 MEANING = {
     "probe_rebuild": "share of a text's tokens that the decoder finds from the vector alone",
@@ -34,7 +41,8 @@ def verdict(first: dict, last: dict) -> str:
 
 
 def main():
-    path = Path(sys.argv[1]) / "log.jsonl"
+    args = parse_args(Args)
+    path = Path(args.output_dir) / "log.jsonl"
     rows = [json.loads(line) for _, line in lines(path)]
     probes = [row for row in rows if "probe_cosine" in row]
     if len(probes) < 2:

@@ -118,8 +118,13 @@ def read_json(path):
 
 
 def map_array(path: Path, dtype) -> np.ndarray:
-    """The numbers of a binary file, memory-mapped. (An empty file cannot be mapped.)"""
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.frombuffer(b"", dtype)
+    """The numbers of a binary file, memory-mapped. (An empty file cannot be mapped.) UserError: the
+    file is missing, or ends within a number."""
+    size = path.stat().st_size if path.is_file() else None
+    if size is None or size % np.dtype(dtype).itemsize:
+        wrong = f"{path}: missing or truncated"
+        raise UserError(f"{wrong} — remove its folder; it is then written again")
+    return np.memmap(path, dtype, "r") if size else np.frombuffer(b"", dtype)
 
 
 def line_of(path, *fields) -> str:
@@ -273,19 +278,16 @@ def read_run(path) -> dict[str, RunList]:
     are -1, -2, ..., and repeated ids count once. A training file: the negatives, then the
     positives, with their scores where all of them have one.
 
-    UserError: another shape, a passage that a run lists twice for a query, an empty file."""
+    An empty file is a run that found nothing. UserError: another shape, a passage that a run lists
+    twice for a query."""
     columns = first_line(path).split("\t")
     judgments = len(columns) == 4 and columns[1] in ("0", "Q0") and columns[3].isdigit()
     expected = "a run has 6 (TREC) or 3 (MS MARCO); with tabs, lists have 2 and top1000.dev has 4"
     if columns[0].startswith("{"):
-        run = _run_of_training_file(path)
-    elif len(columns) in (2, 4) and not judgments:
-        run = _run_of_lists(table(path, (2, 4), expected, "\t"))
-    else:
-        run = _run_of_columns(table(path, (3, 6), expected))
-    if not run:
-        raise UserError(f"{path}: the run is empty — check the path")
-    return run
+        return _run_of_training_file(path)
+    if len(columns) in (2, 4) and not judgments:
+        return _run_of_lists(table(path, (2, 4), expected, "\t"))
+    return _run_of_columns(table(path, (3, 6), expected))
 
 
 def _run_of_columns(rows) -> dict[str, RunList]:

@@ -26,10 +26,12 @@ from typing import NamedTuple
 import numba
 import numpy as np
 import torch
+from accelerate import PartialState
 from scipy.sparse import csc_matrix, csr_matrix, hstack, vstack
 from torch import Tensor
 from tqdm import tqdm
 
+from lib.dist import from_main
 from lib.embeddings import Embeddings
 from lib.files import UserError, atomic, map_array, read_json, write_json
 from lib.search import EMPTY, own_part, push, search_in_parts, top_keys
@@ -121,16 +123,18 @@ def _file(folder, name: str) -> Path:
     return Path(folder) / f"{name}.bin"
 
 
-def open_folder(folder, manifest: dict, build: Callable[[Path], None], accelerator) -> None:
+def open_folder(folder, manifest: dict, build: Callable[[Path], None]) -> None:
     """The main process builds the index in `folder` if the folder is absent, build(temporary
     name). UserError on every process: the folder holds anything but what `manifest` states."""
     folder = Path(folder)
-    if (accelerator is None or accelerator.is_main_process) and not folder.exists():
-        with atomic(folder) as temporary:
-            build(temporary)
-            write_json(temporary / "manifest.json", manifest)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
+
+    def make() -> None:
+        if not folder.exists():
+            with atomic(folder) as temporary:
+                build(temporary)
+                write_json(temporary / "manifest.json", manifest)
+
+    from_main(PartialState(), make)
     stored = read_json(folder / "manifest.json")
     for key, value in manifest.items():
         if stored.get(key) != value:
@@ -222,19 +226,39 @@ def _score_rows(lists, tiling, queries, q, rows):
     return totals
 
 
-class Inverted:
-    """A finished index and its search. as_rows(queries) makes Rows of what is asked: texts, or a
-    matrix (Q, V)."""
+def _is_sound(lists: Lists, tiling: Tiling, terms: int) -> bool:
+    """Whether all sizes fit and all numbers point into the arrays: another index would crash the
+    process that searches it."""
+    number = -(-tiling.count // tiling.tile)
+    sizes = len(lists.documents), len(lists.terms), len(lists.terms) + 1, number + 1
+    if sizes != tuple(map(len, (lists.weights, lists.scales, lists.offsets, lists.tiles))):
+        return False
+    for edges, end in ((lists.offsets, len(lists.documents)), (lists.tiles, len(lists.terms))):
+        if edges[0] != 0 or edges[-1] != end or (edges[1:] < edges[:-1]).any():
+            return False
+    last = lists.offsets[lists.tiles[-2]]  # the first posting of the last tile
+    rows = tiling.count - (number - 1) * tiling.tile
+    least, most = lists.terms.min(initial=0), lists.terms.max(initial=0)
+    before, after = lists.documents[:last], lists.documents[last:]
+    within = before.max(initial=0) < tiling.tile and after.max(initial=0) < rows
+    return bool(within and least >= 0 and most < terms)
 
-    def __init__(self, folder, as_rows: Callable[..., Rows], accelerator=None):
-        self.as_rows, self.accelerator = as_rows, accelerator
+
+class Inverted:
+    """A finished index of passages with `terms` terms, and its search. as_rows(queries) makes Rows
+    of what is asked: texts, or a matrix (Q, terms). UserError: the index is damaged."""
+
+    def __init__(self, folder, as_rows: Callable[..., Rows], terms: int):
+        self.as_rows = as_rows
         meta = read_json(Path(folder) / "manifest.json")
         weights = WEIGHTS[meta.get("bits", 32)]
         dtypes = Lists(np.uint16, weights, np.int64, np.float32, np.int32, np.int64)
         parts = zip(Lists._fields, dtypes, strict=True)
         self.lists = Lists(*(map_array(_file(folder, name), dtype) for name, dtype in parts))
-        first, stop = own_part(len(self.lists.tiles) - 1, accelerator)
+        first, stop = own_part(len(self.lists.tiles) - 1)
         self.tiling = Tiling(meta["tile"], meta["count"], first, stop)
+        if not _is_sound(self.lists, self.tiling, terms):
+            raise UserError(f"{folder}: the index is damaged — remove it; it is then built again")
 
     def search(self, queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Q queries -> (scores (Q, k), rows (Q, k)), the same on every process."""
@@ -243,7 +267,7 @@ class Inverted:
         def best(part: slice) -> Tensor:
             return self._best(asked._replace(starts=asked.starts[part.start : part.stop + 1]), k)
 
-        return search_in_parts(best, len(asked.starts) - 1, k, self.accelerator)
+        return search_in_parts(best, len(asked.starts) - 1, k)
 
     def score(self, queries, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The scores of given rows, 0 without a common term: Q queries and Q arrays of rows -> Q
@@ -268,7 +292,7 @@ class Inverted:
 
 
 # sparse vectors
-def open_sparse(corpus: Embeddings, folder, bits: int = 32, accelerator=None) -> Inverted:
+def open_sparse(corpus: Embeddings, folder, bits: int = 32) -> Inverted:
     """The index of `corpus` in `folder`, which is built if the folder is absent, in the memory of
     a few tiles. Its queries are matrices (Q, V). All processes call it.
 
@@ -278,12 +302,10 @@ def open_sparse(corpus: Embeddings, folder, bits: int = 32, accelerator=None) ->
 
     UserError: the folder holds an index of other vectors or settings; a weight is negative or not
     finite, here or in a query."""
-    if bits not in WEIGHTS:
-        raise UserError(f"--bits {bits}: unknown — choose 32, 16 or 8")
     made = {**corpus.meta, "model": None, "input": None}  # two names, which may change
-    build = partial(write, tiles=_tiles(corpus), bits=bits)
-    open_folder(folder, {**made, "bits": bits, "tile": TILE}, build, accelerator)
-    return Inverted(folder, partial(_queries, terms=corpus.dim), accelerator)
+    made |= {"content": corpus.fingerprint, "bits": bits, "tile": TILE}
+    open_folder(folder, made, partial(write, tiles=_tiles(corpus), bits=bits))
+    return Inverted(folder, partial(_queries, terms=corpus.dim), corpus.dim)
 
 
 def _queries(queries: csr_matrix, terms: int) -> Rows:

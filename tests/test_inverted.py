@@ -3,7 +3,6 @@ processes."""
 
 import os
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,11 +145,13 @@ def test_ranges_of_rows_are_merged_to_the_same_bits(tmp_path, tiles, monkeypatch
     whole = open_sparse(store(tmp_path / "p", passages), tmp_path / "index")
     parts = []
     for rank in range(world):
-        place = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
-        part = Inverted(tmp_path / "index", whole.as_rows, place)
+        monkeypatch.setattr(search, "world", lambda rank=rank: (rank, world))
+        part = Inverted(tmp_path / "index", whole.as_rows, V)
         parts.append(part._best(whole.as_rows(queries), 40))
     monkeypatch.setattr(search, "all_gather", lambda keys: torch.cat(parts))
-    merged = search.unpack(search.merge(parts[0], 40, place))
+    monkeypatch.setattr(search.dist, "get_backend", lambda: "gloo")
+    merged = search.unpack(search.merge(parts[0], 40))
+    monkeypatch.undo()
     assert all((a == b).all() for a, b in zip(merged, whole.search(queries, 40), strict=True))
     assert (
         parts[0].unique().numel() < parts[0].numel() or world < 9
@@ -159,8 +160,8 @@ def test_ranges_of_rows_are_merged_to_the_same_bits(tmp_path, tiles, monkeypatch
 
 def one_of_two(rank, folder):
     inverted.TILE = 64
-    accelerator = Accelerator(cpu=True)
-    found = open_sparse(Embeddings(f"{folder}/p"), f"{folder}/index", accelerator=accelerator)
+    Accelerator(cpu=True)
+    found = open_sparse(Embeddings(f"{folder}/p"), f"{folder}/index")
     scores, rows = found.search(draw(Q, V, 5), 40)
     np.savez(f"{folder}/{rank}.npz", scores=scores, rows=rows)
 
@@ -188,8 +189,6 @@ def test_an_index_is_kept_and_not_mixed_up(tmp_path, tiles):
         open_sparse(moved, tmp_path / "index", bits=8)
     with pytest.raises(UserError, match="an index with model_hash m, not other"):
         open_sparse(store(tmp_path / "o", passages, model_hash="other"), tmp_path / "index")
-    with pytest.raises(UserError, match="--bits 4: unknown — choose 32, 16 or 8"):
-        open_sparse(moved, tmp_path / "new", bits=4)
     (tmp_path / "index" / "manifest.json").unlink()
     with pytest.raises(UserError, match="manifest.json: no such file — check the path"):
         open_sparse(moved, tmp_path / "index")

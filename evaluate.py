@@ -103,6 +103,7 @@ class Args:
     relevance_level: int = arg(
         1,
         least=1,
+        most=32768,
         help="lowest grade that is relevant to all metrics but nDCG; 2 for TREC DL passages",
     )
     ignore_identical_ids: bool = arg(
@@ -155,13 +156,17 @@ def first(entry: RunList, qid: str, args: Args) -> RunList:
     return take(entry, places[: args.depth])
 
 
-def judged_part(run: dict[str, RunList], qids: list[str], path: str, args: Args) -> dict:
-    """What counts of the lists of judged queries, in trec_eval's order. UserError: the run has
-    lists, but none of these queries."""
-    found = {qid: take(run[qid], order(run[qid])) for qid in qids if qid in run}
-    if run and not found:
+def require_judged(run: dict[str, RunList], qids: list[str], path: str, args: Args) -> None:
+    """UserError if the run has lists, but none of the judged queries; an empty run may be."""
+    if run and not any(qid in run for qid in qids):
         wrong = f"{path}: no query in it is judged in {args.qrels[0]}"
         raise UserError(f"{wrong} — give files that belong together")
+
+
+def judged_part(run: dict[str, RunList], qids: list[str], path: str, args: Args) -> dict:
+    """What counts of the lists of judged queries, in trec_eval's order."""
+    require_judged(run, qids, path, args)
+    found = {qid: take(run[qid], order(run[qid])) for qid in qids if qid in run}
     return {qid: first(entry, qid, args) for qid, entry in found.items()}
 
 
@@ -251,6 +256,7 @@ def main():
     qids = list(dict.fromkeys(qid for qrels in splits.values() for qid in qrels))
     runs = [read_run(path) for path in args.run]
     listed = read_run(args.candidates) if args.candidates else None
+    require_judged(listed or {}, qids, args.candidates, args)
     other = judged_part(read_run(args.compare), qids, args.compare, args) if args.compare else None
     if runs:
         fused = runs[0] if len(runs) == 1 else reciprocal_rank_fusion(runs)
@@ -293,7 +299,7 @@ def main():
         "queries without a result": f"{missing}, count 0",
         "queries without a relevant passage": f"{empty}, count 0 (relevant: grade >= {level})",
         "passage id = query id": dropped,
-        "depth": f"{args.depth} passages per query count",
+        "depth": f"the first {args.depth} passages of a query are counted",
     }
     if lost:
         result["policy"]["corpus"] = f"{lost} relevant passages are not in the corpus"

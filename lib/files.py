@@ -284,10 +284,15 @@ def read_run(path) -> dict[str, RunList]:
     judgments = len(columns) == 4 and columns[1] in ("0", "Q0") and columns[3].isdigit()
     expected = "a run has 6 (TREC) or 3 (MS MARCO); with tabs, lists have 2 and top1000.dev has 4"
     if columns[0].startswith("{"):
-        return _run_of_training_file(path)
-    if len(columns) in (2, 4) and not judgments:
-        return _run_of_lists(table(path, (2, 4), expected, "\t"))
-    return _run_of_columns(table(path, (3, 6), expected))
+        run = _run_of_training_file(path)
+    elif len(columns) in (2, 4) and not judgments:
+        run = _run_of_lists(table(path, (2, 4), expected, "\t"))
+    else:
+        run = _run_of_columns(table(path, (3, 6), expected))
+    return run
+
+
+MAX_RANK = 1 << 24  # float32 does not tell greater whole numbers apart
 
 
 def _run_of_columns(rows) -> dict[str, RunList]:
@@ -297,6 +302,9 @@ def _run_of_columns(rows) -> dict[str, RunList]:
         pid = names.setdefault(pid, pid)  # one string for all its lines
         if len(columns) == 3:
             score = -_number(columns[2], place, "the rank", whole=True)
+            if abs(score) > MAX_RANK:
+                wrong = f"the rank {columns[2]} is above {MAX_RANK}"
+                raise UserError(f"{place}: {wrong} — number the passages of a query from 1")
         else:
             score = _number(columns[4], place, "the score")
         pids, scores = run.setdefault(columns[0], ({}, array("f")))

@@ -256,3 +256,32 @@ def test_memory_of_the_build_does_not_grow_with_the_corpus(tmp_path, monkeypatch
     assert sizes == [64, 64, 64, 64, 64, 11]
     whole = vstack(list(inverted._tiles(corpus)), "csr")
     assert (whole != corpus.take(np.arange(N))).nnz == 0
+
+
+@pytest.mark.parametrize("problem", ["indices", "negative", "indptr", "shape", "data", "text"])
+def test_damaged_sparse_shards_end_in_one_line(tmp_path, problem):
+    corpus = store(tmp_path / "p", draw(N, V, 6))
+    path = tmp_path / "p" / "shard-00002.npz"
+    parts = dict(np.load(path))
+    spoil = {
+        "indices": lambda: parts["indices"].__setitem__(5, V),
+        "negative": lambda: parts["indices"].__setitem__(5, -1),
+        "indptr": lambda: parts["indptr"].__setitem__(5, 3),
+        "shape": lambda: parts.update(shape=np.array([100, V, 1])),
+        "data": lambda: parts.update(data=parts["data"][:-1]),
+        "text": lambda: parts.update(data=np.array(["x"] * len(parts["data"]))),
+    }
+    spoil[problem]()
+    np.savez(path, **parts)
+    with pytest.raises(UserError, match="shard-00002.npz: damaged .* — remove the folder") as error:
+        open_sparse(Embeddings(tmp_path / "p"), tmp_path / "index")
+    assert "\n" not in str(error.value) and not (tmp_path / "index").exists()
+    assert len(corpus) == N
+
+
+def test_an_index_of_other_vectors_with_the_same_facts_is_refused(tmp_path):
+    passages = draw(N, V, 6)
+    open_sparse(store(tmp_path / "p", passages), tmp_path / "index")
+    passages.data[7] += 1
+    with pytest.raises(UserError, match="index: an index with content .*, not .* — remove it"):
+        open_sparse(store(tmp_path / "p", passages), tmp_path / "index")

@@ -12,7 +12,7 @@ from lib.bm25 import Weighting, open_bm25
 from lib.embeddings import Embeddings
 from lib.files import UserError
 from lib.inverted import Inverted, open_sparse
-from lib.search import DenseIndex
+from lib.search import DenseIndex, faiss_index
 from lib.texts import Texts, open_texts
 
 
@@ -107,6 +107,8 @@ def open_index(source: Source, accelerator) -> Index | None:
     queries, corpus = map(Embeddings, vectors) if all(vectors) else (None, None)
     if source.faiss and (corpus is None or corpus.sparse):
         raise UserError("--index is for dense vectors — leave it out")
+    if source.faiss:
+        faiss_index(source.faiss, corpus.dim)  # an unknown one is refused at once
     if source.run:
         return None
     if source.bm25:

@@ -11,6 +11,7 @@ k texts takes the k·M best vectors, so it cannot miss one.
 Shapes: Q queries, D dimensions, k depth, M most chunks of a passage, W processes.
 """
 
+import contextlib
 import mmap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -192,6 +193,29 @@ def scan_device(scores: Tensor, first_row: int, best: Tensor, k: int) -> Tensor:
     return top_keys(torch.cat([best, new], 1), k)
 
 
+@contextlib.contextmanager
+def faiss_errors(factory: str) -> Iterator[None]:
+    """What faiss raises becomes a UserError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
+        problem = f"--index {factory}: faiss cannot do this ({reason})"
+        raise UserError(f"{problem} — choose another index, or a smaller one") from error
+
+
+def faiss_index(factory: str, dim: int):
+    """An empty index of `dim` dimensions. factory: see DenseIndex. UserError: faiss knows none."""
+    import faiss
+
+    description, _, parameters = factory.partition(":")
+    with faiss_errors(factory):
+        index = faiss.index_factory(dim, description, faiss.METRIC_INNER_PRODUCT)
+        if parameters:
+            faiss.ParameterSpace().set_index_parameters(index, parameters)
+    return index
+
+
 class DenseIndex:
     """Inner-product search over a folder of dense embeddings: exact, or by any faiss factory
     string, with search parameters after a colon (IVF4096,Flat:nprobe=32, HNSW32:efSearch=128).
@@ -204,7 +228,8 @@ class DenseIndex:
         self.start, self.stop = own_part(len(corpus))
         if corpus.first is not None:  # the vectors of a text all belong to the same process
             self.start, self.stop = corpus.first[[self.start, self.stop]].tolist()
-        self.approximate = self._build(factory, seed) if factory else None
+        self.factory = factory
+        self.approximate = self._build(seed) if factory else None
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """queries (Q, D) -> (scores (Q, k), rows (Q, k)) of distinct texts, see the module."""
@@ -289,28 +314,22 @@ class DenseIndex:
         return best
 
     def _search_faiss(self, queries: Tensor, k: int) -> Tensor:
-        scores, rows = self.approximate.search(queries.numpy(), k)  # row -1 where there is none
+        with faiss_errors(self.factory):
+            scores, rows = self.approximate.search(queries.numpy(), k)  # row -1: there is none
         rows = np.where(rows < 0, -1, rows + self.start)
         return pack(torch.from_numpy(scores), torch.from_numpy(rows))
 
-    def _build(self, factory: str, seed: int):
+    def _build(self, seed: int):
         import faiss
 
-        description, _, parameters = factory.partition(":")
         faiss.omp_set_num_threads(torch.get_num_threads())
-        try:
-            index = faiss.index_factory(self.corpus.dim, description, faiss.METRIC_INNER_PRODUCT)
+        index = faiss_index(self.factory, self.corpus.dim)
+        with faiss_errors(self.factory):
             if not index.is_trained:  # on one sample everywhere: the parts then form one index
                 inverted = faiss.try_extract_index_ivf(index)
                 wanted = max(1 << 16, 64 * inverted.nlist if inverted else 0)
                 order = np.random.default_rng(seed).permutation(self.corpus.num_vectors)
                 index.train(self.corpus.take(np.sort(order[:wanted])))
-            for _, block in self._blocks(1 << 16, f"faiss {description}"):
+            for _, block in self._blocks(1 << 16, f"faiss {self.factory}"):
                 index.add(block.numpy())
-            if parameters:
-                faiss.ParameterSpace().set_index_parameters(index, parameters)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            problem = f"--index {factory}: faiss cannot make this index ({reason})"
-            raise UserError(f"{problem} — choose another index, or a smaller one") from error
         return index

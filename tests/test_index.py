@@ -87,8 +87,14 @@ def test_random_vectors_and_faiss(tmp_path):
     assert np.mean([len(set(a) & set(b)) / 30 for a, b in zip(near, rows, strict=True)]) > 0.3
     given = DenseIndex(corpus).score(queries, rows)
     assert all(np.allclose(a, b, rtol=1e-5) for a, b in zip(given, scores, strict=True))
-    with pytest.raises(UserError, match="--index Tree: faiss cannot make this index"):
+    with pytest.raises(
+        UserError, match="Tree: faiss cannot do this .could not parse index string Tree"
+    ):
         DenseIndex(corpus, factory="Tree")
+    with pytest.raises(UserError, match="--index IVF4,Flat:nprobe=-1: faiss cannot do this"):
+        DenseIndex(corpus, factory="IVF4,Flat:nprobe=-1").search(queries, 30)
+    with pytest.raises(UserError, match="--index IVF999,Flat: faiss cannot do this .* smaller one"):
+        DenseIndex(corpus, factory="IVF999,Flat")
 
 
 TEXTS = [

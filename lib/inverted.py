@@ -137,8 +137,9 @@ def open_folder(folder, manifest: dict, build: Callable[[Path], None]) -> None:
     from_main(PartialState(), make)
     stored = read_json(folder / "manifest.json")
     for key, value in manifest.items():
-        if stored.get(key) != value:
-            problem = f"{folder}: an index with {key} {stored.get(key)}, not {value}"
+        found = stored.get(key) if isinstance(stored, dict) else None
+        if found != value:
+            problem = f"{folder}: an index with {key} {found}, not {value}"
             raise UserError(f"{problem} — remove it or choose another folder")
 
 
@@ -158,20 +159,15 @@ def _add(totals, documents, weights, weight):
 @numba.njit(nogil=True, cache=True)
 def _offer(totals, first_row, keys, count, bar):
     """Offer the scores of the rows from first_row on to the list of a query; (count, bar) then."""
-    above = np.empty(64, dtype=np.int64)
     for start in range(0, len(totals), 64):
         line = totals[start : start + 64]
         hit = False
         for j in range(len(line)):  # no branch, so that the compiler compares 16 at a time
             hit |= line[j] > bar
         if hit:
-            number = 0
-            for j in range(len(line)):  # no branch, because the processor could only guess it
-                above[number] = start + j
-                number += line[j] > bar
-            for j in above[:number]:
-                if totals[j] > bar:
-                    count, bar = push(totals[j], first_row + j, keys, count, bar)
+            for j in range(len(line)):
+                if line[j] > bar:
+                    count, bar = push(line[j], first_row + start + j, keys, count, bar)
     return count, bar
 
 
@@ -203,8 +199,6 @@ def _scan_tiles(lists, tiling, queries, part, keys):
                 row = t * tiling.tile
                 counts[q], bars[q] = _offer(here, row, keys[q], counts[q], bars[q])
                 here[:] = 0
-    for q in range(part[0], part[1]):
-        keys[q, counts[q] :] = EMPTY
 
 
 @numba.njit(nogil=True, cache=True)
@@ -227,21 +221,25 @@ def _score_rows(lists, tiling, queries, q, rows):
 
 
 def _is_sound(lists: Lists, tiling: Tiling, terms: int) -> bool:
-    """Whether all sizes fit and all numbers point into the arrays: another index would crash the
-    process that searches it."""
-    number = -(-tiling.count // tiling.tile)
-    sizes = len(lists.documents), len(lists.terms), len(lists.terms) + 1, number + 1
-    if sizes != tuple(map(len, (lists.weights, lists.scales, lists.offsets, lists.tiles))):
-        return False
-    for edges, end in ((lists.offsets, len(lists.documents)), (lists.tiles, len(lists.terms))):
-        if edges[0] != 0 or edges[-1] != end or (edges[1:] < edges[:-1]).any():
+    """Whether all sizes fit and all numbers point into the arrays: the search in another index
+    would crash the process."""
+    tiles = -(-tiling.count // tiling.tile)
+    for edges, number, end in (
+        (lists.offsets, len(lists.terms), len(lists.documents)),
+        (lists.tiles, tiles, len(lists.terms)),
+    ):
+        if len(edges) != number + 1 or edges[0] != 0 or (edges[1:] < edges[:-1]).any():
             return False
-    last = lists.offsets[lists.tiles[-2]]  # the first posting of the last tile
-    rows = tiling.count - (number - 1) * tiling.tile
-    least, most = lists.terms.min(initial=0), lists.terms.max(initial=0)
-    before, after = lists.documents[:last], lists.documents[last:]
-    within = before.max(initial=0) < tiling.tile and after.max(initial=0) < rows
-    return bool(within and least >= 0 and most < terms)
+        if edges[-1] != end:
+            return False
+    before, last = np.split(lists.documents, [lists.offsets[lists.tiles[-2]]])  # the last tile's
+    return bool(
+        len(lists.weights) == len(lists.documents)
+        and len(lists.scales) == len(lists.terms)
+        and before.max(initial=0) < tiling.tile
+        and last.max(initial=0) < tiling.count - (tiles - 1) * tiling.tile
+        and 0 <= lists.terms.min(initial=0) <= lists.terms.max(initial=0) < terms
+    )
 
 
 class Inverted:

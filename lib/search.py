@@ -13,6 +13,7 @@ Shapes: Q queries, D dimensions, k depth, M most chunks of a passage, W processe
 
 import contextlib
 import mmap
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -156,6 +157,7 @@ def push(score, row, keys, count, bar):
     if count == len(keys):
         count = len(keys) // 2
         high = _best_first(keys, count) >> 32
+        keys[count:] = EMPTY
         bar = np.int32(high ^ 0x7FFFFFFF if high < 0 else high).view(np.float32)
     return count, bar
 
@@ -199,7 +201,7 @@ def faiss_errors(factory: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].rpartition("Error: ")[2]
+        reason = re.sub(r".*\.cpp:\d+: (Error: )?", "", str(error).strip().splitlines()[-1])
         problem = f"--index {factory}: faiss cannot do this ({reason})"
         raise UserError(f"{problem} — choose another index, or a smaller one") from error
 
@@ -301,7 +303,6 @@ class DenseIndex:
                     list(pool.map(partial(scan, block, row), parts, products))
         finally:
             torch.set_num_threads(threads)
-        keys[np.arange(2 * depth) >= counts[:, None]] = EMPTY
         return top_keys(torch.from_numpy(keys), k)
 
     def _search_device(self, queries: Tensor, k: int) -> Tensor:

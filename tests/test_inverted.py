@@ -189,6 +189,9 @@ def test_an_index_is_kept_and_not_mixed_up(tmp_path, tiles):
         open_sparse(moved, tmp_path / "index", bits=8)
     with pytest.raises(UserError, match="an index with model_hash m, not other"):
         open_sparse(store(tmp_path / "o", passages, model_hash="other"), tmp_path / "index")
+    (tmp_path / "index" / "manifest.json").write_text("[1]")
+    with pytest.raises(UserError, match="an index with head None, not sparse — remove it"):
+        open_sparse(moved, tmp_path / "index")
     (tmp_path / "index" / "manifest.json").unlink()
     with pytest.raises(UserError, match="manifest.json: no such file — check the path"):
         open_sparse(moved, tmp_path / "index")

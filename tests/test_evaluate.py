@@ -372,6 +372,21 @@ def test_a_folder_is_of_all_that_was_read(embedded, evaluate):
         (embedded / "o" / "per_query.tsv").touch()
 
 
+def test_vectors_of_other_tools_need_four_facts(embedded, evaluate):
+    for name, kind, count in (("q", "query", 3), ("p", "passage", 12)):
+        finish_embeddings(embedded / name, {"count": count, "dim": 2, "kind": kind})
+    flags = ["--queries_embeddings", "q", "--corpus_embeddings", "p", "--qrels", "test.tsv"]
+    assert evaluate(*flags, "--depth", 4, "--output_dir", "out")[0] == 0
+    assert files.read_run("out/run.trec")["q0"].pids == ["q0", "d1", "d2", "d3"]
+    write_shard(embedded / "q", 0, np.ones((3, 5), np.float32), ["q0", "q1", "q2"])
+    finish_embeddings(embedded / "q", {"count": 3, "dim": 5, "kind": "query"})
+    error = refused(evaluate, *flags, "--output_dir", "bad")
+    assert "q: made by another checkpoint or --head than p" in error
+    finish_embeddings(embedded / "q", {"count": 3, "dim": 5})
+    assert "vectors of kind None" in refused(evaluate, *flags, "--output_dir", "bad")
+    assert not (embedded / "bad").exists()
+
+
 def test_texts_and_their_index_are_compared(tmp_path, evaluate, tiny_collection):
     (tmp_path / "c.tsv").write_text("p1\tants march\np2\tbees fly\n")
     (tmp_path / "q.tsv").write_text("q1\tants\n")

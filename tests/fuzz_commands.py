@@ -37,6 +37,7 @@ from accelerate.state import AcceleratorState
 from scipy.sparse import csr_matrix
 
 from lib import files, launch
+from lib.bm25 import open_bm25
 from lib.embeddings import finish_embeddings, write_shard
 from lib.texts import open_texts
 
@@ -136,6 +137,11 @@ def make_ground(folder: Path) -> None:
         for head, array in (("dense", vectors), ("sparse", csr_matrix(vectors * (vectors > 0.6)))):
             write_shard(folder / f"{head}_{kind[0]}", 0, array, ids)
             finish_embeddings(folder / f"{head}_{kind[0]}", {**meta, "head": head})
+    write_shard(folder / "unfinished", 0, vectors, list(texts))
+    vectors[3, 3] = np.nan
+    write_shard(folder / "not_finite", 0, vectors, list(texts))
+    finish_embeddings(folder / "not_finite", {**meta, "head": "dense"})
+    open_bm25(open_texts(folder / "queries.tsv"), folder / "other_index")
 
 
 def stamps(folder: Path) -> dict:

@@ -213,6 +213,7 @@ def test_vectors_that_are_not_finite_are_refused_with_their_id(tmp_path, tied, b
         lambda: DenseIndex(corpus, factory="Flat"),
         lambda: DenseIndex(corpus).score(queries[:1], [np.array([1, 33])]),
         lambda: corpus.take([2, 33]),
+        lambda: DenseIndex(corpus)._search_device(torch.from_numpy(queries), 5),
     ):
         with pytest.raises(UserError, match=finite):
             find()

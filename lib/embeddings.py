@@ -206,13 +206,12 @@ class Embeddings:
                 parts.append(self._read(shard)[rows[places[-1]] - self.starts[shard]])
             back = np.argsort(np.concatenate([np.zeros(0, dtype=np.int64), *places]))
             found = vstack(parts, "csr")[back]
-            row_of = np.repeat(np.arange(len(rows)), np.diff(found.indptr))
-            bad = row_of[~np.isfinite(found.data)]
         else:
             found = np.empty((len(rows), self.dim), dtype=np.float32)
             for shard in np.unique(shards):
                 here = shards == shard
                 found[here] = self._read(shard)[rows[here] - self.starts[shard]]
-            bad = ~np.isfinite(found).all(1)
-        self.refuse_not_finite(rows[bad])
+        if not np.isfinite(found.sum()):  # fast, and a sum may overflow: then look closely
+            values = (vector.data if self.sparse else vector for vector in found)
+            self.refuse_not_finite(rows[[not np.isfinite(one).all() for one in values]])
         return found

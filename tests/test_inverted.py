@@ -288,3 +288,12 @@ def test_an_index_of_other_vectors_with_the_same_facts_is_refused(tmp_path):
     passages.data[7] += 1
     with pytest.raises(UserError, match="index: an index with content .*, not .* — remove it"):
         open_sparse(store(tmp_path / "p", passages), tmp_path / "index")
+
+
+def test_sparse_vectors_that_are_not_finite_are_refused_with_their_id(tmp_path):
+    passages = draw(N, V, 6)
+    passages.data[passages.indptr[205]] = np.nan
+    corpus = store(tmp_path / "p", passages)
+    assert corpus.take([3, 7, 3]).shape == (3, V)
+    with pytest.raises(UserError, match="p: the vector of d205 is not finite — remove the folder"):
+        corpus.take([3, 205, 7])

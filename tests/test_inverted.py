@@ -164,11 +164,15 @@ def one_of_two(rank, folder):
     found = open_sparse(Embeddings(f"{folder}/p"), f"{folder}/index")
     scores, rows = found.search(draw(Q, V, 5), 40)
     np.savez(f"{folder}/{rank}.npz", scores=scores, rows=rows)
+    with pytest.raises(UserError, match="bad: a weight is negative or not finite"):
+        open_sparse(Embeddings(f"{folder}/bad"), f"{folder}/other")
 
 
 def test_two_processes_find_what_one_finds(tmp_path, tiles):
     corpus = store(tmp_path / "p", draw(N, V, 6))
+    store(tmp_path / "bad", -draw(N, V, 6))  # both say why, and neither waits for the other
     spawn_two(one_of_two, str(tmp_path))
+    assert not (tmp_path / "other").exists()
     scores, rows = open_sparse(corpus, tmp_path / "alone").search(draw(Q, V, 5), 40)
     for rank in range(2):
         found = np.load(tmp_path / f"{rank}.npz")

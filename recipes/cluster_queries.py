@@ -127,8 +127,6 @@ def main():
         return
 
     vectors = embeddings.take(require_rows(embeddings, qids, args.train, "query"))
-    if not np.isfinite(vectors).all():
-        raise UserError(f"{embeddings.folder}: a vector is not finite — encode again")
     trained_on = min(args.sample or len(qids), len(qids))
     facts = {
         "queries": f"{len(qids)} of {source['model']}, {embeddings.dim} dimensions",

@@ -86,7 +86,7 @@ class Args:
     bm25_index: str | None = arg(
         None, help="folder of the index of BM25 or sparse vectors, built if absent; in --output_dir"
     )
-    bits: Literal[32, 16, 8] = arg(32, help="bits of a sparse vector's weight in the index")
+    bits: Literal[32, 16, 8] = arg(32, help="bits of a sparse weight in the index; 32 is exact")
 
     num_negatives: int = arg(
         0, group="choice", least=0, help="negatives per query (ANCE 20, COCO-DR 30); 0 keeps all"

@@ -26,10 +26,12 @@ N GPUs    accelerate launch --multi_gpu --num_processes 8 evaluate.py ...
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from lib.arguments import arg, parse_args
+from lib.bm25 import Weighting
 from lib.files import (
     RunList,
     UserError,
@@ -40,12 +42,13 @@ from lib.files import (
     write_lines,
     write_run,
 )
-from lib.index import Index, file_fingerprint, open_index
+from lib.index import Index, Source, check_identical_ids, file_fingerprint, open_index
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
 from lib.metrics import (
     bootstrap_interval,
     metric_name,
     order,
+    p_text,
     randomisation_test,
     reciprocal_rank_fusion,
     score_run,
@@ -75,7 +78,13 @@ class Args:
     )
     output_dir: str = arg(help="folder for run.trec, per_query.tsv and metrics.json")
 
-    depth: int = arg(1000, group="search", least=1, help="number of passages per query in the run")
+    depth: int = arg(
+        1000,
+        group="search",
+        least=1,
+        most=1_000_000,
+        help="number of passages per query that are written and counted, also of --run",
+    )
     index: str | None = arg(
         None, help="faiss factory string for dense vectors, as IVF4096,Flat; exact search without"
     )
@@ -84,7 +93,7 @@ class Args:
     bm25_index: str | None = arg(
         None, help="folder of the index of BM25 or sparse vectors, built if absent; in --output_dir"
     )
-    bits: int = arg(32, help="bits of a sparse vector's weight in the index: 32 exact, 16 or 8")
+    bits: Literal[32, 16, 8] = arg(32, help="bits of a sparse weight in the index; 32 is exact")
 
     metrics: list[str] = arg(
         METRICS,
@@ -92,7 +101,10 @@ class Args:
         help="nDCG@k, RR@k (MRR@k), R@k (Recall@k), AP (MAP), P@k, Success@k, Hole@k",
     )
     relevance_level: int = arg(
-        1, help="lowest grade that is relevant to all metrics but nDCG; 2 for TREC DL passages"
+        1,
+        least=1,
+        most=32768,
+        help="lowest grade that is relevant to all metrics but nDCG; 2 for TREC DL passages",
     )
     ignore_identical_ids: bool = arg(
         False, help="drop passages whose id is that of the query (ArguAna, Quora)"
@@ -100,15 +112,20 @@ class Args:
     compare: str | None = arg(
         None, help="a second run file: differences from it, with a paired test and an interval"
     )
-    seed: int = arg(0, help="seed of the bootstrap, of the randomisation test, of faiss' training")
+    seed: int = arg(
+        0, least=0, help="seed of the bootstrap, of the randomisation test, of faiss' training"
+    )
 
 
-def search(args: Args, index: Index, qids: list[str]) -> tuple[dict[str, RunList], dict[str, str]]:
-    """run[qid] by searching, or by scoring --candidates, and facts worth printing."""
+def search(
+    args: Args, index: Index, qids: list[str], listed: dict[str, RunList] | None
+) -> tuple[dict[str, RunList], dict[str, str]]:
+    """run[qid] by searching, or by scoring the candidates `listed`, and facts worth printing."""
     facts = {"searched": f"{len(index.corpus)} passages with {index.name}"}
     asked = index.queries.rows(qids)
-    if args.candidates:
-        listed = read_run(args.candidates)
+    if listed is None:
+        lists = zip(*index.search(asked, args.depth + args.ignore_identical_ids), strict=True)
+    else:
         wanted = [index.corpus.rows(listed[qid].pids if qid in listed else []) for qid in qids]
         lost = sum(int((rows < 0).sum()) for rows in wanted)
         none = sum(qid not in listed for qid in qids)
@@ -116,8 +133,6 @@ def search(args: Args, index: Index, qids: list[str]) -> tuple[dict[str, RunList
         facts["candidates"] = f"{args.candidates}; {missing}"
         wanted = [np.sort(rows[rows >= 0]) for rows in wanted]
         lists = zip(index.score(asked, wanted), wanted, strict=True)
-    else:
-        lists = zip(*index.search(asked, args.depth + args.ignore_identical_ids), strict=True)
     if index.folder.is_dir():
         size = sum(path.stat().st_size for path in index.folder.iterdir())
         facts["index"] = f"{size / 1e6:.1f} MB"
@@ -125,10 +140,7 @@ def search(args: Args, index: Index, qids: list[str]) -> tuple[dict[str, RunList
     for qid, (scores, rows) in zip(qids, lists, strict=True):
         best = np.argsort(-scores, kind="stable")  # ties stay in the order of corpus rows
         best = best[rows[best] >= 0]
-        entry = RunList(index.corpus.ids(rows[best]), scores[best])
-        if args.ignore_identical_ids:
-            entry = without(entry, qid)
-        found[qid] = RunList(entry.pids[: args.depth], entry.scores[: args.depth])
+        found[qid] = first(RunList(index.corpus.ids(rows[best]), scores[best]), qid, args)
     return found, facts
 
 
@@ -136,8 +148,26 @@ def take(entry: RunList, places: list[int]) -> RunList:
     return RunList([entry.pids[at] for at in places], entry.scores[places])
 
 
-def without(entry: RunList, pid: str) -> RunList:
-    return take(entry, [at for at, one in enumerate(entry.pids) if one != pid])
+def first(entry: RunList, qid: str, args: Args) -> RunList:
+    """What counts of a list, best first: --depth passages, without that of the query's own id if
+    --ignore_identical_ids is given."""
+    own = qid if args.ignore_identical_ids else None
+    places = [at for at, pid in enumerate(entry.pids) if pid != own]
+    return take(entry, places[: args.depth])
+
+
+def require_judged(run: dict[str, RunList], qids: list[str], path: str, args: Args) -> None:
+    """UserError if the run has lists, but none of the judged queries; an empty run may be."""
+    if run and not any(qid in run for qid in qids):
+        wrong = f"{path}: no query in it is judged in {args.qrels[0]}"
+        raise UserError(f"{wrong} — give files that belong together")
+
+
+def judged_part(run: dict[str, RunList], qids: list[str], path: str, args: Args) -> dict:
+    """What counts of the lists of judged queries, in trec_eval's order."""
+    require_judged(run, qids, path, args)
+    found = {qid: take(run[qid], order(run[qid])) for qid in qids if qid in run}
+    return {qid: first(entry, qid, args) for qid, entry in found.items()}
 
 
 def check_judgments(args: Args, splits: dict[str, dict], index: Index) -> int:
@@ -188,7 +218,7 @@ def show(result: dict) -> None:
                 other = part["compare"][name]
                 low, high = other["interval"]
                 line += f"   {other['difference']:+.4f} against {other['value']:.4f}, "
-                line += f"p {other['p']:.4f}, 95% {low:+.4f} to {high:+.4f}"
+                line += f"{p_text(other['p'])}, 95% {low:+.4f} to {high:+.4f}"
             print(line)
     for name, text in result["policy"].items():
         print(f"{name}: {text}")
@@ -199,19 +229,44 @@ def main():
     args = parse_args(Args)
     if args.candidates and args.run:
         raise UserError("--candidates: a run file is ranked already — give embeddings or --bm25")
-    args.index = None if args.candidates else args.index  # candidates are scored exactly
     args.metrics = list(dict.fromkeys(metric_name(name) for name in args.metrics))
     accelerator = make_accelerator()
     names = [Path(path).name.removesuffix(".gz").rsplit(".", 1)[0] for path in args.qrels]
     if len(set(names)) < len(names):
         raise UserError("--qrels: two files have the same name, and so their splits — rename one")
     splits = {name: read_qrels(path) for name, path in zip(names, args.qrels, strict=True)}
-    index = open_index(args, accelerator)
-    lost = check_judgments(args, splits, index) if index else 0
-    runs = [read_run(path) for path in args.run]
-    other = read_run(args.compare) if args.compare else None
+    for path, qrels in zip(args.qrels, splits.values(), strict=True):
+        if args.ignore_identical_ids:
+            relevant = {q: {p for p, grade in j.items() if grade > 0} for q, j in qrels.items()}
+            check_identical_ids(path, relevant)
     out = Path(args.output_dir)
-    inputs = {"qrels": file_fingerprint(*args.qrels), "run": file_fingerprint(*args.run)}
+    source = Source(
+        bm25=args.bm25,
+        run=bool(args.run),
+        texts=(args.queries, args.corpus),
+        embeddings=(args.queries_embeddings, args.corpus_embeddings),
+        folder=Path(args.bm25_index or out / "index"),
+        weighting=Weighting(args.k1, args.b),
+        bits=args.bits,
+        faiss=None if args.candidates else args.index,  # candidates are scored exactly
+        seed=args.seed,
+    )
+    index = open_index(source, accelerator)
+    lost = check_judgments(args, splits, index) if index else 0
+    qids = list(dict.fromkeys(qid for qrels in splits.values() for qid in qrels))
+    runs = [read_run(path) for path in args.run]
+    listed = read_run(args.candidates) if args.candidates else None
+    require_judged(listed or {}, qids, args.candidates, args)
+    other = judged_part(read_run(args.compare), qids, args.compare, args) if args.compare else None
+    if runs:
+        fused = runs[0] if len(runs) == 1 else reciprocal_rank_fusion(runs)
+        found = judged_part(fused, qids, args.run[0], args)
+        how = " (reciprocal rank fusion, k 60)" if len(runs) > 1 else ""
+        facts = {"run": " + ".join(args.run) + how}
+        facts["queries not judged"] = f"{len(fused.keys() - set(qids))}, ignored"
+    read = {"qrels": args.qrels, "run": args.run}
+    read |= {"candidates": [args.candidates], "compare": [args.compare]}
+    inputs = {name: file_fingerprint(*filter(None, paths)) for name, paths in read.items()}
     inputs |= index.inputs if index else {}
     if claim_output(args, accelerator, "metrics.json", inputs=inputs):
         if accelerator.is_main_process:
@@ -219,20 +274,8 @@ def main():
         return
 
     # ---- the run
-    qids = list(dict.fromkeys(qid for qrels in splits.values() for qid in qrels))
     if index:
-        found, facts = search(args, index, qids)
-    else:
-        found = runs[0] if len(runs) == 1 else reciprocal_rank_fusion(runs)
-        fused = " (reciprocal rank fusion, k 60)" if len(runs) > 1 else ""
-        facts = {"run": " + ".join(args.run) + fused}
-        facts["queries not judged"] = f"{len(found.keys() - set(qids))}, ignored"
-        found = {qid: found[qid] for qid in qids if qid in found}
-        if not found:
-            wrong = f"{args.run[0]}: no query in it is judged in {args.qrels[0]}"
-            raise UserError(f"{wrong} — give files that belong together")
-        if args.ignore_identical_ids:
-            found = {qid: without(entry, qid) for qid, entry in found.items()}
+        found, facts = search(args, index, qids, listed)
     echo(accelerator, "evaluation", {"running on": describe(accelerator), **facts})
     if not accelerator.is_main_process:
         return
@@ -256,6 +299,7 @@ def main():
         "queries without a result": f"{missing}, count 0",
         "queries without a relevant passage": f"{empty}, count 0 (relevant: grade >= {level})",
         "passage id = query id": dropped,
+        "depth": f"the first {args.depth} passages of a query are counted",
     }
     if lost:
         result["policy"]["corpus"] = f"{lost} relevant passages are not in the corpus"

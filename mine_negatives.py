@@ -37,6 +37,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.arguments import arg, parse_args
+from lib.bm25 import Weighting
 from lib.files import (
     RunList,
     TrainingRow,
@@ -47,7 +48,7 @@ from lib.files import (
     write_json,
     write_training_file,
 )
-from lib.index import file_fingerprint, open_index
+from lib.index import Source, check_identical_ids, file_fingerprint, open_index
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
 from lib.text import step_seed
 from lib.texts import Texts, open_texts, require_rows
@@ -74,6 +75,7 @@ class Args:
         200,
         group="search",
         least=1,
+        most=1_000_000,
         help="number of ranks to take (RetroMAE, ANCE 200; LexMAE 512)",
     )
     index: str | None = arg(
@@ -84,7 +86,7 @@ class Args:
     bm25_index: str | None = arg(
         None, help="folder of the index of BM25 or sparse vectors, built if absent; in --output_dir"
     )
-    bits: int = arg(32, help="bits of a sparse vector's weight in the index: 32 exact, 16 or 8")
+    bits: Literal[32, 16, 8] = arg(32, help="bits of a sparse weight in the index; 32 is exact")
 
     num_negatives: int = arg(
         0, group="choice", least=0, help="negatives per query (ANCE 20, COCO-DR 30); 0 keeps all"
@@ -93,10 +95,12 @@ class Args:
         "top", help="keep the best negatives, or draw them uniformly from all ranks (ANCE)"
     )
     max_score_margin: float | None = arg(
-        None, help="drop passages that score above the lowest positive of the query minus this"
+        None,
+        least=0,
+        help="drop passages that score above the lowest positive of the query minus this",
     )
     ignore_identical_ids: bool = arg(False, help="drop passages whose id is that of the query")
-    seed: int = arg(42, help="seed of --sample uniform and of faiss' training")
+    seed: int = arg(42, least=0, help="seed of --sample uniform and of faiss' training")
 
 
 class Lists:
@@ -144,8 +148,22 @@ def main():
     # ---- setup
     args = parse_args(Args)
     accelerator = make_accelerator()
-    index = open_index(args, accelerator)
+    out = Path(args.output_dir)
+    source = Source(
+        bm25=args.bm25,
+        run=bool(args.run),
+        texts=(args.queries, args.corpus),
+        embeddings=(args.queries_embeddings, args.corpus_embeddings),
+        folder=Path(args.bm25_index or out / "index"),
+        weighting=Weighting(args.k1, args.b),
+        bits=args.bits,
+        faiss=args.index,
+        seed=args.seed,
+    )
+    index = open_index(source, accelerator)
     positives = read_positives(args.qrels)
+    if args.ignore_identical_ids:
+        check_identical_ids(args.qrels, positives)
     qids = list(positives)
     if not qids:
         raise UserError(f"{args.qrels}: no passage has a grade above 0 — mining needs positives")
@@ -161,7 +179,7 @@ def main():
     else:
         asked = require_rows(index.queries, qids, args.qrels, "query")
         inputs |= index.inputs
-    if args.corpus_embeddings and index.corpus.meta["input_fingerprint"] != corpus.fingerprint:
+    if args.corpus_embeddings and index.corpus.meta.get("input_fingerprint") != corpus.fingerprint:
         problem = f"{args.corpus_embeddings}: not the embeddings of {args.corpus}"
         raise UserError(f"{problem} — encode it")
     if claim_output(args, accelerator, "audit.json", inputs=inputs):
@@ -174,7 +192,7 @@ def main():
     echo(accelerator, "mining", {**facts, "running on": describe(accelerator)})
 
     # ---- mine
-    counts, sizes, out = Counter(), [], Path(args.output_dir)
+    counts, sizes = Counter(), []
     keep_scores = bool(args.run) and index.teacher
     need_scores = keep_scores or args.max_score_margin is not None
 

@@ -97,7 +97,7 @@ def _add(section, field: dataclasses.Field) -> str:
         shown = " ".join(default) if isinstance(default, list) else default
         options["help"] += f" (default: {shown})"
     if get_origin(kind) is Literal:
-        options["choices"] = get_args(kind)
+        options |= {"choices": get_args(kind), "type": type(get_args(kind)[0])}
     elif get_origin(kind) is list:
         options |= {"nargs": "+", "metavar": field.name.upper()}
     else:

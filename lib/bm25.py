@@ -106,14 +106,14 @@ def _build(texts: Texts, how: Weighting, folder: Path) -> None:
     hashes[order].tofile(folder / "vocabulary.bin")
 
 
-def open_bm25(texts: Texts, folder, how=Weighting(), accelerator=None) -> Inverted:  # noqa: B008
+def open_bm25(texts: Texts, folder, how=Weighting()) -> Inverted:  # noqa: B008
     """The index of `texts` in `folder`, built if absent; its queries are strings. All processes
     call it. UserError: the folder holds an index of other texts or settings."""
     manifest = {"fingerprint": texts.fingerprint, "count": len(texts), **how._asdict()}
     manifest |= {"analyzer": ANALYZER, "tile": TILE}
-    open_folder(folder, manifest, partial(_build, texts, how), accelerator)
+    open_folder(folder, manifest, partial(_build, texts, how))
     vocabulary = map_array(Path(folder) / "vocabulary.bin", np.uint64)
-    return Inverted(folder, partial(_queries, vocabulary=vocabulary), accelerator)
+    return Inverted(folder, partial(_queries, vocabulary=vocabulary), len(vocabulary))
 
 
 def _queries(queries: Sequence[str], vocabulary: np.ndarray) -> Rows:

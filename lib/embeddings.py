@@ -8,15 +8,22 @@
 A text of several chunks (MaxP) has a vector for each, one after the other, with its id in each.
 """
 
-import zipfile
+import contextlib
+import json
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from scipy.sparse import csr_matrix, save_npz, vstack
 
 from lib.files import UserError, atomic, lines, read_json, write_json, write_lines
 from lib.texts import find_rows, id_hashes
+
+IDS = ".ids.txt"
+AGAIN = "remove the folder and encode again"
+SAMPLE = 1 << 16  # bytes of the beginning and of the end of a file that a fingerprint takes
 
 
 def shard_name(index: int) -> str:
@@ -31,7 +38,7 @@ def write_shard(folder, index: int, array: np.ndarray | csr_matrix, ids: list[st
     """Write one shard (n, D). The ids come first: a shard whose array exists is whole."""
     assert array.ndim == 2 and array.shape[0] == len(ids)
     sparse = isinstance(array, csr_matrix)
-    write_lines(Path(folder) / f"{shard_name(index)}.ids.txt", ids)
+    write_lines(Path(folder) / f"{shard_name(index)}{IDS}", ids)
     with atomic(Path(folder) / shard_file(index, sparse)) as temporary:
         with open(temporary, "wb") as stream:
             save_npz(stream, array, compressed=False) if sparse else np.save(stream, array)
@@ -44,6 +51,19 @@ def finish_embeddings(folder, meta: dict) -> None:
 def _opens(ids: np.ndarray) -> np.ndarray:
     """(n,) ids of vectors -> (n,) bool, True for the first vector of a text."""
     return np.append(True, ids[1:] != ids[:-1])
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What is raised inside becomes a UserError: for a damaged file numpy, zipfile and scipy raise
+    a dozen kinds of errors."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: damaged ({reason}) — {AGAIN}") from error
 
 
 class Embeddings:
@@ -63,48 +83,81 @@ class Embeddings:
             raise UserError(f"{folder}: no such folder — encode.py writes it")
         if not (self.folder / "meta.json").is_file():
             raise UserError(f"{folder}: no meta.json, it is unfinished — run encode.py again")
-        self.meta = read_json(self.folder / "meta.json")
-        self.sparse = self.meta.get("head") == "sparse"
-        self.dim = self.meta["dim"]
-        self.max_chunks = self.meta.get("max_chunks", 1)
+        with _readable(self.folder / "meta.json"):
+            self.meta = read_json(self.folder / "meta.json")
+            self.sparse = self.meta.get("head") == "sparse"
+            self.dim, self.max_chunks = self.meta["dim"], int(self.meta.get("max_chunks", 1))
+            stated = self.meta["count"], self.meta.get("vectors", self.meta["count"])
         self.paths = sorted(self.folder.glob("shard-*.npz" if self.sparse else "shard-*.npy"))
-        again = "remove the folder and encode again"
-        try:
-            shapes = [self._shape(path) for path in self.paths]
-        except (ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{folder}: a damaged shard ({error}) — {again}") from error
-        self.starts = np.cumsum([0, *(n for n, _ in shapes)])  # first vector of each shard, the end
+        rows = [self._rows_of(path) for path in self.paths]
+        self.starts = np.cumsum([0, *rows])  # first vector of each shard, the end
         self.num_vectors = int(self.starts[-1])
         self.text_starts, self.first, self.text_of = self.starts, None, None
-        self._ids, self._index = {}, None
+        self._ids = {}
         if self.max_chunks > 1:
             opens = [_opens(self._vector_ids(shard)) for shard in range(len(self.paths))]
             self.text_starts = np.cumsum([0, *(part.sum() for part in opens)])
             self.first = np.flatnonzero(np.concatenate([*opens, [True]]))
             self.text_of = np.repeat(np.arange(len(self), dtype=np.int32), np.diff(self.first))
-        found = len(self), self.num_vectors, {dim for _, dim in shapes}
-        stated = self.meta["count"], self.meta.get("vectors", self.meta["count"]), {self.dim}
-        if found != stated or (self.first is not None and self.first[-1] != self.num_vectors):
-            raise UserError(f"{folder}: the shards do not hold what meta.json states — {again}")
+        if not self.paths or (len(self), self.num_vectors) != stated:
+            wrong = f"{folder}: the shards do not hold what meta.json states"
+            raise UserError(f"{wrong} — {AGAIN}")
 
-    def _shape(self, path) -> tuple[int, int]:
-        if not self.sparse:
-            return np.load(path, mmap_mode="r").shape
-        with np.load(path) as parts:
-            return tuple(parts["shape"].tolist())
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of meta.json (without two names, which may change) and of the size, beginning and
+        end of every file: of all that another encoding would change."""
+        made = {**self.meta, "model": None, "input": None}
+        digest = xxhash.xxh3_64(json.dumps(made, sort_keys=True).encode())
+        for path in (file for shard in self.paths for file in (shard, shard.with_suffix(IDS))):
+            size = path.stat().st_size
+            with open(path, "rb") as stream:
+                digest.update(f"{size} ".encode() + stream.read(SAMPLE))
+                stream.seek(max(size - SAMPLE, 0))
+                digest.update(stream.read())
+        return digest.hexdigest()
+
+    def _rows_of(self, path: Path) -> int:
+        with _readable(path):
+            if self.sparse:
+                with np.load(path) as parts:
+                    rows, dim = parts["shape"].tolist()
+            else:
+                array = np.load(path, mmap_mode="r")
+                rows, dim = array.shape
+                if array.dtype.kind != "f":
+                    raise ValueError(f"numbers of type {array.dtype}")
+            if dim != self.dim:
+                raise ValueError(f"vectors of {dim} dimensions, not {self.dim} as meta.json states")
+        return rows
 
     def _read(self, shard: int) -> np.ndarray | csr_matrix:
         if not self.sparse:
             return np.load(self.paths[shard], mmap_mode="r")
-        with np.load(self.paths[shard]) as parts:  # to float32: scipy computes with no float16
+        with _readable(self.paths[shard]), np.load(self.paths[shard]) as parts:
+            # to float32: scipy computes with no float16
             arrays = parts["data"].astype(np.float32), parts["indices"], parts["indptr"]
-            return csr_matrix(arrays, shape=tuple(parts["shape"]))
+            matrix = csr_matrix(arrays, shape=tuple(parts["shape"]))
+            matrix.check_format(full_check=True)  # an index out of range would crash the process
+        return matrix
+
+    def refuse_not_finite(self, vectors: np.ndarray) -> None:
+        """UserError if there are any: the numbers of vectors that are not finite."""
+        if len(vectors):
+            text = vectors[0] if self.text_of is None else self.text_of[vectors[0]]
+            wrong = f"{self.folder}: the vector of {self.ids([text])[0]} is not finite"
+            raise UserError(f"{wrong} — {AGAIN}")
 
     def __len__(self) -> int:
         return int(self.text_starts[-1])
 
     def _vector_ids(self, shard: int) -> np.ndarray:
-        return np.array([line for _, line in lines(self.paths[shard].with_suffix(".ids.txt"))])
+        path = self.paths[shard].with_suffix(IDS)
+        ids = np.array([line for _, line in lines(path)])
+        wanted = self.starts[shard + 1] - self.starts[shard]
+        if len(ids) != wanted:
+            raise UserError(f"{path}: {len(ids)} ids of {wanted} vectors — {AGAIN}")
+        return ids
 
     def _shard_ids(self, shard: int) -> np.ndarray:
         """The ids of the texts of a shard."""
@@ -119,13 +172,16 @@ class Embeddings:
         places = zip(shards, rows - self.text_starts[shards], strict=True)
         return [str(self._shard_ids(shard)[at]) for shard, at in places]
 
+    @cached_property
+    def _index(self) -> tuple[np.ndarray, np.ndarray]:
+        """The sorted hashes of all ids, and their rows."""
+        parts = [self._shard_ids(shard).tolist() for shard in range(len(self.paths))]
+        hashes = np.concatenate([id_hashes(part) for part in parts])
+        order = np.argsort(hashes, kind="stable")
+        return hashes[order], order
+
     def rows(self, ids: Iterable[str]) -> np.ndarray:
         """(len(ids),) int64 rows, -1 for an unknown id."""
-        if self._index is None:
-            parts = [self._shard_ids(shard).tolist() for shard in range(len(self.paths))]
-            hashes = np.concatenate([id_hashes(part) for part in parts])
-            order = np.argsort(hashes, kind="stable")
-            self._index = hashes[order], order
         return find_rows(ids, *self._index)
 
     def blocks(self, start: int, stop: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -139,7 +195,8 @@ class Embeddings:
                     yield int(row), array[row - edge : min(row + size, high) - edge]
 
     def take(self, rows) -> np.ndarray | csr_matrix:
-        """(len(rows), D) float32: the vectors with these numbers, in their order."""
+        """(len(rows), D) float32: the vectors with these numbers, in their order. UserError: one is
+        not finite."""
         rows = np.asarray(rows, dtype=np.int64)
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         if self.sparse:
@@ -148,9 +205,13 @@ class Embeddings:
                 places.append(np.flatnonzero(shards == shard))
                 parts.append(self._read(shard)[rows[places[-1]] - self.starts[shard]])
             back = np.argsort(np.concatenate([np.zeros(0, dtype=np.int64), *places]))
-            return vstack(parts, "csr")[back]
-        out = np.empty((len(rows), self.dim), dtype=np.float32)
-        for shard in np.unique(shards):
-            here = shards == shard
-            out[here] = self._read(shard)[rows[here] - self.starts[shard]]
-        return out
+            found = vstack(parts, "csr")[back]
+        else:
+            found = np.empty((len(rows), self.dim), dtype=np.float32)
+            for shard in np.unique(shards):
+                here = shards == shard
+                found[here] = self._read(shard)[rows[here] - self.starts[shard]]
+        if not np.isfinite(found.sum()):  # fast, and a sum may overflow: then look closely
+            values = (vector.data if self.sparse else vector for vector in found)
+            self.refuse_not_finite(rows[[not np.isfinite(one).all() for one in values]])
+        return found

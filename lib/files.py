@@ -118,8 +118,13 @@ def read_json(path):
 
 
 def map_array(path: Path, dtype) -> np.ndarray:
-    """The numbers of a binary file, memory-mapped. (An empty file cannot be mapped.)"""
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.frombuffer(b"", dtype)
+    """The numbers of a binary file, memory-mapped. (An empty file cannot be mapped.) UserError: the
+    file is missing, or ends within a number."""
+    size = path.stat().st_size if path.is_file() else None
+    if size is None or size % np.dtype(dtype).itemsize:
+        wrong = f"{path}: missing or truncated"
+        raise UserError(f"{wrong} — remove its folder; it is then written again")
+    return np.memmap(path, dtype, "r") if size else np.frombuffer(b"", dtype)
 
 
 def line_of(path, *fields) -> str:
@@ -273,7 +278,8 @@ def read_run(path) -> dict[str, RunList]:
     are -1, -2, ..., and repeated ids count once. A training file: the negatives, then the
     positives, with their scores where all of them have one.
 
-    UserError: another shape, a passage that a run lists twice for a query, an empty file."""
+    An empty file is a run that found nothing. UserError: another shape, a passage that a run lists
+    twice for a query."""
     columns = first_line(path).split("\t")
     judgments = len(columns) == 4 and columns[1] in ("0", "Q0") and columns[3].isdigit()
     expected = "a run has 6 (TREC) or 3 (MS MARCO); with tabs, lists have 2 and top1000.dev has 4"
@@ -283,9 +289,10 @@ def read_run(path) -> dict[str, RunList]:
         run = _run_of_lists(table(path, (2, 4), expected, "\t"))
     else:
         run = _run_of_columns(table(path, (3, 6), expected))
-    if not run:
-        raise UserError(f"{path}: the run is empty — check the path")
     return run
+
+
+MAX_RANK = 1 << 24  # float32 does not tell greater whole numbers apart
 
 
 def _run_of_columns(rows) -> dict[str, RunList]:
@@ -295,6 +302,9 @@ def _run_of_columns(rows) -> dict[str, RunList]:
         pid = names.setdefault(pid, pid)  # one string for all its lines
         if len(columns) == 3:
             score = -_number(columns[2], place, "the rank", whole=True)
+            if abs(score) > MAX_RANK:
+                wrong = f"the rank {columns[2]} is above {MAX_RANK}"
+                raise UserError(f"{place}: {wrong} — number the passages of a query from 1")
         else:
             score = _number(columns[4], place, "the score")
         pids, scores = run.setdefault(columns[0], ({}, array("f")))

@@ -1,6 +1,6 @@
 """The searchable side of mining and evaluation: BM25 over texts, or embeddings of any kind."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from lib.bm25 import Weighting, open_bm25
 from lib.embeddings import Embeddings
 from lib.files import UserError
 from lib.inverted import Inverted, open_sparse
-from lib.search import DenseIndex
+from lib.search import DenseIndex, faiss_index
 from lib.texts import Texts, open_texts
 
 
@@ -28,15 +28,41 @@ def file_fingerprint(*paths) -> str:
 
 def check_pair(queries: Embeddings, corpus: Embeddings) -> None:
     """UserError unless these are queries and passages of one checkpoint."""
-    kinds = queries.meta["kind"], corpus.meta["kind"]
+    kinds = queries.meta.get("kind"), corpus.meta.get("kind")
     if kinds != ("query", "passage"):
         problem = f"{queries.folder}: vectors of kind {kinds[0]}, and {corpus.folder} of {kinds[1]}"
         raise UserError(f"{problem} — give those of queries, then those of passages")
     # one checkpoint without a head of its own gives sparse or dense vectors, by --head
-    made = [(part.meta["model_hash"], part.sparse) for part in (queries, corpus)]
+    made = [(part.meta.get("model_hash"), part.sparse, part.dim) for part in (queries, corpus)]
     if made[0] != made[1]:
         problem = f"{queries.folder}: made by another checkpoint or --head than {corpus.folder}"
         raise UserError(f"{problem} — encode both with the same")
+
+
+def check_identical_ids(path, positives: dict[str, Collection[str]]) -> None:
+    """For --ignore_identical_ids. UserError: a query has the passage with its own id among its
+    positives, and would lose this answer."""
+    answers = [qid for qid, pids in positives.items() if qid in pids]
+    if answers:
+        wrong = f"{path}: the passage with the id of the query is relevant to {answers[0]}"
+        counted = f"{len(answers)} of {len(positives)} queries"
+        raise UserError(f"{wrong} ({counted}) — leave out --ignore_identical_ids")
+
+
+@dataclass(kw_only=True)
+class Source:
+    """What a script searches, and how: one of BM25, of embeddings, and of a run, which needs no
+    search."""
+
+    bm25: bool
+    run: bool
+    texts: tuple[str | None, str | None]  # of queries, of passages
+    embeddings: tuple[str | None, str | None]  # the same
+    folder: Path  # of the inverted lists of BM25 or of sparse vectors, built if absent
+    weighting: Weighting
+    bits: int  # of a sparse vector's weight
+    faiss: str | None  # the index of dense vectors; None is exact search
+    seed: int  # of its training
 
 
 @dataclass
@@ -60,44 +86,44 @@ class Index:
         return self.queries.take(queries)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of Q queries -> (scores (Q, k), rows of passages (Q, k)), see lib/search.py."""
-        return self.engine.search(self._asked(queries), k)
+        """Rows of Q queries -> (scores (Q, k), rows of passages (Q, k)), see lib/search.py. A k
+        above the number of passages is that number."""
+        return self.engine.search(self._asked(queries), min(k, len(self.corpus)))
 
     def score(self, queries: np.ndarray, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Rows of Q queries and Q arrays of rows of passages -> Q float32 arrays of scores."""
         return self.engine.score(self._asked(queries), rows)
 
 
-def open_index(args, accelerator) -> Index | None:
-    """What the arguments of mine_negatives.py or evaluate.py say; None for --run. The first search
-    builds or opens the index. UserError: not one source, an incomplete one, embeddings that do not
-    belong together, --index with sparse vectors."""
-    vectors = args.queries_embeddings, args.corpus_embeddings
-    texts = args.queries, args.corpus
-    if args.bm25 + any(vectors) + bool(args.run) != 1 or any(vectors) != all(vectors):
+def open_index(source: Source, accelerator) -> Index | None:
+    """None for a run. The first search builds or opens the index. UserError: not one source, an
+    incomplete one, embeddings that do not belong together, faiss for what is not dense."""
+    vectors, folder = source.embeddings, source.folder
+    if source.bm25 + any(vectors) + source.run != 1 or any(vectors) != all(vectors):
         either = "--bm25, or --run, or --queries_embeddings and --corpus_embeddings"
         raise UserError(f"nothing to search, or several sources — give {either}")
-    if args.bm25 and not all(texts):
+    if source.bm25 and not all(source.texts):
         raise UserError("--bm25 searches texts — give --queries and --corpus")
-    if args.run:
+    queries, corpus = map(Embeddings, vectors) if all(vectors) else (None, None)
+    if source.faiss and (corpus is None or corpus.sparse):
+        raise UserError("--index is for dense vectors — leave it out")
+    if source.faiss:
+        faiss_index(source.faiss, corpus.dim)  # an unknown one is refused at once
+    if source.run:
         return None
-    folder = Path(args.bm25_index or Path(args.output_dir) / "index")
-    if args.bm25:
+    if source.bm25:
         with accelerator.main_process_first():
-            queries, corpus = map(open_texts, texts)
-        name = f"BM25, k1 {args.k1}, b {args.b} (Lucene's variant)"
+            queries, corpus = map(open_texts, source.texts)
+        k1, b = source.weighting
+        name = f"BM25, k1 {k1}, b {b} (Lucene's variant)"
         inputs = {"queries": queries.fingerprint, "corpus": corpus.fingerprint}
-        build = partial(open_bm25, corpus, folder, Weighting(args.k1, args.b), accelerator)
+        build = partial(open_bm25, corpus, folder, source.weighting)
         return Index(queries, corpus, name, folder, inputs, build)
-    queries, corpus = map(Embeddings, vectors)
     check_pair(queries, corpus)
-    if corpus.sparse and args.index:
-        raise UserError("--index is for dense vectors — leave it out, or use --bits 8")
-    how = f"{args.bits} bits a weight" if corpus.sparse else args.index or "exact search"
-    folders = {"queries_embeddings": queries, "corpus_embeddings": corpus}
-    keys = ["model_hash", "input_fingerprint"]
-    inputs = {name: str([part.meta.get(k) for k in keys]) for name, part in folders.items()}
-    build = partial(DenseIndex, corpus, accelerator, args.index, args.seed)
+    inputs = {"queries_embeddings": queries.fingerprint, "corpus_embeddings": corpus.fingerprint}
+    how = f"{source.bits} bits a weight" if corpus.sparse else source.faiss or "exact search"
+    build = partial(DenseIndex, corpus, accelerator.device, source.faiss, source.seed)
     if corpus.sparse:
-        build = partial(open_sparse, corpus, folder, args.bits, accelerator)
-    return Index(queries, corpus, f"{corpus.meta['model']}, {how}", folder, inputs, build)
+        build = partial(open_sparse, corpus, folder, source.bits)
+    name = f"{corpus.meta.get('model')}, {how}"
+    return Index(queries, corpus, name, folder, inputs, build)

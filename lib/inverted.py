@@ -26,10 +26,12 @@ from typing import NamedTuple
 import numba
 import numpy as np
 import torch
+from accelerate import PartialState
 from scipy.sparse import csc_matrix, csr_matrix, hstack, vstack
 from torch import Tensor
 from tqdm import tqdm
 
+from lib.dist import from_main
 from lib.embeddings import Embeddings
 from lib.files import UserError, atomic, map_array, read_json, write_json
 from lib.search import EMPTY, own_part, push, search_in_parts, top_keys
@@ -121,20 +123,23 @@ def _file(folder, name: str) -> Path:
     return Path(folder) / f"{name}.bin"
 
 
-def open_folder(folder, manifest: dict, build: Callable[[Path], None], accelerator) -> None:
+def open_folder(folder, manifest: dict, build: Callable[[Path], None]) -> None:
     """The main process builds the index in `folder` if the folder is absent, build(temporary
     name). UserError on every process: the folder holds anything but what `manifest` states."""
     folder = Path(folder)
-    if (accelerator is None or accelerator.is_main_process) and not folder.exists():
-        with atomic(folder) as temporary:
-            build(temporary)
-            write_json(temporary / "manifest.json", manifest)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
+
+    def make() -> None:
+        if not folder.exists():
+            with atomic(folder) as temporary:
+                build(temporary)
+                write_json(temporary / "manifest.json", manifest)
+
+    from_main(PartialState(), make)
     stored = read_json(folder / "manifest.json")
     for key, value in manifest.items():
-        if stored.get(key) != value:
-            problem = f"{folder}: an index with {key} {stored.get(key)}, not {value}"
+        found = stored.get(key) if isinstance(stored, dict) else None
+        if found != value:
+            problem = f"{folder}: an index with {key} {found}, not {value}"
             raise UserError(f"{problem} — remove it or choose another folder")
 
 
@@ -154,20 +159,15 @@ def _add(totals, documents, weights, weight):
 @numba.njit(nogil=True, cache=True)
 def _offer(totals, first_row, keys, count, bar):
     """Offer the scores of the rows from first_row on to the list of a query; (count, bar) then."""
-    above = np.empty(64, dtype=np.int64)
     for start in range(0, len(totals), 64):
         line = totals[start : start + 64]
         hit = False
         for j in range(len(line)):  # no branch, so that the compiler compares 16 at a time
             hit |= line[j] > bar
         if hit:
-            number = 0
-            for j in range(len(line)):  # no branch, because the processor could only guess it
-                above[number] = start + j
-                number += line[j] > bar
-            for j in above[:number]:
-                if totals[j] > bar:
-                    count, bar = push(totals[j], first_row + j, keys, count, bar)
+            for j in range(len(line)):
+                if line[j] > bar:
+                    count, bar = push(line[j], first_row + start + j, keys, count, bar)
     return count, bar
 
 
@@ -199,8 +199,6 @@ def _scan_tiles(lists, tiling, queries, part, keys):
                 row = t * tiling.tile
                 counts[q], bars[q] = _offer(here, row, keys[q], counts[q], bars[q])
                 here[:] = 0
-    for q in range(part[0], part[1]):
-        keys[q, counts[q] :] = EMPTY
 
 
 @numba.njit(nogil=True, cache=True)
@@ -222,19 +220,43 @@ def _score_rows(lists, tiling, queries, q, rows):
     return totals
 
 
-class Inverted:
-    """A finished index and its search. as_rows(queries) makes Rows of what is asked: texts, or a
-    matrix (Q, V)."""
+def _is_sound(lists: Lists, tiling: Tiling, terms: int) -> bool:
+    """Whether all sizes fit and all numbers point into the arrays: the search in another index
+    would crash the process."""
+    tiles = -(-tiling.count // tiling.tile)
+    for edges, number, end in (
+        (lists.offsets, len(lists.terms), len(lists.documents)),
+        (lists.tiles, tiles, len(lists.terms)),
+    ):
+        if len(edges) != number + 1 or edges[0] != 0 or (edges[1:] < edges[:-1]).any():
+            return False
+        if edges[-1] != end:
+            return False
+    before, last = np.split(lists.documents, [lists.offsets[lists.tiles[-2]]])  # the last tile's
+    return bool(
+        len(lists.weights) == len(lists.documents)
+        and len(lists.scales) == len(lists.terms)
+        and before.max(initial=0) < tiling.tile
+        and last.max(initial=0) < tiling.count - (tiles - 1) * tiling.tile
+        and 0 <= lists.terms.min(initial=0) <= lists.terms.max(initial=0) < terms
+    )
 
-    def __init__(self, folder, as_rows: Callable[..., Rows], accelerator=None):
-        self.as_rows, self.accelerator = as_rows, accelerator
+
+class Inverted:
+    """A finished index of passages with `terms` terms, and its search. as_rows(queries) makes Rows
+    of what is asked: texts, or a matrix (Q, terms). UserError: the index is damaged."""
+
+    def __init__(self, folder, as_rows: Callable[..., Rows], terms: int):
+        self.as_rows = as_rows
         meta = read_json(Path(folder) / "manifest.json")
         weights = WEIGHTS[meta.get("bits", 32)]
         dtypes = Lists(np.uint16, weights, np.int64, np.float32, np.int32, np.int64)
         parts = zip(Lists._fields, dtypes, strict=True)
         self.lists = Lists(*(map_array(_file(folder, name), dtype) for name, dtype in parts))
-        first, stop = own_part(len(self.lists.tiles) - 1, accelerator)
+        first, stop = own_part(len(self.lists.tiles) - 1)
         self.tiling = Tiling(meta["tile"], meta["count"], first, stop)
+        if not _is_sound(self.lists, self.tiling, terms):
+            raise UserError(f"{folder}: the index is damaged — remove it; it is then built again")
 
     def search(self, queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Q queries -> (scores (Q, k), rows (Q, k)), the same on every process."""
@@ -243,7 +265,7 @@ class Inverted:
         def best(part: slice) -> Tensor:
             return self._best(asked._replace(starts=asked.starts[part.start : part.stop + 1]), k)
 
-        return search_in_parts(best, len(asked.starts) - 1, k, self.accelerator)
+        return search_in_parts(best, len(asked.starts) - 1, k)
 
     def score(self, queries, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The scores of given rows, 0 without a common term: Q queries and Q arrays of rows -> Q
@@ -268,7 +290,7 @@ class Inverted:
 
 
 # sparse vectors
-def open_sparse(corpus: Embeddings, folder, bits: int = 32, accelerator=None) -> Inverted:
+def open_sparse(corpus: Embeddings, folder, bits: int = 32) -> Inverted:
     """The index of `corpus` in `folder`, which is built if the folder is absent, in the memory of
     a few tiles. Its queries are matrices (Q, V). All processes call it.
 
@@ -278,12 +300,10 @@ def open_sparse(corpus: Embeddings, folder, bits: int = 32, accelerator=None) ->
 
     UserError: the folder holds an index of other vectors or settings; a weight is negative or not
     finite, here or in a query."""
-    if bits not in WEIGHTS:
-        raise UserError(f"--bits {bits}: unknown — choose 32, 16 or 8")
     made = {**corpus.meta, "model": None, "input": None}  # two names, which may change
-    build = partial(write, tiles=_tiles(corpus), bits=bits)
-    open_folder(folder, {**made, "bits": bits, "tile": TILE}, build, accelerator)
-    return Inverted(folder, partial(_queries, terms=corpus.dim), accelerator)
+    made |= {"content": corpus.fingerprint, "bits": bits, "tile": TILE}
+    open_folder(folder, made, partial(write, tiles=_tiles(corpus), bits=bits))
+    return Inverted(folder, partial(_queries, terms=corpus.dim), corpus.dim)
 
 
 def _queries(queries: csr_matrix, terms: int) -> Rows:

@@ -22,11 +22,11 @@ WITHOUT_CUT = {"nDCG": "ndcg", "AP": "map", "RR": "recip_rank"}
 
 def metric_name(name: str) -> str:
     """ "nDCG@10" from "ndcg@10", "AP" from "map". UserError: an unknown metric."""
-    match = re.fullmatch(r"([A-Za-z]+)(@[1-9]\d*)?", name)
+    match = re.fullmatch(r"([A-Za-z]+)(@[1-9][0-9]{0,6})?", name)
     kind = KINDS.get(match[1].lower()) if match else None
     if kind is None or (match[2] is None and kind not in WITHOUT_CUT):
         known = "nDCG@k, RR@k, R@k, AP, P@k, Success@k or Hole@k"
-        raise UserError(f"--metrics {name}: unknown metric — give {known}")
+        raise UserError(f"--metrics {name}: unknown metric — give {known}, k from 1 to 9999999")
     return kind + (match[2] or "")
 
 
@@ -104,6 +104,15 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> tuple[float, f
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
+DRAWS = 10_000
+
+
+def p_text(p: float) -> str:
+    """A p of randomisation_test in four digits. The least that it can find by drawing, where no
+    draw is as far from 0 as what was observed, is an upper bound and no estimate."""
+    return "p < 0.0002" if p <= 1 / (DRAWS + 1) else f"p {p:.4f}"
+
+
 def randomisation_test(differences: Sequence[float], seed: int = 0) -> float:
     """Two-sided p of a paired randomisation test that the mean difference is 0: the share of sign
     flips whose mean is at least as far from 0 (Smucker et al., CIKM 2007). All 2^n flips for up to
@@ -116,7 +125,7 @@ def randomisation_test(differences: Sequence[float], seed: int = 0) -> float:
         signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
         return float((np.abs(signs @ differences) >= reach).mean())
     draw, further = np.random.default_rng(seed), 0
-    for _ in range(10):
+    for _ in range(DRAWS // 1000):
         signs = draw.integers(0, 2, (1000, n), dtype=np.int8) * 2.0 - 1.0
         further += int((np.abs(signs @ differences) >= reach).sum())
-    return (further + 1) / 10_001
+    return (further + 1) / (DRAWS + 1)

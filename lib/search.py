@@ -3,7 +3,7 @@
 Every search returns scores (Q, k) float32 and rows (Q, k) int64: score descending, then corpus
 row, also for ties at the cut, so that every run gives the same; row -1 and score -inf where there
 are fewer than k. With W processes each searches its own range of rows and all receive the merged
-lists; the matrix of all scores is never kept. All vectors must be finite (encode.py checks it).
+lists; the matrix of all scores is never kept.
 
 A text of several chunks (MaxP) has a vector for each and scores as the best of them. A search for
 k texts takes the k·M best vectors, so it cannot miss one.
@@ -11,7 +11,9 @@ k texts takes the k·M best vectors, so it cannot miss one.
 Shapes: Q queries, D dimensions, k depth, M most chunks of a passage, W processes.
 """
 
+import contextlib
 import mmap
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +22,13 @@ from functools import partial
 import numba
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
 from lib.cpu import product
-from lib.dist import all_gather
+from lib.dist import all_gather, world
 from lib.embeddings import Embeddings
 from lib.files import UserError
 
@@ -83,34 +86,34 @@ def best_of_texts(keys, text_of, k):
     return best
 
 
-def own_part(count: int, accelerator) -> list[int]:
+def own_part(count: int) -> list[int]:
     """The first, and the end, of those of `count` things that this process searches."""
-    rank = accelerator.process_index if accelerator else 0
-    world = accelerator.num_processes if accelerator else 1
-    return [count * rank // world, count * (rank + 1) // world]
+    rank, processes = world()
+    return [count * rank // processes, count * (rank + 1) // processes]
 
 
-def merge(keys: Tensor, k: int, accelerator) -> Tensor:
+def merge(keys: Tensor, k: int) -> Tensor:
     """Keys (Q, k) that each process found -> the best (Q, k) of all, the same on every process."""
-    if accelerator is None or accelerator.num_processes == 1:
+    processes = world()[1]
+    if processes == 1:
         return keys
-    lists = all_gather(keys.to(accelerator.device)).cpu().chunk(accelerator.num_processes)
+    device = "cuda" if "nccl" in dist.get_backend() else "cpu"
+    lists = all_gather(keys.to(device)).cpu().chunk(processes)
     return top_keys(torch.cat(lists, 1), k)
 
 
 def search_in_parts(
-    find: Callable[[slice], Tensor], queries: int, k: int, accelerator, chunks: int = 1
+    find: Callable[[slice], Tensor], queries: int, k: int, chunks: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """(scores (Q, k), rows (Q, k)) of all processes, from find(part of the queries) -> keys (n, k)
     of this process, which needs k · chunks keys for each."""
     scores = np.empty((queries, k), dtype=np.float32)
     rows = np.empty((queries, k), dtype=np.int64)
-    world = accelerator.num_processes if accelerator else 1
     least, most = QUERIES_AT_A_TIME
-    at_a_time = min(max(KEYS_AT_A_TIME // (k * chunks * world), least), most)
+    at_a_time = min(max(KEYS_AT_A_TIME // (k * chunks * world()[1]), least), most)
     for start in range(0, queries, at_a_time):
         part = slice(start, min(start + at_a_time, queries))
-        scores[part], rows[part] = unpack(merge(find(part), k, accelerator))
+        scores[part], rows[part] = unpack(merge(find(part), k))
     return scores, rows
 
 
@@ -154,6 +157,7 @@ def push(score, row, keys, count, bar):
     if count == len(keys):
         count = len(keys) // 2
         high = _best_first(keys, count) >> 32
+        keys[count:] = EMPTY
         bar = np.int32(high ^ 0x7FFFFFFF if high < 0 else high).view(np.float32)
     return count, bar
 
@@ -191,20 +195,43 @@ def scan_device(scores: Tensor, first_row: int, best: Tensor, k: int) -> Tensor:
     return top_keys(torch.cat([best, new], 1), k)
 
 
+@contextlib.contextmanager
+def faiss_errors(factory: str) -> Iterator[None]:
+    """What faiss raises becomes a UserError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = re.sub(r".*\.cpp:\d+: (Error: )?", "", str(error).strip().splitlines()[-1])
+        problem = f"--index {factory}: faiss cannot do this ({reason})"
+        raise UserError(f"{problem} — choose another index, or a smaller one") from error
+
+
+def faiss_index(factory: str, dim: int):
+    """An empty index of `dim` dimensions. factory: see DenseIndex. UserError: faiss knows none."""
+    import faiss
+
+    description, _, parameters = factory.partition(":")
+    with faiss_errors(factory):
+        index = faiss.index_factory(dim, description, faiss.METRIC_INNER_PRODUCT)
+        if parameters:
+            faiss.ParameterSpace().set_index_parameters(index, parameters)
+    return index
+
+
 class DenseIndex:
     """Inner-product search over a folder of dense embeddings: exact, or by any faiss factory
     string, with search parameters after a colon (IVF4096,Flat:nprobe=32, HNSW32:efSearch=128).
 
     The rows of `search` and `score` are texts; those of the private methods are vectors."""
 
-    def __init__(self, corpus: Embeddings, accelerator=None, factory=None, seed: int = 0):
+    def __init__(self, corpus: Embeddings, device="cpu", factory: str | None = None, seed: int = 0):
         assert corpus.num_vectors <= ROW_MASK, "a row has 32 bits of a key"
-        self.corpus, self.accelerator = corpus, accelerator
-        self.start, self.stop = own_part(len(corpus), accelerator)
+        self.corpus, self.device = corpus, torch.device(device)
+        self.start, self.stop = own_part(len(corpus))
         if corpus.first is not None:  # the vectors of a text all belong to the same process
             self.start, self.stop = corpus.first[[self.start, self.stop]].tolist()
-        self.device = accelerator.device if accelerator else torch.device("cpu")
-        self.approximate = self._build(factory, seed) if factory else None
+        self.factory = factory
+        self.approximate = self._build(seed) if factory else None
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """queries (Q, D) -> (scores (Q, k), rows (Q, k)) of distinct texts, see the module."""
@@ -221,7 +248,7 @@ class DenseIndex:
             keys = keys.cpu().sort(dim=1, descending=True).values  # faiss leaves ties in any order
             return torch.from_numpy(best_of_texts(keys.numpy(), text_of, k))
 
-        return search_in_parts(best, len(queries), k, self.accelerator, chunks)
+        return search_in_parts(best, len(queries), k, chunks)
 
     def score(self, queries: np.ndarray, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The scores of given texts: queries (Q, D) and Q arrays of rows -> Q float32 arrays."""
@@ -236,16 +263,19 @@ class DenseIndex:
         vectors = np.arange(counts.sum()) + np.repeat(first[rows] - starts, counts)
         return np.maximum.reduceat(self.corpus.take(vectors) @ query, starts)
 
-    def _blocks(self, size: int, what: str) -> Iterator[tuple[int, Tensor]]:
-        """The blocks of this process's vectors, each with the number of its first. Pages that
-        were read are given back at once; else a mapped shard counts as memory of this process."""
-        hidden = bool(self.accelerator) and not self.accelerator.is_main_process
+    def _blocks(self, size: int, what: str, device="cpu") -> Iterator[tuple[int, Tensor]]:
+        """The blocks (n, D) of this process's vectors, float32, each with the number of its first.
+        Pages that were read are given back at once; else a mapped shard counts as memory of this
+        process. UserError: a vector is not finite, and would never or always be found."""
         total = self.stop - self.start
-        with tqdm(total=total, desc=what, leave=False, disable=hidden, delay=5) as bar:
+        with tqdm(total=total, desc=what, leave=False, disable=world()[0] > 0, delay=5) as bar:
             for row, block in self.corpus.blocks(self.start, self.stop, size):
                 with warnings.catch_warnings():  # of torch, that a mapped array is read-only
                     warnings.simplefilter("ignore")
-                    tensor = torch.from_numpy(block)
+                    tensor = torch.from_numpy(block).to(device).float()
+                if not tensor.sum().isfinite():  # fast, and a sum may overflow: then look closely
+                    bad = ~tensor.isfinite().all(1).cpu().numpy()
+                    self.corpus.refuse_not_finite(row + np.flatnonzero(bad))
                 yield row, tensor
                 bar.update(len(block))
                 block._mmap.madvise(mmap.MADV_DONTNEED)
@@ -270,45 +300,37 @@ class DenseIndex:
         try:
             with ThreadPoolExecutor(threads) as pool:
                 for row, block in self._blocks(8 * ROW_TILE, "exact search"):
-                    list(pool.map(partial(scan, block.float(), row), parts, products))
+                    list(pool.map(partial(scan, block, row), parts, products))
         finally:
             torch.set_num_threads(threads)
-        keys[np.arange(2 * depth) >= counts[:, None]] = EMPTY
         return top_keys(torch.from_numpy(keys), k)
 
     def _search_device(self, queries: Tensor, k: int) -> Tensor:
         queries = queries.to(self.device)
         best = torch.full((len(queries), k), EMPTY, device=self.device)
-        for row, block in self._blocks(DEVICE_ROW_TILE, "exact search"):
-            block = block.to(self.device).float()
+        for row, block in self._blocks(DEVICE_ROW_TILE, "exact search", self.device):
             for at in range(0, len(queries), DEVICE_QUERY_TILE):
                 part = slice(at, at + DEVICE_QUERY_TILE)
                 best[part] = scan_device(queries[part] @ block.T, row, best[part], k)
         return best
 
     def _search_faiss(self, queries: Tensor, k: int) -> Tensor:
-        scores, rows = self.approximate.search(queries.numpy(), k)  # row -1 where there is none
+        with faiss_errors(self.factory):
+            scores, rows = self.approximate.search(queries.numpy(), k)  # row -1: there is none
         rows = np.where(rows < 0, -1, rows + self.start)
         return pack(torch.from_numpy(scores), torch.from_numpy(rows))
 
-    def _build(self, factory: str, seed: int):
+    def _build(self, seed: int):
         import faiss
 
-        description, _, parameters = factory.partition(":")
         faiss.omp_set_num_threads(torch.get_num_threads())
-        try:
-            index = faiss.index_factory(self.corpus.dim, description, faiss.METRIC_INNER_PRODUCT)
+        index = faiss_index(self.factory, self.corpus.dim)
+        with faiss_errors(self.factory):
             if not index.is_trained:  # on one sample everywhere: the parts then form one index
                 inverted = faiss.try_extract_index_ivf(index)
                 wanted = max(1 << 16, 64 * inverted.nlist if inverted else 0)
                 order = np.random.default_rng(seed).permutation(self.corpus.num_vectors)
                 index.train(self.corpus.take(np.sort(order[:wanted])))
-            for _, block in self._blocks(1 << 16, f"faiss {description}"):
-                index.add(block.float().numpy())
-            if parameters:
-                faiss.ParameterSpace().set_index_parameters(index, parameters)
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            problem = f"--index {factory}: faiss cannot make this index ({reason})"
-            raise UserError(f"{problem} — choose another index, or a smaller one") from error
+            for _, block in self._blocks(1 << 16, f"faiss {self.factory}"):
+                index.add(block.numpy())
         return index

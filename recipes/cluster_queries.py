@@ -129,8 +129,6 @@ def main():
         return
 
     vectors = embeddings.take(require_rows(embeddings, qids, args.train, "query"))
-    if not np.isfinite(vectors).all():
-        raise UserError(f"{embeddings.folder}: a vector is not finite — encode again")
     facts = {
         "queries": f"{len(qids)} of {source['model']}, {embeddings.dim} dimensions",
         "clusters": f"{args.clusters}, the best of {args.nredo} runs",

@@ -12,6 +12,7 @@ from pathlib import Path
 from lib.arguments import arg, parse_args
 from lib.files import read_json, read_qrels, read_run
 from lib.launch import run
+from lib.metrics import p_text
 from lib.texts import open_texts
 
 METRICS = "RR@10", "nDCG@10", "R@100"
@@ -37,7 +38,7 @@ def verdict(ours: str, theirs: str, part: dict, metric: str = "RR@10") -> str:
     if found["p"] >= 0.05:
         return f"{ours} and {theirs} cannot be told apart at this size (MRR@10, p {found['p']:.2f})"
     word = "ahead of" if found["difference"] > 0 else "behind"
-    difference = f"{abs(found['difference']):.4f} (MRR@10, p {found['p']:.4f})"
+    difference = f"{abs(found['difference']):.4f} (MRR@10, {p_text(found['p'])})"
     return f"{ours} is {word} {theirs} by {difference}"
 
 

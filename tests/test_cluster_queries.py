@@ -232,7 +232,7 @@ def test_refusals(tmp_path, monkeypatch, tiny_collection):
         ("dense", {"queries": tiny_collection.queries}, "not the embeddings of .*queries.tsv"),
         ("passages", {}, "embeddings of kind passage — give those of queries"),
         ("sparse", {}, "sparse vectors, k-means needs dense ones"),
-        ("broken", {}, "broken: a vector is not finite"),
+        ("broken", {}, "broken: the vector of q5 is not finite"),
         ("same", {}, "--clusters 3: 2 of them are empty, too few vectors differ"),
         ("none", {}, "no such folder"),
         ("dense", {"train": more}, "more.jsonl:1: query q80 is not in .*dense .* give files"),

@@ -233,3 +233,189 @@ def test_bm25_and_mistakes(tmp_path, tiny_collection, evaluate):
         status, _, error = evaluate(*flags, "--output_dir", "bad")
         assert status == 1 and message in error and error.count("\n") == 1, error
         assert not (tmp_path / "bad" / "metrics.json").exists()
+
+
+def refused(evaluate, *flags):
+    """The one line of a command that must fail."""
+    status, _, error = evaluate(*flags)
+    assert status == 1 and error.count("\n") == 1 and " — " in error, error
+    return error
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--depth 0",
+        "--depth 3000000000",
+        "--depth -1",
+        "--bits 7",
+        "--bits 8.0",
+        "--k1 -1",
+        "--k1 inf",
+        "--b 1.5",
+        "--b nan",
+        "--seed -1",
+        "--relevance_level 0",
+        "--relevance_level 3000000000",
+        "--metrics R@0",
+        "--metrics nDCG@-1",
+        "--metrics R@99999999999999999999",
+        "--metrics RR@\u0661",
+        "--metrics @5",
+        "--index Flat",
+    ],
+)
+def test_numbers_without_sense_are_refused_before_anything_is_written(runs, evaluate, flags):
+    name = flags.split()[0]
+    data = ["--run", "run", "--qrels", "dev.tsv", "--output_dir", "out"]
+    assert name in refused(evaluate, *data, *flags.split())
+    assert not (runs / "out").exists()
+
+
+def test_depth_cuts_runs_fusions_and_what_they_are_compared_with(runs, evaluate):
+    flags = ["--qrels", "dev.tsv", "--depth", 1, "--metrics", "AP"]
+    evaluate("--run", "run", *flags, "--compare", "other", "--output_dir", "one")
+    assert files.read_run("one/run.trec")["q1"].pids == ["b"]
+    # q1 has b before a, q2 c before b of two relevant ones, q3 nothing
+    assert metrics(runs / "one")["metrics"]["AP"] == pytest.approx((0 + 0.5 + 0) / 3)
+    assert metrics(runs / "one")["compare"]["AP"]["value"] == pytest.approx((1 + 0.5 + 0) / 3)
+    evaluate("--run", "run", "other", *flags, "--output_dir", "fused")
+    assert all(len(entry.pids) == 1 for entry in files.read_run("fused/run.trec").values())
+    shown = evaluate("--run", "run", *flags, "--depth", 2, "--output_dir", "two")[1]
+    assert "depth: the first 2 passages of a query are counted" in shown
+    assert metrics(runs / "two")["metrics"]["AP"] == pytest.approx((0.5 + 1 + 0) / 3)
+
+
+def test_the_run_compared_with_loses_identical_ids_too(runs, evaluate):
+    flags = ["--run", "run", "--compare", "run", "--qrels", "test.tsv", "--metrics", "RR@10"]
+    evaluate(*flags, "--ignore_identical_ids", "--output_dir", "out")
+    assert metrics(runs / "out", "test")["compare"]["RR@10"]["value"] == 1
+
+
+def test_identical_ids_that_are_answers_are_not_ignored(runs, evaluate):
+    files.write_qrels("own", {"q1": {"a": 1, "q1": 0}, "q4": {"q4": 2}})
+    flags = ["--run", "run", "--qrels", "own", "--output_dir", "out"]
+    error = refused(evaluate, *flags, "--ignore_identical_ids")
+    assert "own: the passage with the id of the query is relevant to q4 (1 of 2 queries)" in error
+    assert not (runs / "out").exists() and evaluate(*flags)[0] == 0
+
+
+def test_nothing_found_is_zero_and_can_be_read_back(tmp_path, tiny_collection, evaluate):
+    (tmp_path / "queries.tsv").write_text("q1\tzebra\nq2\tunicorn\n")
+    files.write_qrels(tmp_path / "qrels", {"q1": {"p1": 1}, "q2": {"p2": 1}})
+    qrels = ["--qrels", "qrels", "--metrics", "RR@10", "AP", "nDCG@10", "Hole@10"]
+    texts = ["--bm25", "--queries", "queries.tsv", "--corpus", tiny_collection.corpus]
+    (tmp_path / "none").touch()
+    sources = {
+        "searched": texts,
+        "candidates": [*texts, "--candidates", "none"],
+        "run": ["--run", "searched/run.trec"],
+        "fused": ["--run", "searched/run.trec", "none"],
+    }
+    for name, source in sources.items():
+        status, shown, error = evaluate(*source, *qrels, "--output_dir", name)
+        assert status == 0 and "queries without a result: 2, count 0" in shown, error
+        assert set(metrics(tmp_path / name, "qrels")["metrics"].values()) == {0.0}
+    files.write_run(tmp_path / "others", [("q8", ["p1"], [1])])
+    for flags in (["--run", "others"], [*texts, "--candidates", "others"]):
+        error = refused(evaluate, *flags, *qrels, "--output_dir", "bad")
+        assert "others: no query in it is judged in qrels" in error
+        assert not (tmp_path / "bad").exists()
+
+
+def test_ranks_that_float32_does_not_tell_apart_are_refused(runs, evaluate):
+    (runs / "marco").write_text("q1\tb\t3000000000\nq1\ta\t3000000001\n")
+    error = refused(evaluate, "--run", "marco", "--qrels", "dev.tsv", "--output_dir", "out")
+    assert "marco:1: the rank 3000000000 is above 16777216" in error
+
+
+def test_a_p_that_no_draw_reached_is_a_bound(runs, evaluate):
+    qids = [f"q{number}" for number in range(30)]
+    files.write_qrels(runs / "many", {qid: {"a": 1} for qid in qids})
+    files.write_run(runs / "right", [(qid, ["a"], [1]) for qid in qids])
+    files.write_run(runs / "wrong", [(qid, ["b"], [1]) for qid in qids])
+    flags = ["--run", "right", "--compare", "wrong", "--qrels", "many", "--metrics", "RR@10"]
+    shown = evaluate(*flags, "--output_dir", "out")[1]
+    assert "+1.0000 against 0.0000, p < 0.0002, 95%" in shown
+
+
+def test_a_folder_is_of_all_that_was_read(embedded, evaluate):
+    """A file that changed makes a completed folder, and an unfinished one, another run's."""
+    (embedded / "top").write_text("q0\td9,d1\nq1\td3,d4\n")
+    files.write_run(embedded / "old", [("q0", ["d3", "d1"], [2, 1])])
+    flags = ["--queries_embeddings", "q", "--corpus_embeddings", "p", "--qrels", "test.tsv"]
+    flags += ["--candidates", "top", "--compare", "old", "--metrics", "RR@10", "--output_dir", "o"]
+    assert evaluate(*flags)[0] == 0 and "o is complete" in evaluate(*flags)[1]
+
+    def other_vectors(folder):
+        vectors = np.load(folder / "shard-00000.npy")
+        ids = (folder / "shard-00000.ids.txt").read_text().split()
+        write_shard(folder, 0, vectors[::-1].copy(), ids)
+
+    spoil = {
+        "qrels": lambda: files.write_qrels("test.tsv", {"q0": {"d9": 1}}),
+        "candidates": lambda: (embedded / "top").write_text("q0\td1,d9\n"),
+        "compare": lambda: files.write_run("old", [("q0", ["d1", "d3"], [2, 1])]),
+        "queries_embeddings": lambda: other_vectors(embedded / "q"),
+        "corpus_embeddings": lambda: other_vectors(embedded / "p"),
+    }
+    (embedded / "o" / "run.trec").rename(embedded / "kept")
+    for done in (True, False):
+        for name, change in spoil.items():
+            before = {p: p.read_bytes() for p in embedded.rglob("*") if p.is_file()}
+            change()
+            assert f"o: it was made with {name} " in refused(evaluate, *flags), (name, done)
+            for path, content in before.items():
+                path.write_bytes(content)
+        assert ("o is complete" in evaluate(*flags)[1]) == done
+        (embedded / "o" / "metrics.json").unlink()
+        (embedded / "o" / "per_query.tsv").touch()
+
+
+def test_vectors_of_other_tools_need_four_facts(embedded, evaluate):
+    for name, kind, count in (("q", "query", 3), ("p", "passage", 12)):
+        finish_embeddings(embedded / name, {"count": count, "dim": 2, "kind": kind})
+    flags = ["--queries_embeddings", "q", "--corpus_embeddings", "p", "--qrels", "test.tsv"]
+    assert evaluate(*flags, "--depth", 4, "--output_dir", "out")[0] == 0
+    assert files.read_run("out/run.trec")["q0"].pids == ["q0", "d1", "d2", "d3"]
+    write_shard(embedded / "q", 0, np.ones((3, 5), np.float32), ["q0", "q1", "q2"])
+    finish_embeddings(embedded / "q", {"count": 3, "dim": 5, "kind": "query"})
+    error = refused(evaluate, *flags, "--output_dir", "bad")
+    assert "q: made by another checkpoint or --head than p" in error
+    finish_embeddings(embedded / "q", {"count": 3, "dim": 5})
+    assert "vectors of kind None" in refused(evaluate, *flags, "--output_dir", "bad")
+    assert not (embedded / "bad").exists()
+
+
+def test_texts_and_their_index_are_compared(tmp_path, evaluate, tiny_collection):
+    (tmp_path / "c.tsv").write_text("p1\tants march\np2\tbees fly\n")
+    (tmp_path / "q.tsv").write_text("q1\tants\n")
+    files.write_qrels(tmp_path / "qrels", {"q1": {"p1": 1}})
+    flags = ["--bm25", "--queries", "q.tsv", "--corpus", "c.tsv", "--qrels", "qrels"]
+    flags += ["--bm25_index", "index"]
+    assert evaluate(*flags, "--output_dir", "o")[0] == 0
+    (tmp_path / "q.tsv").write_text("q1\tbees\n")
+    assert "o: it was made with queries " in refused(evaluate, *flags, "--output_dir", "o")
+    (tmp_path / "c.tsv").write_text("p1\tants march\np2\tants fly\n")
+    assert "o: it was made with corpus " in refused(evaluate, *flags, "--output_dir", "o")
+    error = refused(evaluate, *flags, "--output_dir", "other")
+    assert "index: an index with fingerprint" in error and "remove it" in error
+    assert not (tmp_path / "other" / "metrics.json").exists()
+
+
+def test_the_beir_recipe_does_not_drop_answers(recipe, tmp_path):
+    """The queries of Quora are passages; here one of them is judged to be its own answer."""
+    folder = tmp_path / "beir" / "quora"
+    (folder / "qrels").mkdir(parents=True)
+    texts = [{"_id": name, "text": f"how do {name} live?"} for name in ("ants", "bees", "wasps")]
+    rows = "".join(json.dumps(text) + "\n" for text in texts)
+    for name in ("corpus.jsonl", "queries.jsonl"):
+        (folder / name).write_text(rows)
+    header = "query-id\tcorpus-id\tscore\n"
+    (folder / "qrels" / "test.tsv").write_text(f"{header}ants\tbees\t1\nbees\tants\t1\n")
+    done = recipe("beir.sh", "bm25", "beir", "out", cwd=tmp_path)
+    assert done.returncode == 0 and "passage id = query id: dropped" in done.stdout, done.stderr
+    (folder / "qrels" / "test.tsv").write_text(f"{header}ants\tbees\t1\nbees\tbees\t1\n")
+    done = recipe("beir.sh", "bm25", "beir", "other", cwd=tmp_path)
+    assert done.returncode == 1 and "the id of the query is relevant to bees" in done.stderr
+    assert not (tmp_path / "other" / "quora" / "evaluation").exists()

@@ -216,7 +216,6 @@ def test_shapes_of_runs(tmp_path, text, expected):
         ("q1 7 1\nq1 7\n", "run:2: 2 columns"),
         ("q1\t7,,8\n", "run:1: a passage id in the list is empty"),
         ("q1 Q0 7 1 nan t\n", "run:1: the score 'nan'"),
-        ("", "the run is empty"),
         (TRAINING + '{"qid": "q2", "pos": ["3"]}\n', "run:3: query q2 has a line already"),
         (TRAINING + '{"qid": "q3", "pos": []}\n', "run:3: "),
         (TRAINING + '{"qid": "q3", "pos": ["1"], "pos_scores": [1, 2]}\n', "run:3: "),
@@ -304,5 +303,5 @@ def test_sparse_embeddings(tmp_path):
     ]
     assert (vstack([block for _, block in stored.blocks(0, 8, 2)]) != whole).nnz == 0
     (tmp_path / "shard-00001.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match="damaged shard"):
+    with pytest.raises(UserError, match="shard-00001.npz: damaged"):
         Embeddings(tmp_path)

@@ -87,8 +87,14 @@ def test_random_vectors_and_faiss(tmp_path):
     assert np.mean([len(set(a) & set(b)) / 30 for a, b in zip(near, rows, strict=True)]) > 0.3
     given = DenseIndex(corpus).score(queries, rows)
     assert all(np.allclose(a, b, rtol=1e-5) for a, b in zip(given, scores, strict=True))
-    with pytest.raises(UserError, match="--index Tree: faiss cannot make this index"):
+    with pytest.raises(
+        UserError, match="Tree: faiss cannot do this .could not parse index string Tree"
+    ):
         DenseIndex(corpus, factory="Tree")
+    with pytest.raises(UserError, match="--index IVF4,Flat:nprobe=-1: faiss cannot do this"):
+        DenseIndex(corpus, factory="IVF4,Flat:nprobe=-1").search(queries, 30)
+    with pytest.raises(UserError, match="--index IVF999,Flat: faiss cannot do this .* smaller one"):
+        DenseIndex(corpus, factory="IVF999,Flat")
 
 
 TEXTS = [
@@ -146,3 +152,106 @@ def test_bm25_is_saved_without_pickles_and_not_mixed_up(tmp_path, texts):
     write_texts(tmp_path / "other.jsonl", TEXTS[:2])
     with pytest.raises(UserError, match="an index with fingerprint"):
         open_bm25(open_texts(tmp_path / "other.jsonl"), tmp_path / "index")
+
+
+def spoilt(folder, problem):
+    """Damage the dense embeddings of a folder (3 shards of 7, 7 and 6 vectors)."""
+    path, meta = folder / "shard-00001.npy", folder / "meta.json"
+    vectors = np.load(path)
+    ids = folder / "shard-00001.ids.txt"
+    if problem == "truncated":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif problem == "empty":
+        path.write_bytes(b"")
+    elif problem == "header":
+        path.write_bytes(path.read_bytes().replace(b"(7, 4)", b"(9, 9)"))
+    elif problem == "no array":
+        path.write_bytes(b"what is this?" * 9)
+    elif problem == "flat":
+        np.save(path, vectors.ravel())
+    elif problem == "narrow":
+        np.save(path, vectors[:, :2])
+    elif problem == "whole numbers":
+        np.save(path, vectors.astype(np.int64))
+    elif problem == "objects":
+        np.save(path, vectors.astype(object), allow_pickle=True)
+    elif problem == "ids":
+        ids.write_text(ids.read_text().replace("d9\n", ""))
+    elif problem == "meta":
+        meta.write_text('{"count": 20}')
+    elif problem == "list":
+        meta.write_text("[1, 2]")
+    elif problem == "count":
+        meta.write_text('{"count": 21, "dim": 4}')
+    elif problem == "gone":
+        path.unlink()
+
+
+PROBLEMS = "truncated empty header narrow flat ids meta list count gone objects".split()
+
+
+@pytest.mark.parametrize("problem", [*PROBLEMS, "no array", "whole numbers"])
+def test_damaged_embeddings_end_in_one_line(tmp_path, tied, problem):
+    store(tmp_path, tied[1][:20])
+    spoilt(tmp_path, problem)
+    with pytest.raises(UserError, match="remove the folder and encode again") as error:
+        Embeddings(tmp_path).rows(["d1"])
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_vectors_that_are_not_finite_are_refused_with_their_id(tmp_path, tied, bad):
+    """A NaN would never be found, on a GPU always; encode.py writes none, but others may."""
+    queries, vectors = tied
+    asked = store(tmp_path / "good", vectors)
+    vectors = vectors.copy()
+    vectors[33, 2] = bad
+    corpus = store(tmp_path / "p", vectors)
+    finite = "p: the vector of d33 is not finite — remove the folder and encode again"
+    for find in (
+        lambda: DenseIndex(corpus).search(queries, 5),
+        lambda: DenseIndex(corpus, factory="Flat"),
+        lambda: DenseIndex(corpus).score(queries[:1], [np.array([1, 33])]),
+        lambda: corpus.take([2, 33]),
+        lambda: DenseIndex(corpus)._search_device(torch.from_numpy(queries), 5),
+    ):
+        with pytest.raises(UserError, match=finite):
+            find()
+    assert DenseIndex(corpus).score(queries[:1], [np.array([1, 34])])[0].shape == (2,)
+    large = vectors.copy()
+    large[33, 2], large[:9] = 0, 3e38  # finite, though their sum is not
+    DenseIndex(store(tmp_path / "large", large)).search(asked.take([0]) / 1e9, 5)
+
+
+def test_a_fingerprint_is_of_what_is_stored(tmp_path, tied):
+    _, vectors = tied
+    first = store(tmp_path / "a", vectors).fingerprint
+    assert store(tmp_path / "b", vectors).fingerprint == first
+    finish_embeddings(tmp_path / "b", {**Embeddings(tmp_path / "b").meta, "model": "other name"})
+    finish_embeddings(tmp_path / "a", {**Embeddings(tmp_path / "a").meta, "model": "one"})
+    assert Embeddings(tmp_path / "b").fingerprint == Embeddings(tmp_path / "a").fingerprint
+    others = {"vectors": vectors * 2, "precision": vectors.astype(np.float16), "fewer": vectors[:9]}
+    found = {store(tmp_path / name, array).fingerprint for name, array in others.items()}
+    assert len(found | {first}) == 4
+
+
+@pytest.mark.parametrize("name", ["documents", "weights", "offsets", "scales", "terms", "tiles"])
+@pytest.mark.parametrize("problem", ["short", "odd", "high", "low", "gone"])
+def test_a_damaged_index_is_refused_when_it_is_opened(tmp_path, texts, name, problem):
+    """Numbers out of range would make the search read and write where it must not."""
+    open_bm25(texts, tmp_path / "index")
+    path = tmp_path / "index" / f"{name}.bin"
+    array = np.fromfile(path, {"documents": "u2", "terms": "i4"}.get(name, "i8"))
+    if problem in ("high", "low"):
+        if name in ("weights", "scales") or (name, problem) == ("documents", "low"):
+            return  # every number is in range
+        array[len(array) // 2] = 30_000 if problem == "high" else -1
+    if problem == "short":
+        array = array[:-1]
+    array.tofile(path)
+    if problem == "odd":
+        path.write_bytes(path.read_bytes() + b"x")
+    elif problem == "gone":
+        path.unlink()
+    with pytest.raises(UserError, match=r"(index|\.bin): .* — remove it(s folder)?; it is then"):
+        open_bm25(texts, tmp_path / "index").search(["cats"], 3)

@@ -3,7 +3,6 @@ processes."""
 
 import os
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,11 +145,13 @@ def test_ranges_of_rows_are_merged_to_the_same_bits(tmp_path, tiles, monkeypatch
     whole = open_sparse(store(tmp_path / "p", passages), tmp_path / "index")
     parts = []
     for rank in range(world):
-        place = SimpleNamespace(process_index=rank, num_processes=world, device=torch.device("cpu"))
-        part = Inverted(tmp_path / "index", whole.as_rows, place)
+        monkeypatch.setattr(search, "world", lambda rank=rank: (rank, world))
+        part = Inverted(tmp_path / "index", whole.as_rows, V)
         parts.append(part._best(whole.as_rows(queries), 40))
     monkeypatch.setattr(search, "all_gather", lambda keys: torch.cat(parts))
-    merged = search.unpack(search.merge(parts[0], 40, place))
+    monkeypatch.setattr(search.dist, "get_backend", lambda: "gloo")
+    merged = search.unpack(search.merge(parts[0], 40))
+    monkeypatch.undo()
     assert all((a == b).all() for a, b in zip(merged, whole.search(queries, 40), strict=True))
     assert (
         parts[0].unique().numel() < parts[0].numel() or world < 9
@@ -159,15 +160,19 @@ def test_ranges_of_rows_are_merged_to_the_same_bits(tmp_path, tiles, monkeypatch
 
 def one_of_two(rank, folder):
     inverted.TILE = 64
-    accelerator = Accelerator(cpu=True)
-    found = open_sparse(Embeddings(f"{folder}/p"), f"{folder}/index", accelerator=accelerator)
+    Accelerator(cpu=True)
+    found = open_sparse(Embeddings(f"{folder}/p"), f"{folder}/index")
     scores, rows = found.search(draw(Q, V, 5), 40)
     np.savez(f"{folder}/{rank}.npz", scores=scores, rows=rows)
+    with pytest.raises(UserError, match="bad: a weight is negative or not finite"):
+        open_sparse(Embeddings(f"{folder}/bad"), f"{folder}/other")
 
 
 def test_two_processes_find_what_one_finds(tmp_path, tiles):
     corpus = store(tmp_path / "p", draw(N, V, 6))
+    store(tmp_path / "bad", -draw(N, V, 6))  # both say why, and neither waits for the other
     spawn_two(one_of_two, str(tmp_path))
+    assert not (tmp_path / "other").exists()
     scores, rows = open_sparse(corpus, tmp_path / "alone").search(draw(Q, V, 5), 40)
     for rank in range(2):
         found = np.load(tmp_path / f"{rank}.npz")
@@ -188,8 +193,9 @@ def test_an_index_is_kept_and_not_mixed_up(tmp_path, tiles):
         open_sparse(moved, tmp_path / "index", bits=8)
     with pytest.raises(UserError, match="an index with model_hash m, not other"):
         open_sparse(store(tmp_path / "o", passages, model_hash="other"), tmp_path / "index")
-    with pytest.raises(UserError, match="--bits 4: unknown — choose 32, 16 or 8"):
-        open_sparse(moved, tmp_path / "new", bits=4)
+    (tmp_path / "index" / "manifest.json").write_text("[1]")
+    with pytest.raises(UserError, match="an index with head None, not sparse — remove it"):
+        open_sparse(moved, tmp_path / "index")
     (tmp_path / "index" / "manifest.json").unlink()
     with pytest.raises(UserError, match="manifest.json: no such file — check the path"):
         open_sparse(moved, tmp_path / "index")
@@ -257,3 +263,41 @@ def test_memory_of_the_build_does_not_grow_with_the_corpus(tmp_path, monkeypatch
     assert sizes == [64, 64, 64, 64, 64, 11]
     whole = vstack(list(inverted._tiles(corpus)), "csr")
     assert (whole != corpus.take(np.arange(N))).nnz == 0
+
+
+@pytest.mark.parametrize("problem", ["indices", "negative", "indptr", "shape", "data", "text"])
+def test_damaged_sparse_shards_end_in_one_line(tmp_path, problem):
+    corpus = store(tmp_path / "p", draw(N, V, 6))
+    path = tmp_path / "p" / "shard-00002.npz"
+    parts = dict(np.load(path))
+    spoil = {
+        "indices": lambda: parts["indices"].__setitem__(5, V),
+        "negative": lambda: parts["indices"].__setitem__(5, -1),
+        "indptr": lambda: parts["indptr"].__setitem__(5, 3),
+        "shape": lambda: parts.update(shape=np.array([100, V, 1])),
+        "data": lambda: parts.update(data=parts["data"][:-1]),
+        "text": lambda: parts.update(data=np.array(["x"] * len(parts["data"]))),
+    }
+    spoil[problem]()
+    np.savez(path, **parts)
+    with pytest.raises(UserError, match="shard-00002.npz: damaged .* — remove the folder") as error:
+        open_sparse(Embeddings(tmp_path / "p"), tmp_path / "index")
+    assert "\n" not in str(error.value) and not (tmp_path / "index").exists()
+    assert len(corpus) == N
+
+
+def test_an_index_of_other_vectors_with_the_same_facts_is_refused(tmp_path):
+    passages = draw(N, V, 6)
+    open_sparse(store(tmp_path / "p", passages), tmp_path / "index")
+    passages.data[7] += 1
+    with pytest.raises(UserError, match="index: an index with content .*, not .* — remove it"):
+        open_sparse(store(tmp_path / "p", passages), tmp_path / "index")
+
+
+def test_sparse_vectors_that_are_not_finite_are_refused_with_their_id(tmp_path):
+    passages = draw(N, V, 6)
+    passages.data[passages.indptr[205]] = np.nan
+    corpus = store(tmp_path / "p", passages)
+    assert corpus.take([3, 7, 3]).shape == (3, V)
+    with pytest.raises(UserError, match="p: the vector of d205 is not finite — remove the folder"):
+        corpus.take([3, 205, 7])

@@ -14,6 +14,7 @@ from lib.metrics import (
     metric_name,
     mrr_at_k,
     order,
+    p_text,
     randomisation_test,
     reciprocal_rank_fusion,
     score_run,
@@ -107,7 +108,8 @@ def test_names():
         "AP",
         "Success@1",
     ]
-    for wrong in ("R", "nDCG@0", "bleu@3", "nDCG@ten", "Hole"):
+    long = "R@" + 20 * "9"
+    for wrong in ("R", "nDCG@0", "bleu@3", "nDCG@ten", "Hole", "R@-1", "P@1.5", long, "@", ""):
         with pytest.raises(UserError, match=f"--metrics {wrong}: unknown"):
             metric_name(wrong)
 
@@ -130,6 +132,13 @@ def test_randomisation_test_against_scipy(n):
     assert randomisation_test(gap) == pytest.approx(reference, abs=1e-9 if n == 9 else 0.02)
     assert randomisation_test(np.zeros(n)) == 1 and randomisation_test(np.ones(20)) < 1e-3
     assert randomisation_test(gap, seed=1) == randomisation_test(gap, seed=1)
+
+
+def test_a_p_is_no_smaller_than_its_draws_can_tell():
+    assert p_text(randomisation_test(np.ones(13))) == "p 0.0002", "2 of all 8192 flips"
+    assert randomisation_test(np.ones(40)) == 1 / 10_001, "of 10,000 flips none"
+    assert p_text(1 / 10_001) == "p < 0.0002"
+    assert p_text(2 / 10_001) == "p 0.0002" and p_text(1.0) == "p 1.0000"
 
 
 def test_bootstrap_interval_against_the_normal_one():

@@ -216,3 +216,90 @@ def test_mistakes_are_one_line_and_leave_nothing(planted, mine):
         assert not (folder / "bad").exists()
         for path, content in before.items():
             path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--depth 0",
+        "--depth 3000000000",
+        "--bits 7",
+        "--k1 nan",
+        "--b -0.1",
+        "--num_negatives -1",
+        "--max_score_margin nan",
+        "--max_score_margin -1",
+        "--max_score_margin inf",
+        "--seed -1",
+        "--sample best",
+    ],
+)
+def test_numbers_without_sense_are_refused_before_anything_is_written(planted, mine, flags):
+    folder, source = planted
+    status, _, error = mine(*source, *flags.split(), "--output_dir", "out")
+    assert status == 1 and flags.split()[0] in error and error.count("\n") == 1
+    assert not (folder / "out").exists()
+
+
+def test_a_folder_is_of_all_that_was_read(planted, mine):
+    """Vectors made anew, or another run, corpus or qrels, are another run's inputs."""
+    folder, flags = planted
+    files.write_run(folder / "run", [("q", ["d4", "d3"], [2, 1])])
+
+    def other_vectors(name):
+        vectors = np.load(folder / name / "shard-00000.npy")
+        vectors[0] += 1
+        write_shard(
+            folder / name, 0, vectors, (folder / name / "shard-00000.ids.txt").read_text().split()
+        )
+
+    def other_text():
+        path = folder / "corpus.jsonl"
+        path.write_text(path.read_text().replace("text 9", "text nine"))
+
+    spoil = {
+        "queries_embeddings": lambda: other_vectors("q"),
+        "corpus_embeddings": lambda: other_vectors("p"),
+        "qrels": lambda: files.write_qrels(folder / "qrels", {"q": {"d1": 1}}),
+        "run": lambda: files.write_run(folder / "run", [("q", ["d3", "d4"], [2, 1])]),
+        "corpus": other_text,
+    }
+    sources = {"vectors": flags, "lists": ["--run", "run", *flags[4:]]}
+    for out, source in sources.items():
+        assert mine(*source, "--output_dir", out)[0] == 0
+        for name, change in spoil.items():
+            before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+            change()
+            status, shown, error = mine(*source, "--output_dir", out)
+            unread = ("run",) if out == "vectors" else ("queries_embeddings", "corpus_embeddings")
+            if name in unread:
+                assert f"{out} is complete" in shown
+            elif (out, name) == ("vectors", "corpus"):
+                assert status == 1 and "p: not the embeddings of corpus.jsonl" in error
+            else:
+                assert status == 1 and f"{out}: it was made with {name} " in error, (out, name)
+            for path, content in before.items():
+                path.write_bytes(content)
+
+
+def test_identical_ids_that_are_positives_are_not_ignored(tmp_path, mine):
+    write_texts(tmp_path / "corpus.jsonl", [("a", "", "one"), ("b", "", "two")])
+    (tmp_path / "qrels").write_text("a 0 b 1\nb 0 b 1\n")
+    (tmp_path / "run").write_text("a a 1\nb a 1\n")
+    flags = ["--run", "run", "--corpus", "corpus.jsonl", "--qrels", "qrels", "--output_dir", "out"]
+    status, _, error = mine(*flags, "--ignore_identical_ids")
+    assert status == 1 and "qrels: the passage with the id of the query is relevant to b" in error
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "qrels").write_text("a 0 b 1\nb 0 b 0\n")
+    assert mine(*flags, "--ignore_identical_ids")[0] == 0
+    assert negatives(tmp_path / "out") == {"a": []}
+
+
+def test_nothing_found_leaves_queries_without_negatives(tmp_path, mine):
+    write_texts(tmp_path / "corpus.jsonl", [("a", "", "one"), ("b", "", "two")])
+    write_texts(tmp_path / "queries.jsonl", [("q", "", "zebra")])
+    (tmp_path / "qrels").write_text("q 0 b 1\n")
+    data = ["--corpus", "corpus.jsonl", "--qrels", "qrels", "--output_dir", "out"]
+    status, shown, error = mine("--bm25", "--queries", "queries.jsonl", *data)
+    assert status == 0 and "min 0, median 0, max 0" in shown, error
+    assert negatives(tmp_path / "out") == {"q": []}

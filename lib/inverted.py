@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.embeddings import Embeddings
-from lib.files import UserError, atomic, map_array, read_json, write_json
+from lib.files import UserError, make_once, map_array, read_json, write_json
 from lib.search import EMPTY, own_part, push, search_in_parts, top_keys
 
 TILE = 1 << 15  # scores of 128 KB; at most 1 << 16, because `documents` are uint16
@@ -125,10 +125,13 @@ def open_folder(folder, manifest: dict, build: Callable[[Path], None], accelerat
     """The main process builds the index in `folder` if the folder is absent, build(temporary
     name). UserError on every process: the folder holds anything but what `manifest` states."""
     folder = Path(folder)
-    if (accelerator is None or accelerator.is_main_process) and not folder.exists():
-        with atomic(folder) as temporary:
-            build(temporary)
-            write_json(temporary / "manifest.json", manifest)
+
+    def make(temporary: Path) -> None:
+        build(temporary)
+        write_json(temporary / "manifest.json", manifest)
+
+    if accelerator is None or accelerator.is_main_process:
+        make_once(folder, make)
     if accelerator is not None:
         accelerator.wait_for_everyone()
     stored = read_json(folder / "manifest.json")

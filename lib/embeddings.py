@@ -8,14 +8,15 @@
 A text of several chunks (MaxP) has a vector for each, one after the other, with its id in each.
 """
 
-import zipfile
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from scipy.sparse import csr_matrix, save_npz, vstack
 
-from lib.files import UserError, atomic, lines, read_json, write_json, write_lines
+from lib.files import UserError, atomic, read_json, write_json, write_lines
+from lib.lines import lines, one_line
 from lib.texts import find_rows, id_hashes
 
 
@@ -41,6 +42,10 @@ def finish_embeddings(folder, meta: dict) -> None:
     write_json(Path(folder) / "meta.json", meta)
 
 
+def _checked(path) -> contextlib.AbstractContextManager:
+    return one_line(f"{path}: damaged", "remove the folder and encode again")
+
+
 def _opens(ids: np.ndarray) -> np.ndarray:
     """(n,) ids of vectors -> (n,) bool, True for the first vector of a text."""
     return np.append(True, ids[1:] != ids[:-1])
@@ -64,47 +69,55 @@ class Embeddings:
         if not (self.folder / "meta.json").is_file():
             raise UserError(f"{folder}: no meta.json, it is unfinished — run encode.py again")
         self.meta = read_json(self.folder / "meta.json")
-        self.sparse = self.meta.get("head") == "sparse"
-        self.dim = self.meta["dim"]
-        self.max_chunks = self.meta.get("max_chunks", 1)
-        self.paths = sorted(self.folder.glob("shard-*.npz" if self.sparse else "shard-*.npy"))
-        again = "remove the folder and encode again"
-        try:
+        with _checked(folder):
+            self.sparse = self.meta.get("head") == "sparse"
+            self.dim = self.meta["dim"]
+            self.max_chunks = self.meta.get("max_chunks", 1)
+            self.paths = sorted(self.folder.glob("shard-*.npz" if self.sparse else "shard-*.npy"))
             shapes = [self._shape(path) for path in self.paths]
-        except (ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{folder}: a damaged shard ({error}) — {again}") from error
-        self.starts = np.cumsum([0, *(n for n, _ in shapes)])  # first vector of each shard, the end
-        self.num_vectors = int(self.starts[-1])
-        self.text_starts, self.first, self.text_of = self.starts, None, None
-        self._ids, self._index = {}, None
-        if self.max_chunks > 1:
-            opens = [_opens(self._vector_ids(shard)) for shard in range(len(self.paths))]
-            self.text_starts = np.cumsum([0, *(part.sum() for part in opens)])
-            self.first = np.flatnonzero(np.concatenate([*opens, [True]]))
-            self.text_of = np.repeat(np.arange(len(self), dtype=np.int32), np.diff(self.first))
-        found = len(self), self.num_vectors, {dim for _, dim in shapes}
-        stated = self.meta["count"], self.meta.get("vectors", self.meta["count"]), {self.dim}
-        if found != stated or (self.first is not None and self.first[-1] != self.num_vectors):
-            raise UserError(f"{folder}: the shards do not hold what meta.json states — {again}")
+            # first vector of each shard, the end
+            self.starts = np.cumsum([0, *(n for n, _ in shapes)])
+            self.num_vectors = int(self.starts[-1])
+            self.text_starts, self.first, self.text_of = self.starts, None, None
+            self._ids, self._index = {}, None
+            if self.max_chunks > 1:
+                opens = [_opens(self._vector_ids(shard)) for shard in range(len(self.paths))]
+                self.text_starts = np.cumsum([0, *(part.sum() for part in opens)])
+                self.first = np.flatnonzero(np.concatenate([*opens, [True]]))
+                self.text_of = np.repeat(np.arange(len(self), dtype=np.int32), np.diff(self.first))
+            found = len(self), self.num_vectors, {dim for _, dim in shapes}
+            stated = self.meta["count"], self.meta.get("vectors", self.meta["count"]), {self.dim}
+            if found != stated:
+                raise ValueError("the shards do not hold what meta.json states")
 
     def _shape(self, path) -> tuple[int, int]:
-        if not self.sparse:
-            return np.load(path, mmap_mode="r").shape
-        with np.load(path) as parts:
-            return tuple(parts["shape"].tolist())
+        with _checked(path):
+            if not self.sparse:
+                return np.load(path, mmap_mode="r").shape
+            with np.load(path) as parts:
+                return tuple(parts["shape"].tolist())
 
     def _read(self, shard: int) -> np.ndarray | csr_matrix:
-        if not self.sparse:
-            return np.load(self.paths[shard], mmap_mode="r")
-        with np.load(self.paths[shard]) as parts:  # to float32: scipy computes with no float16
-            arrays = parts["data"].astype(np.float32), parts["indices"], parts["indptr"]
-            return csr_matrix(arrays, shape=tuple(parts["shape"]))
+        path = self.paths[shard]
+        with _checked(path):
+            if not self.sparse:
+                return np.load(path, mmap_mode="r")
+            with np.load(path) as parts:  # to float32: scipy computes with no float16
+                arrays = parts["data"].astype(np.float32), parts["indices"], parts["indptr"]
+                matrix = csr_matrix(arrays, shape=tuple(parts["shape"]))
+            matrix.check_format()  # numbers out of range would crash the process
+            return matrix
 
     def __len__(self) -> int:
         return int(self.text_starts[-1])
 
     def _vector_ids(self, shard: int) -> np.ndarray:
-        return np.array([line for _, line in lines(self.paths[shard].with_suffix(".ids.txt"))])
+        path = self.paths[shard].with_suffix(".ids.txt")
+        ids = np.array([line for _, line in lines(path)])
+        with _checked(path):
+            if len(ids) != self.starts[shard + 1] - self.starts[shard]:
+                raise ValueError("it has not one line for each vector")
+        return ids
 
     def _shard_ids(self, shard: int) -> np.ndarray:
         """The ids of the texts of a shard."""

@@ -156,12 +156,11 @@ class Embeddings:
         rows = np.asarray(rows, dtype=np.int64)
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         if self.sparse:
-            parts, places = [csr_matrix((0, self.dim), dtype=np.float32)], []
+            order = np.argsort(shards, kind="stable")
+            parts = [csr_matrix((0, self.dim), dtype=np.float32)]
             for shard in np.unique(shards):
-                places.append(np.flatnonzero(shards == shard))
-                parts.append(self._read(shard)[rows[places[-1]] - self.starts[shard]])
-            back = np.argsort(np.concatenate([np.zeros(0, dtype=np.int64), *places]))
-            return vstack(parts, "csr")[back]
+                parts.append(self._read(shard)[rows[shards == shard] - self.starts[shard]])
+            return vstack(parts, "csr")[np.argsort(order)]
         out = np.empty((len(rows), self.dim), dtype=np.float32)
         for shard in np.unique(shards):
             here = shards == shard

@@ -70,7 +70,7 @@ def make_once(path, make: Callable[[Path], None], others: str = "") -> None:
         with contextlib.suppress(OSError), _locked(target, wait=False):
             if not leftover.name.startswith(".tmp-lock-"):  # _locked removes it
                 _remove(leftover)
-    remedy = "make room there, or choose another folder (ISTHMUS_CACHE)"
+    remedy = "change that, or choose another folder (for the cache: ISTHMUS_CACHE)"
     with one_line(f"{path}: cannot be written", remedy, OSError):
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,13 +13,13 @@ import xxhash
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from lib.files import UserError, atomic, map_array
+from lib.files import UserError, make_once, map_array
 from lib.loader import load, permutation
 from lib.text import join_title, pad, step_seed, to_ids
 from lib.texts import Texts
 
 AT_ONCE = 2000  # texts that are cut at a time
-BLOCKS_VERSION = 2  # part of the cache key: raise it when the code below cuts differently
+BLOCKS_VERSION = 3  # part of the cache key: raise it when the code below cuts differently
 SHORT = 0.1  # probability that a span of COCO-DR ends before the next sentence although it fits
 
 SENTENCE_END = re.compile(
@@ -56,8 +56,9 @@ class Cut:
     def pieces(self, string: str, offsets: list[tuple[int, int]], row: int) -> list:
         """(first character, end) of each block or span of a text whose tokens have these offsets.
 
-        A text that fits into a block stays whole. Spans follow COCO-DR: a text of one sentence, or
-        with a first span of at most two tokens, has none. Their draws depend on the row."""
+        A text that fits into a block stays whole. Spans follow COCO-DR: a text of one sentence or
+        span, or with a first span of at most two tokens, has none. Their draws depend on the row.
+        """
         room = self.max_length - self.tokenizer.num_special_tokens_to_add()
         if not offsets:
             return []
@@ -65,11 +66,11 @@ class Cut:
             fits = len(offsets) <= room
             return [(0, len(string))] if fits else split(string, offsets, room, room)
         end = len(string.rstrip())
-        if not any(match.end() < end for match in SENTENCE_END.finditer(string)):
+        if len(offsets) < 3 or not any(m.end() < end for m in SENTENCE_END.finditer(string)):
             return []
         draw = np.random.default_rng(step_seed(0, row))
         spans = split(string, offsets, room, min(self.span_tokens, room), draw)
-        return spans if len(offsets) > 2 and offsets[2][1] <= spans[0][1] else []
+        return spans if len(spans) > 1 and offsets[2][1] <= spans[0][1] else []
 
     def collate(self, items: list[tuple[int, list[str], int, int]]) -> dict:
         """Items of Corpora -> input_ids, attention_mask (B, L); rows (B,), the strings' numbers in
@@ -147,15 +148,12 @@ class Blocks:
         self.texts = texts
         self.cut = cut
         path = texts.folder / f"blocks-{cut.key()}.int32"
-        if not path.is_file():
-            with atomic(path) as temporary:
-                write_table(temporary, texts, cut)
+        make_once(path, partial(write_table, texts=texts, cut=cut), others="blocks-*")
         self.table = map_array(path, np.int32).reshape(-1, 3)  # (N, 3): row, first character, end
         if cut.span_tokens:
-            first = np.flatnonzero(np.diff(self.table[:, 0], prepend=-1))
-            counts = np.diff(first, append=len(self.table))
-            self.first = first[counts > 1]  # (M,) first line of each document in the table
-            self.counts = counts[counts > 1]  # (M,) number of its spans
+            # (M,) first line of each document in the table, and the number of its spans
+            self.first = np.flatnonzero(np.diff(self.table[:, 0], prepend=-1))
+            self.counts = np.diff(self.first, append=len(self.table))
         if not len(self):
             what = "document has two spans" if cut.span_tokens else "text has a token"
             raise UserError(f"{texts.source}: no {what} — check the corpus and the tokenizer")

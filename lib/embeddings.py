@@ -18,7 +18,8 @@ import numpy as np
 import xxhash
 from scipy.sparse import csr_matrix, save_npz, vstack
 
-from lib.files import UserError, atomic, lines, read_json, write_json, write_lines
+from lib.files import UserError, atomic, read_json, write_json, write_lines
+from lib.lines import lines, one_line
 from lib.texts import find_rows, id_hashes
 
 IDS = ".ids.txt"
@@ -48,22 +49,17 @@ def finish_embeddings(folder, meta: dict) -> None:
     write_json(Path(folder) / "meta.json", meta)
 
 
+def _checked(path) -> contextlib.AbstractContextManager:
+    return one_line(f"{path}: damaged", "remove the folder and encode again")
+
+
 def _opens(ids: np.ndarray) -> np.ndarray:
     """(n,) ids of vectors -> (n,) bool, True for the first vector of a text."""
     return np.append(True, ids[1:] != ids[:-1])
 
 
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """What is raised inside becomes a UserError: for a damaged file numpy, zipfile and scipy raise
-    a dozen kinds of errors."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: damaged ({reason}) — {AGAIN}") from error
+def _readable(path) -> contextlib.AbstractContextManager:
+    return one_line(f"{path}: damaged", AGAIN)
 
 
 class Embeddings:
@@ -200,12 +196,11 @@ class Embeddings:
         rows = np.asarray(rows, dtype=np.int64)
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         if self.sparse:
-            parts, places = [csr_matrix((0, self.dim), dtype=np.float32)], []
+            order = np.argsort(shards, kind="stable")
+            parts = [csr_matrix((0, self.dim), dtype=np.float32)]
             for shard in np.unique(shards):
-                places.append(np.flatnonzero(shards == shard))
-                parts.append(self._read(shard)[rows[places[-1]] - self.starts[shard]])
-            back = np.argsort(np.concatenate([np.zeros(0, dtype=np.int64), *places]))
-            found = vstack(parts, "csr")[back]
+                parts.append(self._read(shard)[rows[shards == shard] - self.starts[shard]])
+            found = vstack(parts, "csr")[np.argsort(order)]
         else:
             found = np.empty((len(rows), self.dim), dtype=np.float32)
             for shard in np.unique(shards):

@@ -3,68 +3,42 @@ docs/formats.md. Every text file may be gzipped. Ids are strings. Readers stream
 line with `file:line: what is wrong — what to do`."""
 
 import contextlib
-import gzip
+import fcntl
+import glob
 import json
-import math
 import os
 import shutil
-import zlib
 from array import array
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from lib.lines import (
+    UserError,
+    entries,
+    first_line,
+    header,
+    id_of,
+    is_json,
+    json_lines,
+    lines,
+    one_line,
+    parse_json,
+    value_of,
+)
 
-class UserError(Exception):
-    """A mistake that the user can correct. The message names the place and the remedy; launch.run
-    prints it as one line and exits with status 1."""
-
+MAX_RANK = 1 << 24  # float32 does not tell greater whole numbers apart
+MAX_SCORE = float(np.finfo(np.float32).max)
+MAX_GRADE = 2**15  # trec_eval takes memory for every grade up to the highest
+QRELS_FIELDS = (
+    ("query-id", "query_id", "qid"),
+    ("corpus-id", "corpus_id", "docid", "doc_id", "pid"),
+    ("score", "relevance", "rel", "grade", "label"),
+)
 
 # ---- plain files
-
-
-def lines(path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its newline) of a plain or gzipped UTF-8 file, streaming.
-    Blank lines are skipped."""
-    path, number = Path(path), 0
-    if not path.is_file():
-        raise UserError(f"{path}: no such file — check the path")
-    with open(path, "rb") as raw:
-        compressed = raw.read(2) == b"\x1f\x8b"
-        raw.seek(0)
-        try:
-            for number, line in enumerate(gzip.open(raw) if compressed else raw, 1):
-                line = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if line and not line.isspace():
-                    yield number, line
-        except UnicodeDecodeError as error:
-            wrong = f"{path}:{number}: not UTF-8"
-            raise UserError(f"{wrong} — convert the file with iconv") from error
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            wrong = f"{path}:{number + 1}: truncated or damaged gzip"
-            raise UserError(f"{wrong} — download or write the file again") from error
-
-
-def first_line(path) -> str:
-    """The first line of a file that is not blank, or an empty string."""
-    return next(lines(path), (0, ""))[1]
-
-
-def table(path, widths: tuple, expected: str, separator=None) -> Iterator[tuple[str, list[str]]]:
-    """(`file:line`, columns) of each line, split at the separator or at white space. UserError with
-    the text `expected`: a line has another number of columns than `widths`, or than the first."""
-    width = 0
-    for number, line in lines(path):
-        columns = line.split(separator)
-        if width == 0 and len(columns) in widths:
-            width = len(columns)
-        if len(columns) != width:
-            after = f" after lines of {width}" if width else ""
-            raise UserError(f"{path}:{number}: {len(columns)} columns{after} — {expected}")
-        yield f"{path}:{number}", columns
 
 
 @contextlib.contextmanager
@@ -84,10 +58,50 @@ def atomic(path) -> Iterator[Path]:
         else:
             os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def make_once(path, make: Callable[[Path], None], others: str = "") -> None:
+    """Make a file or folder by make(temporary name), unless it exists. One process does it; those
+    that come meanwhile wait. What killed processes left beside `path` is removed: of `path`, and
+    of what the pattern `others` names. UserError: the folder cannot be written, or is full."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".tmp-*-{others or glob.escape(path.name)}"):
+        target = leftover.with_name(leftover.name.split("-", 2)[2])
+        with contextlib.suppress(OSError), _locked(target, wait=False):
+            if not leftover.name.startswith(".tmp-lock-"):  # _locked removes it
+                _remove(leftover)
+    remedy = "change that, or choose another folder (for the cache: ISTHMUS_CACHE)"
+    with one_line(f"{path}: cannot be written", remedy, OSError):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(path):
+                if not path.exists():
+                    with atomic(path) as temporary:
+                        make(temporary)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a path, a file beside it. The lock ends with its process. BlockingIOError:
+    another process holds it, and `wait` is false."""
+    lock = path.with_name(f".tmp-lock-{path.name}")
+    while True:
+        with open(lock, "ab") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(stream.fileno()).st_nlink:  # else its last holder has removed the file
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
+                return
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_lines(path, rows: Iterable[str]) -> None:
@@ -98,19 +112,6 @@ def write_lines(path, rows: Iterable[str]) -> None:
 
 def write_json(path, content) -> None:
     write_lines(path, [json.dumps(content, indent=1, ensure_ascii=False)])
-
-
-def parse_json(text: str, path, number: int = 1, kind: type = object):
-    """The value of a JSON text that begins on line `number` of a file. UserError: it is not JSON,
-    or not of that type."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"{path}:{number + error.lineno - 1}"
-        raise UserError(f"{place}: not JSON ({error.msg}) — correct the file") from error
-    if not isinstance(value, kind):
-        raise UserError(f"{path}:{number}: not a JSON object — correct the line")
-    return value
 
 
 def read_json(path):
@@ -137,13 +138,18 @@ def line_of(path, *fields) -> str:
     return str(path)
 
 
+def is_score(value) -> bool:
+    """Whether a value is a number that float32 holds."""
+    return type(value) in (int, float) and abs(value) <= MAX_SCORE
+
+
 def _number(text: str, place: str, what: str, whole: bool = False) -> float:
     with contextlib.suppress(ValueError):
         value = float(text)
-        if math.isfinite(value) and (value.is_integer() or not whole):
+        if is_score(value) and (value.is_integer() or not whole):
             return value
     kind = "whole" if whole else "finite"
-    raise UserError(f"{place}: {what} {text!r} is not a {kind} number — correct the line")
+    raise UserError(f"{place}: {what} {text!r:.40} is not a {kind} number — correct the line")
 
 
 # ---- judgments
@@ -151,16 +157,25 @@ def _number(text: str, place: str, what: str, whole: bool = False) -> float:
 
 def read_qrels(path) -> dict[str, dict[str, int]]:
     """qrels[qid][pid] = grade, from 4 columns (qid, 0, pid, grade), 3 (BEIR, after its header) or
-    2 (qid, pid; the grade is 1). UserError: other columns, two grades of a pair, ..."""
+    2 (qid, pid; the grade is 1), or from JSONL or Parquet with the fields of BEIR's header.
+    UserError: other columns, a grade that is no whole number, two grades of a pair, ..."""
     qrels = {}
-    header = first_line(path).lower().split()[:2] == ["query-id", "corpus-id"]
     expected = "judgments have 4 (TREC), 2 (RetroMAE), or 3 after BEIR's header"
-    rows = table(path, (3,) if header else (2, 4), f"{expected} query-id, corpus-id, score")
-    for place, columns in islice(rows, int(header), None):
-        qid, pid = columns[0], columns[2 if len(columns) == 4 else 1]
-        if len(columns) == 2 and "," in pid:
-            raise UserError(f"{place}: several passages — qrels have one per line, lists do not")
-        grade = int(_number(columns[-1], place, "the grade", whole=True)) if len(columns) > 2 else 1
+    expected = f"{expected} query-id, corpus-id, score"
+    for place, entry in entries(path, (2, 4), expected, QRELS_FIELDS):
+        if isinstance(entry, dict):
+            qid, pid, grade = (value_of(keys, entry, place) for keys in QRELS_FIELDS)
+            qid, pid, grade = id_of(qid, place), id_of(pid, place), str(grade)
+        elif len(entry) == 2:
+            qid, pid, grade = *entry, "1"
+            if "," in pid:
+                remedy = "write one per line, or 4 columns if it is one id"
+                raise UserError(f"{place}: several passages — {remedy}")
+        else:
+            qid, *_, pid, grade = entry
+        grade = int(_number(grade, place, "the grade", whole=True))
+        if abs(grade) > MAX_GRADE:
+            raise UserError(f"{place}: the grade {grade} is above {MAX_GRADE} — correct the line")
         if qrels.setdefault(qid, {}).setdefault(pid, grade) != grade:
             raise UserError(f"{place}: {qid} {pid} is judged twice, differently — keep one line")
     if not qrels:
@@ -198,10 +213,13 @@ class TrainingRow(NamedTuple):
 def foreign_format(line: str) -> str | None:
     """Format of a file of somebody else's training data by its first line, named as in
     recipes/import_training_data.py; None for a training file of ours, qrels and what is unknown."""
-    if line.lstrip().startswith("{"):
+    columns = line.split("\t" if "\t" in line else None)
+    if header(columns):
+        return None
+    if is_json(line):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+            record = parse_json(line, "", kind=dict)
+        except UserError:
             return None
         if isinstance(record.get("neg"), dict):
             return "hard-negatives"
@@ -212,7 +230,6 @@ def foreign_format(line: str) -> str | None:
         first = next(iter(record), None)
         known = first in ("anchor", "query", "question") or {"positive", "positive_id"} & {*record}
         return "sentence-transformers" if known and len(record) > 1 else None
-    columns = line.split("\t") if "\t" in line else line.split()
     blanks = [" " in column.strip() for column in columns]
     if any(blanks):
         return "text-triples" if len(columns) == 3 and blanks[0] else None
@@ -224,20 +241,19 @@ def foreign_format(line: str) -> str | None:
 def read_training_file(path) -> Iterator[tuple[int, TrainingRow]]:
     """(line number, row) of a `train.jsonl`. UserError: a line of another form; another project's
     training data is answered with the command that imports it."""
+    if whose := foreign_format(first_line(path)):
+        command = f"python -m recipes.import_training_data --input {path} --output_dir OUT"
+        raise UserError(f"{path}:1: this is {whose} data — convert it: {command}")
     seen = set()
-    for number, line in lines(path):
+    for number, record in json_lines(path):
         place = f"{path}:{number}"
-        if not seen and (whose := foreign_format(line)):
-            command = f"python -m recipes.import_training_data --input {path} --output_dir OUT"
-            raise UserError(f"{place}: this is {whose} data — convert it: {command}")
-        record = parse_json(line, path, number, dict)
         row = TrainingRow(**{name: record.get(name) for name in TrainingRow._fields})
         row = row._replace(neg=row.neg or [])
-        cluster = row.cluster is None or (type(row.cluster) is int and row.cluster >= 0)
+        cluster = row.cluster is None or (type(row.cluster) is int and 0 <= row.cluster < 2**31)
         lists = _is_list(row.pos, row.pos_scores) and _is_list(row.neg, row.neg_scores)
-        if not (isinstance(row.qid, str) and row.pos and lists and cluster):
-            wrong = "ids must be strings, pos not empty, one finite score per id, cluster from 0"
-            raise UserError(f"{place}: {wrong} — correct the line")
+        if not (row.pos and _is_list([row.qid], None) and lists and cluster):
+            wrong = "ids must be strings without white space, pos not empty, one finite score per"
+            raise UserError(f"{place}: {wrong} id, cluster from 0 — correct the line")
         if row.qid in seen:
             raise UserError(f"{place}: query {row.qid} has a line already — join the two lines")
         seen.add(row.qid)
@@ -245,13 +261,16 @@ def read_training_file(path) -> Iterator[tuple[int, TrainingRow]]:
 
 
 def _is_list(ids, scores) -> bool:
-    """Whether ids is a list of strings, and scores None or a finite number for each."""
+    """Whether ids is a list of strings without white space, and scores None or a number that
+    float32 holds for each."""
     if not isinstance(ids, list) or not set(map(type, ids)) <= {str}:
         return False
-    if scores is None:
-        return True
-    numbers = isinstance(scores, list) and set(map(type, scores)) <= {int, float}
-    return numbers and len(scores) == len(ids) and all(map(math.isfinite, scores))
+    joined = "".join(ids)
+    if not all(ids) or joined.split() != [joined] * bool(ids):
+        return False
+    return scores is None or (
+        isinstance(scores, list) and len(scores) == len(ids) and all(map(is_score, scores))
+    )
 
 
 def write_training_file(path, rows: Iterable[TrainingRow]) -> None:
@@ -280,68 +299,51 @@ def read_run(path) -> dict[str, RunList]:
 
     An empty file is a run that found nothing. UserError: another shape, a passage that a run lists
     twice for a query."""
-    columns = first_line(path).split("\t")
+    first = first_line(path)
+    if is_json(first):
+        return _run_of_training_file(path)
+    columns = first.split("\t")
     judgments = len(columns) == 4 and columns[1] in ("0", "Q0") and columns[3].isdigit()
+    lists = len(columns) in (2, 4) and not judgments
     expected = "a run has 6 (TREC) or 3 (MS MARCO); with tabs, lists have 2 and top1000.dev has 4"
-    if columns[0].startswith("{"):
-        run = _run_of_training_file(path)
-    elif len(columns) in (2, 4) and not judgments:
-        run = _run_of_lists(table(path, (2, 4), expected, "\t"))
-    else:
-        run = _run_of_columns(table(path, (3, 6), expected))
-    return run
-
-
-MAX_RANK = 1 << 24  # float32 does not tell greater whole numbers apart
-
-
-def _run_of_columns(rows) -> dict[str, RunList]:
+    widths, separator = ((2, 4), "\t") if lists else ((3, 6), None)
     run, names = {}, {}
-    for place, columns in rows:
-        pid = columns[1] if len(columns) == 3 else columns[2]
-        pid = names.setdefault(pid, pid)  # one string for all its lines
-        if len(columns) == 3:
+    for place, columns in entries(path, widths, expected, separator=separator):
+        qid, pids, score = columns[0], columns[1:2], None
+        if lists:
+            if len(columns) == 2:
+                pids = pids[0].split(",") if pids[0].strip() else []
+            pids = [id_of(pid.strip(), place) for pid in pids]
+            qid = id_of(qid.strip(), place)
+        elif len(columns) == 3:
             score = -_number(columns[2], place, "the rank", whole=True)
             if abs(score) > MAX_RANK:
                 wrong = f"the rank {columns[2]} is above {MAX_RANK}"
                 raise UserError(f"{place}: {wrong} — number the passages of a query from 1")
         else:
-            score = _number(columns[4], place, "the score")
-        pids, scores = run.setdefault(columns[0], ({}, array("f")))
-        if pid in pids:
-            pair = f"passage {pid} is listed twice for query {columns[0]}"
-            raise UserError(f"{place}: {pair} — remove one line")
-        pids[pid] = None
-        scores.append(score)
-    for qid, (pids, scores) in run.items():
-        run[qid] = _run_list(pids, scores)
+            pids, score = columns[2:3], _number(columns[4], place, "the score")
+        found, scores = run.setdefault(qid, ({}, array("f")))
+        for pid in pids:
+            if pid not in found:
+                found[names.setdefault(pid, pid)] = None  # one string for all its lines
+                scores.append(-len(found) if lists else score)
+            elif not lists:
+                pair = f"passage {pid} is listed twice for query {qid}"
+                raise UserError(f"{place}: {pair} — remove one line")
+    for qid, (found, scores) in run.items():
+        run[qid] = RunList(list(found), np.array(scores, dtype=np.float32))
     return run
-
-
-def _run_of_lists(rows) -> dict[str, RunList]:
-    run = {}
-    for place, columns in rows:
-        listed = columns[1].split(",") if len(columns) == 2 else columns[1:2]
-        pids = [pid.strip() for pid in listed]
-        if "" in pids and len(pids) > 1:
-            raise UserError(f"{place}: a passage id in the list is empty — correct the line")
-        run.setdefault(columns[0].strip(), {}).update(dict.fromkeys(filter(None, pids)))
-    return {qid: _run_list(pids) for qid, pids in run.items()}
 
 
 def _run_of_training_file(path) -> dict[str, RunList]:
     run = {}
     for _, row in read_training_file(path):
-        scored = row.neg_scores is not None and row.pos_scores is not None
-        scores = [*row.neg_scores, *row.pos_scores] if scored else None
-        run[row.qid] = _run_list([*row.neg, *row.pos], scores)
+        pids = [*row.neg, *row.pos]
+        scores = -np.arange(1, len(pids) + 1)
+        if row.neg_scores is not None and row.pos_scores is not None:
+            scores = [*row.neg_scores, *row.pos_scores]
+        run[row.qid] = RunList(pids, np.array(scores, dtype=np.float32))
     return run
-
-
-def _run_list(pids: Iterable[str], scores: Iterable[float] | None = None) -> RunList:
-    pids = list(pids)
-    scores = -np.arange(1, len(pids) + 1) if scores is None else scores
-    return RunList(pids, np.array(scores, dtype=np.float32))
 
 
 def write_run(path, rows: Iterable[tuple[str, list[str], Iterable[float]]]) -> None:

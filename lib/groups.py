@@ -39,7 +39,7 @@ def read_rows(path) -> Iterator[TrainingRow]:
     if foreign == "negative-lists":
         remedy = f"join them with judgments: mine_negatives.py --run {path} --qrels QRELS"
         raise UserError(f"{path}:1: these are lists of negatives without positives — {remedy}")
-    if first.lstrip().startswith("{") or foreign:
+    if foreign or '"pos"' in first:
         return (row for _, row in read_training_file(path))
     return (TrainingRow(qid, pids) for qid, pids in read_positives(path).items())
 

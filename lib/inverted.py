@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from lib.dist import from_main
 from lib.embeddings import Embeddings
-from lib.files import UserError, atomic, map_array, read_json, write_json
+from lib.files import UserError, make_once, map_array, read_json, write_json
 from lib.search import EMPTY, own_part, push, search_in_parts, top_keys
 
 TILE = 1 << 15  # scores of 128 KB; at most 1 << 16, because `documents` are uint16
@@ -128,13 +128,11 @@ def open_folder(folder, manifest: dict, build: Callable[[Path], None]) -> None:
     name). UserError on every process: the folder holds anything but what `manifest` states."""
     folder = Path(folder)
 
-    def make() -> None:
-        if not folder.exists():
-            with atomic(folder) as temporary:
-                build(temporary)
-                write_json(temporary / "manifest.json", manifest)
+    def make(temporary: Path) -> None:
+        build(temporary)
+        write_json(temporary / "manifest.json", manifest)
 
-    from_main(PartialState(), make)
+    from_main(PartialState(), lambda: make_once(folder, make))
     stored = read_json(folder / "manifest.json")
     for key, value in manifest.items():
         found = stored.get(key) if isinstance(stored, dict) else None

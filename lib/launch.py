@@ -52,7 +52,7 @@ def run(main) -> None:
         for bar in bars:  # the last one drawn may stand lines below the first
             bar.close()
         # the error of a loader worker comes with its traceback in front
-        message = str(error).rstrip().rpartition("lib.files.UserError: ")[2]
+        message = str(error).rstrip().rpartition("lib.lines.UserError: ")[2]
         print(("\r" if bars else "") + f"{place}: {message}", file=sys.stderr)
         sys.exit(1)
 

@@ -5,6 +5,7 @@ address ("http://...", "Ants")."""
 import json
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -13,22 +14,13 @@ import pyarrow as pa
 import xxhash
 from huggingface_hub.constants import HF_HOME
 
-from lib.files import (
-    UserError,
-    atomic,
-    first_line,
-    line_of,
-    lines,
-    parse_json,
-    read_json,
-    table,
-    write_json,
-    write_lines,
-)
+from lib.files import UserError, line_of, make_once, read_json, write_json, write_lines
+from lib.lines import entries, id_of, one_line, value_of
 
 # in this order: MS MARCO v2 names the document `docid` beside the passage's own `pid`
-ID_KEYS = ("_id", "pid", "docid", "id", "qid")
+ID_KEYS = ("_id", "pid", "docid", "id", "qid", "doc_id", "query_id", "passage_id")
 TEXT_KEYS = ("text", "contents", "body", "passage", "segment", "query")
+FIELDS = (ID_KEYS, ("url", ""), ("title", ""), TEXT_KEYS)  # of a TSV; "" = may be absent
 ROWS_PER_BATCH = 1024  # rows of one Arrow record batch: the unit of a sequential read
 TEXTS_VERSION = 3  # part of the cache key: raise it when what _build_texts writes changes
 SCHEMA = pa.schema([("id", pa.string()), ("titles", pa.list_(pa.string())), ("text", pa.string())])
@@ -49,68 +41,45 @@ def text_key(titles: tuple[str, ...], text: str) -> int:
 def read_texts(source) -> Iterator[Row]:
     """(id, titles, text) of a corpus or of queries, streaming. A text may be empty. UserError: a
     malformed line, or an id that is empty or has white space."""
-    for place, columns in _columns(source):
-        identifier, *titles, text = columns
-        if identifier.split() != [identifier]:
-            wrong = f"{place}: the id {identifier!r} is empty or has white space"
-            raise UserError(f"{wrong}, which run files cannot hold — rename it")
-        yield identifier, tuple(title for title in titles if title.strip()), text
-
-
-def _columns(source) -> Iterator[tuple[str, list[str]]]:
-    """(place, [id, titles, text]) of each text."""
     path = Path(source)
-    if not path.is_file() or path.suffix == ".parquet":
-        for number, record in enumerate(_open_dataset(source)):
-            yield f"{source}[{number}]", _fields(record, f"{source}[{number}]")
-    elif first_line(path).lstrip().startswith("{"):
-        for number, line in lines(path):
-            place = f"{path}:{number}"
-            yield place, _fields(parse_json(line, path, number, dict), place)
+    on_hub = not (os.path.exists(path) or path.suffix or path.is_absolute())
+    if on_hub or os.path.isdir(path):
+        rows = _dataset_rows(source)
     else:
-        yield from table(path, (2, 3, 4), "a TSV of texts has 2, 3 or 4", "\t")
+        expected = "a TSV of texts has 2, 3 or 4, and its header, if any, names id and text"
+        rows = entries(path, (2, 3, 4), expected, FIELDS, "\t")
+    for place, entry in rows:
+        if isinstance(entry, dict):
+            title, text = entry.get("title"), value_of(TEXT_KEYS, entry, place)
+            title, text = ("" if value is None else value for value in (title, text))
+            entry = [value_of(ID_KEYS, entry, place), title, text]
+        identifier, *titles, text = entry
+        if not all(isinstance(value, str) for value in (*titles, text)):
+            raise UserError(f"{place}: title and text must be strings — correct the line")
+        yield id_of(identifier, place), tuple(title for title in titles if title.strip()), text
 
 
-def _fields(record: dict, place: str) -> list[str]:
-    """[id, title, text] of a record."""
-    key, body = _first_of(ID_KEYS, record, place), _first_of(TEXT_KEYS, record, place)
-    identifier, title, text = record[key], record.get("title") or "", record[body] or ""
-    if type(identifier) is int:
-        identifier = str(identifier)
-    if not all(isinstance(value, str) for value in (identifier, title, text)):
-        raise UserError(f"{place}: {key}, title and {body} must be strings — correct the line")
-    return [identifier, title, text]
-
-
-def _first_of(keys: tuple[str, ...], record: dict, place: str) -> str:
-    for key in keys:
-        if key in record:
-            return key
-    raise UserError(f"{place}: no field has one of the names {', '.join(keys)} — rename a field")
-
-
-def _open_dataset(source):
-    """The records of Parquet, of a save_to_disk folder or of a data set on the hub."""
+def _dataset_rows(source) -> Iterator[tuple[str, dict]]:
+    """(place, record) of a save_to_disk folder or of a data set on the hub."""
     import datasets
 
-    path = Path(source)
-    try:
-        if path.is_dir():
-            rows = datasets.load_from_disk(str(path))
-        elif path.suffix == ".parquet":
-            rows = datasets.load_dataset("parquet", data_files=str(path), streaming=True)
+    wrong = f"{source}: not a file, a save_to_disk folder or a reachable hub data set"
+    with one_line(wrong, "check the name"):
+        if os.path.isdir(source):
+            rows = datasets.load_from_disk(str(source))
         else:
             name, _, config = str(source).partition(":")  # as in BeIR/scifact:corpus
             rows = datasets.load_dataset(name, config or None, streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        wrong = f"{source}: not a file, a save_to_disk folder or a reachable hub data set"
-        raise UserError(f"{wrong} ({str(error).splitlines()[0]}) — check the name") from error
-    if not isinstance(rows, dict):
-        return rows
-    usual = [split for split in ("corpus", "queries", "train") if split in rows]
-    if not usual and len(rows) > 1:
-        raise UserError(f"{source}: several splits — save the one you mean with save_to_disk")
-    return rows[[*usual, *rows][0]]
+        if isinstance(rows, dict):
+            usual = [split for split in ("corpus", "queries", "train") if split in rows]
+            if not usual and len(rows) > 1:
+                several = f"{source}: several splits"
+                raise UserError(f"{several} — save the one you mean with save_to_disk")
+            rows = rows[[*usual, *rows][0]]
+        if os.path.isdir(source):
+            rows.data.validate(full=True)  # reading damaged Arrow would crash the process
+        for number, record in enumerate(rows):
+            yield f"{source}[{number}]", record
 
 
 def write_texts(path, rows: Iterable[Row]) -> None:
@@ -161,7 +130,7 @@ def require_rows(texts, ids: list[str], path, what: str, *beside: str) -> np.nda
 
 def _build_texts(folder: Path, source) -> None:
     hashes, keys, digest, empty = [], [], xxhash.xxh3_128(), 0
-    folder.mkdir(parents=True)
+    folder.mkdir()
     rows = read_texts(source)
     with pa.ipc.new_file(str(folder / "texts.arrow"), SCHEMA) as writer:
         while batch := list(islice(rows, ROWS_PER_BATCH)):
@@ -194,23 +163,21 @@ def _build_texts(folder: Path, source) -> None:
 
 def open_texts(source) -> "Texts":
     """A corpus or queries for random access by row or id. The first use writes a memory-mapped
-    Arrow copy to the cache; a file that has changed since (name, size, time) gets a new one. On
-    several processes call it first on one: `with accelerator.main_process_first():`"""
+    Arrow copy to the cache; a file that has changed since (name, size, time) gets a new one, and so
+    does a folder in which any file has. On several processes call it first on one: `with
+    accelerator.main_process_first():`"""
     path = Path(source)
-    if path.is_file() or path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        stamp = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in found]
-    elif path.suffix or path.is_absolute():
-        raise UserError(f"{path}: no such file — check the path")
-    else:
-        stamp = [str(source)]  # a hub name: a new revision needs a new cache folder
+    found = sorted(path.rglob("*")) if os.path.isdir(path) else [path]
+    states = [(str(p.resolve()), os.stat(p)) for p in found if os.path.isfile(p)]
+    stamp = [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+    stamp = stamp or [str(source)]  # a hub name: a new revision needs a new cache folder
     key = xxhash.xxh3_64_hexdigest(json.dumps([TEXTS_VERSION, stamp]).encode())
     cache = Path(os.environ.get("ISTHMUS_CACHE") or Path(HF_HOME) / "isthmus")
     folder = cache / f"texts-{key}"
-    if not (folder / "meta.json").is_file():
-        with atomic(folder) as temporary:
-            _build_texts(temporary, source)
-    return Texts(folder)
+    make_once(folder, partial(_build_texts, source=source), others="texts-*")
+    damaged = f"{folder}: the copy of {source} is damaged"
+    with one_line(damaged, "remove it", (OSError, ValueError)):
+        return Texts(folder)
 
 
 class Texts:

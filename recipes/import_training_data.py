@@ -27,8 +27,6 @@ Writes  --output_dir: train.jsonl, qrels.tsv, of an input with texts corpus.json
     python -m recipes.import_training_data --input triples.train.small.tsv --output_dir data
 """
 
-import json
-import math
 import os
 import sqlite3
 from collections import Counter
@@ -39,12 +37,11 @@ from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow.parquet as pq
-
 from lib import files
 from lib.arguments import arg, parse_args
 from lib.files import TrainingRow, UserError
 from lib.launch import claim_output, echo, make_accelerator, run
+from lib.lines import first_line, header, id_of, json_lines, lines
 from lib.texts import Row, Texts, open_texts, text_key, write_texts
 
 LABELS = ("label", "labels", "score", "scores")  # the names that sentence-transformers looks for
@@ -95,14 +92,22 @@ def scored(field: str, values: list, scores: list | None) -> list[Passage]:
     scores = [None] * len(each(values)) if scores is None else each(scores)
     if len(scores) != len(each(values)):
         raise BadRow(f"{len(scores)} scores for {len(values)} passages — write one for each")
+    values = map(text_of, values) if field == "text" else values
     pairs = zip(values, scores, strict=True)
     return [Passage(**{field: value}, score=score) for value, score in pairs]
+
+
+def text_of(value) -> str:
+    """A text or title; null is an empty one."""
+    if value is not None and not isinstance(value, str):
+        raise BadRow(f"the text {value!r:.40} is not a string — fix the line")
+    return value or ""
 
 
 def flagembedding(row: dict) -> Example:
     pos = scored("text", row["pos"], row.get("pos_scores"))
     neg = scored("text", row.get("neg") or [], row.get("neg_scores"))
-    return Example(None, row["query"], pos, neg)
+    return Example(None, text_of(row["query"]), pos, neg)
 
 
 def passage_of(entry) -> Passage:
@@ -110,8 +115,8 @@ def passage_of(entry) -> Passage:
         return Passage(entry)
     if "pid" in entry:
         return Passage(entry["pid"], score=entry["ce-score"])
-    title = entry.get("title") or ""
-    return Passage(entry["docid"], entry["text"], (title,) if title.strip() else ())
+    title = text_of(entry.get("title"))
+    return Passage(entry["docid"], text_of(entry["text"]), (title,) if title.strip() else ())
 
 
 def tevatron(row: dict) -> Example:
@@ -119,7 +124,8 @@ def tevatron(row: dict) -> Example:
     kind = "passages" if inline else "document_ids"
     pos = [passage_of(entry) for entry in each(row[f"positive_{kind}"])]
     neg = [passage_of(entry) for entry in each(row.get(f"negative_{kind}") or [])]
-    return Example(row["query_id"], row["query" if inline else "query_text"], pos, neg)
+    query = text_of(row["query" if inline else "query_text"])
+    return Example(row["query_id"], query, pos, neg)
 
 
 def hard_negatives(row: dict) -> Example:
@@ -137,8 +143,10 @@ def sentence_transformers(row: dict) -> Example:
     if label is not None and not (isinstance(label, list) and len(label) == len(passages)):
         raise BadRow("the label is a margin, not a score for each passage — remove the label")
     has_ids = all(name.endswith("_id") for name in columns)
+    if label is None:  # rows of different lengths: null stands for a negative that is not there
+        passages[1:] = [passage for passage in passages[1:] if passage is not None]
     pos, *neg = scored("id" if has_ids else "text", passages, label)
-    return Example(query if has_ids else None, None if has_ids else query, [pos], neg)
+    return Example(query if has_ids else None, None if has_ids else text_of(query), [pos], neg)
 
 
 def text_triples(query: str, positive: str, negative: str) -> Example:
@@ -159,28 +167,16 @@ functions += (text_triples, id_triples, ance)
 FORMATS = {function.__name__.replace("_", "-"): function for function in functions}
 
 
-def read_rows(path: Path, tabs: bool) -> Iterator[tuple[int, dict | list[str]]]:
-    """(line or row from 1, dictionary or columns) of JSONL, TSV or Parquet, streaming.
-
-    tabs: whether columns are separated by tabs only"""
-    number = 0
-    try:
-        if path.suffix == ".parquet":
-            for batch in pq.ParquetFile(path).iter_batches(1024):
-                yield from enumerate(batch.to_pylist(), number + 1)
-                number += len(batch)
-        else:
-            for number, line in files.lines(path):
-                columns = line.split("\t" if tabs or "\t" in line else None)
-                yield number, json.loads(line) if line.lstrip()[0] == "{" else columns
-    except (OSError, RecursionError, ValueError) as error:
-        raise UserError(f"{path}:{number}: cannot be read ({error}) — repair the file") from error
-
-
-def id_of(value) -> str:
-    if type(value) not in (str, int) or str(value).split() != [str(value)]:
-        raise BadRow(f"the id {value!r:.40} is not a string without white space — rename it")
-    return str(value)
+def read_rows(path: str, name: str) -> Iterator[tuple[int, dict | list[str]]]:
+    """(line or row from 1, dictionary or columns) of a file of the format, streaming."""
+    if FORMATS[name] in (text_triples, id_triples, ance):
+        for number, line in lines(path):
+            columns = line.split("\t" if "\t" in line or name == "text-triples" else None)
+            if header(columns):
+                raise UserError(f"{path}:{number}: a header, no training data — remove the line")
+            yield number, columns
+    else:
+        yield from json_lines(path)
 
 
 def name_of(letter: str, key: int) -> str:
@@ -193,6 +189,7 @@ class Pairs:
 
     def __init__(self, path: Path):
         self.counts = Counter()
+        self.place = ""  # of the row that is read
         self.database = sqlite3.connect(path, isolation_level=None)
         self.database.executescript(TABLES)
         self.execute = self.database.execute
@@ -202,33 +199,34 @@ class Pairs:
 
         UserError: a damaged row, an id that comes with two texts."""
         for path in inputs:
-            for line, row in read_rows(Path(path), tabs=name == "text-triples"):
+            for line, row in read_rows(path, name):
                 self.counts["rows of the input"] += 1
+                self.place = f"{path}:{line}"
                 try:
                     example = FORMATS[name](*row) if isinstance(row, list) else FORMATS[name](row)
                     yield from self.add(example)
                 except (ValueError, LookupError, TypeError, AttributeError) as error:
                     other = f"not a row of {name} as --help shows it — fix it or give --format"
                     reason = error if isinstance(error, BadRow) else other
-                    raise UserError(f"{path}:{line}: {reason}") from None
+                    raise UserError(f"{self.place}: {reason}") from None
 
     def add(self, example: Example) -> Iterator[Row]:
         query = self.query(example.qid, example.query)
         for negative, passages in enumerate((example.pos, example.neg)):
             for pid, text, titles, score in passages:
-                pid = id_of(pid) if text is None or pid is not None else None
+                pid = id_of(pid, self.place) if text is None or pid is not None else None
                 content = None if text is None else text_key(titles, text)
                 if text is not None and self.is_new(pid, content):
                     self.counts["empty passages, kept"] += not (text.strip() or titles)
                     yield pid or name_of("p", content), titles, text
-                if score is not None and not math.isfinite(score):
-                    raise BadRow(f"the score {score} is not finite — fix the line")
+                if score is not None and not files.is_score(score):
+                    raise BadRow(f"the score {score!r:.40} is not a finite number — fix the line")
                 row = (query, negative, content, pid, score)
                 self.execute("INSERT INTO pairs VALUES (?, ?, ?, ?, ?)", row)
 
     def query(self, qid: str | int | None, text: str | None) -> int:
         """Number of a query, which is added if it is new."""
-        key = text_key((), text if qid is None else id_of(qid))
+        key = text_key((), text if qid is None else id_of(qid, self.place))
         known = self.execute("SELECT number, text FROM queries WHERE key = ?", [key]).fetchone()
         if known is None:
             self.counts["empty queries, kept"] += text is not None and not text.strip()
@@ -282,30 +280,24 @@ class Pairs:
                 yield row
 
 
-def main():
-    args = parse_args(Args)
-    accelerator, out = make_accelerator(), Path(args.output_dir)
-    # the first row of each file, so that a missing file stops now and not after hours
-    firsts = [next(read_rows(Path(path), tabs=False), (0, [])) for path in args.input]
-    first = firsts[0][1]
-    line = json.dumps(first, default=str) if isinstance(first, dict) else "\t".join(first)
-    name = args.format or files.foreign_format(line)
-    place = f"{args.input[0]}:1"
+def format_of(path: str) -> str:
+    """The format of a file by its first line. UserError: an unknown one, or lists of negatives."""
+    name = files.foreign_format(first_line(path))
     if name == "negative-lists":
-        command = f"mine_negatives.py --run {args.input[0]} --qrels QRELS --corpus CORPUS"
-        raise UserError(f"{place}: lists of negatives without positives — run `python {command}`")
-    if name not in FORMATS:
-        raise UserError(f"{place}: unknown format — --format takes {', '.join(FORMATS)}")
-    corpus = open_texts(args.corpus) if args.corpus else None
-    inputs = {"corpus": corpus and corpus.fingerprint}
-    inputs |= {path: [os.path.getsize(path), os.path.getmtime(path)] for path in args.input}
-    if claim_output(args, accelerator, "audit.json", inputs=inputs):
-        return
+        command = f"mine_negatives.py --run {path} --qrels QRELS --corpus CORPUS"
+        raise UserError(f"{path}:1: lists of negatives without positives — run `python {command}`")
+    if name is None:
+        raise UserError(f"{path}:1: unknown format — --format takes {', '.join(FORMATS)}")
+    return name
+
+
+def convert(inputs: list[str], name: str, corpus: Texts | None, out: Path) -> Counter:
+    """Write everything but the audit, and return its counts."""
     temporary = out / ".tmp-pairs.sqlite"
     try:
         pairs = Pairs(temporary)
         with closing(pairs.database):
-            write_texts(out / "corpus.jsonl", pairs.collect(args.input, name))
+            write_texts(out / "corpus.jsonl", pairs.collect(inputs, name))
             queries = pairs.execute("SELECT id, text FROM queries WHERE text IS NOT NULL")
             write_texts(out / "queries.jsonl", ((qid, (), text) for qid, text in queries))
             files.write_training_file(out / "train.jsonl", pairs.training_rows(corpus))
@@ -318,10 +310,27 @@ def main():
         if not path.stat().st_size:  # an input of ids
             path.unlink()
     if not pairs.counts["queries"]:
-        raise UserError(f"{place}: no query with a positive — is this the right file?")
+        raise UserError(f"{inputs[0]}:1: no query with a positive — is this the right file?")
     rows = files.read_training_file(out / "train.jsonl")
     files.write_lines(out / "qrels.tsv", (f"{r.qid} 0 {pid} 1" for _, r in rows for pid in r.pos))
-    audit = {"format": name, **pairs.counts}
+    return pairs.counts
+
+
+def main():
+    args = parse_args(Args)
+    accelerator, out = make_accelerator(), Path(args.output_dir)
+    for path in args.input:  # so that a missing file stops now and not after hours
+        first_line(path)
+    name = args.format or format_of(args.input[0])
+    if name not in FORMATS:
+        raise UserError(f"--format {name}: unknown — choose one of {', '.join(FORMATS)}")
+    corpus = open_texts(args.corpus) if args.corpus else None
+    inputs = {"corpus": corpus and corpus.fingerprint}
+    inputs |= {path: [os.path.getsize(path), os.path.getmtime(path)] for path in args.input}
+    if claim_output(args, accelerator, "audit.json", inputs=inputs):
+        return
+    counts = convert(args.input, name, corpus, out)
+    audit = {"format": name, **counts}
     echo(accelerator, f"audit of {out / 'train.jsonl'}", audit)
     files.write_json(out / "audit.json", audit)
 

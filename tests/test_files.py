@@ -69,6 +69,10 @@ def test_passages_of_ms_marco_v2_have_their_own_id(tmp_path):
     record = {"pid": "msmarco_passage_00_0", "passage": "Ants sleep.", "docid": "msmarco_doc_00_0"}
     put(tmp_path / "v2.jsonl", json.dumps(record) + "\n")
     assert list(read_texts(tmp_path / "v2.jsonl")) == [("msmarco_passage_00_0", (), "Ants sleep.")]
+    name = "msmarco_v2.1_doc_00_0#0_0"
+    record = {"docid": name, "url": "http://u", "title": "Ants", "segment": "Ants sleep."}
+    put(tmp_path / "v2.1.jsonl", json.dumps(record | {"start_char": 0}) + "\n")
+    assert list(read_texts(tmp_path / "v2.1.jsonl")) == [(name, ("Ants",), "Ants sleep.")]
 
 
 def test_empty_texts_are_kept_and_counted(tmp_path, capsys):
@@ -150,7 +154,7 @@ BAD_CORPORA = {
     "broken JSON": ('{"_id": "1", "text": "a"}\n{"_id": "2", "text": \n', ":2: not JSON"),
     "no id": ('{"text": "a"}\n', ":1: no field has one of the names _id"),
     "no text": ('{"_id": "1", "body_text": "a"}\n', ":1: no field has one of the names text"),
-    "text is a list": ('{"_id": "1", "text": ["a"]}\n', ":1: _id, title and text must be strings"),
+    "text is a list": ('{"_id": "1", "text": ["a"]}\n', ":1: title and text must be strings"),
     "one column": ("1 a\n", ":1: 1 columns"),
     "columns that change": ("1\ta\n2\tb\tc\n", ":2: 3 columns after lines of 2"),
     "an id with a blank": ("1 2\ta\n", ":1: the id '1 2'"),
@@ -214,7 +218,7 @@ def test_shapes_of_runs(tmp_path, text, expected):
         ("q1\t0\t7\t1\n", "run:1: 4 columns"),  # judgments
         ("q1\t7\tx\ty\nq1\t7\n", "run:2: 2 columns after lines of 4"),
         ("q1 7 1\nq1 7\n", "run:2: 2 columns"),
-        ("q1\t7,,8\n", "run:1: a passage id in the list is empty"),
+        ("q1\t7,,8\n", "run:1: the id '' is empty"),
         ("q1 Q0 7 1 nan t\n", "run:1: the score 'nan'"),
         (TRAINING + '{"qid": "q2", "pos": ["3"]}\n', "run:3: query q2 has a line already"),
         (TRAINING + '{"qid": "q3", "pos": []}\n', "run:3: "),

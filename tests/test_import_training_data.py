@@ -2,6 +2,7 @@
 
 pytest tests/test_import_training_data.py"""
 
+import bz2
 import gzip
 import json
 import re
@@ -124,6 +125,37 @@ def test_empty_texts_are_kept_and_queries_without_positives_dropped(convert):
     counts = audit(out)
     assert counts["empty passages, kept"] == counts["empty queries, kept"] == 1
     assert "queries without a positive, dropped" not in counts  # it has no pair at all
+
+
+NULLS = {
+    "flagembedding": {"query": None, "pos": [None], "neg": ["a"]},
+    "tevatron": {
+        "query_id": "1",
+        "query": None,
+        "positive_passages": [{"docid": "7", "title": None, "text": None}],
+        "negative_passages": [{"docid": "8", "text": "a"}],
+    },
+    "sentence-transformers": {"query": None, "positive": None, "negative": None, "other": "a"},
+}
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_null_is_an_empty_text_and_no_negative(convert, name):
+    """Null is an empty text, but among the columns of negatives it fills up shorter rows."""
+    rows, out = convert(jsonl(NULLS[name]))
+    texts = {row["_id"]: row["text"] for row in read(out / "corpus.jsonl")}
+    assert [texts[pid] for pid in rows[0]["pos"]] == [""]
+    assert [texts[pid] for pid in rows[0]["neg"]] == ["a"] and len(texts) == 2
+    assert [row["text"] for row in read(out / "queries.jsonl")] == [""]
+    counts = audit(out)
+    assert counts["empty passages, kept"] == counts["empty queries, kept"] == 1
+
+
+def test_half_a_surrogate_pair_is_replaced_and_counted(convert, capfd):
+    line = '{"query": "\\ud83d\\ude00 \\ud83d", "pos": ["\\uDE00"], "neg": ["\\\\ud83d"]}\n'
+    rows, out = convert(line)
+    assert rows[0]["pos"] == [pid("\ufffd")] and rows[0]["neg"] == [pid("\\ud83d")]
+    assert read(out / "queries.jsonl")[0]["text"] == "\U0001f600 \ufffd"
 
 
 def test_tevatron_with_texts(convert):
@@ -265,17 +297,25 @@ def test_ids_with_commas_need_the_name_of_the_format(convert):
 GOOD = '{"query": "q", "pos": ["a"], "neg": ["b"]}\n'
 DOCS = '"negative_passages": []'
 BAD = {
-    "not JSON": (GOOD + '{"query": "q", "pos": \n', ":2: .*cannot be read"),
-    "deep": (GOOD + '{"a":' * 99999 + "\n", ":2: .*cannot be read"),
+    "not JSON": (GOOD + '{"query": "q", "pos": \n', ":2: not JSON"),
+    "deep": (GOOD + '{"a":' * 99999 + "\n", ":2: not JSON"),
+    "a long integer": (GOOD + '{"query": "q", "pos": [%s]}\n' % ("9" * 5000), ":2: not JSON"),
     "scores": ('{"query": "q", "pos": ["a"], "pos_scores": [1, 2]}\n', ":1: 2 scores for 1 pass"),
     "no list": ('{"query": "q", "pos": "a"}\n', ":1: 'a' is not a list — fix"),
-    "no text": (GOOD + '{"query": "q", "pos": [null]}\n', ":2: the id None is not a string"),
-    "a number": (GOOD + '{"query": "q", "pos": [7]}\n', ":2: not a row of flagembedding"),
+    "a number": (GOOD + '{"query": "q", "pos": [7]}\n', ":2: the text 7 is not a string — fix"),
+    "a query of numbers": (GOOD + '{"query": [7], "pos": ["a"]}\n', r":2: the text \[7\] is not"),
     "no query": (GOOD + '{"question": "q", "pos": ["a"]}\n', ":2: not a row of flagembedding"),
-    "a score": ('{"query": "q", "pos": ["a"], "pos_scores": ["x"]}\n', ":1: not a row of flag"),
-    "NaN": ('{"query": "q", "pos": ["a"], "pos_scores": [NaN]}\n', ":1: the score nan is not fin"),
-    "surrogate": (GOOD + '{"query": "q", "pos": ["\\ud800"]}\n', ":2: not a row of flagembedding"),
-    "TSV after JSON": (GOOD + "a b\tc\td\n", ":2: not a row of flagembedding"),
+    "a score": ('{"query": "q", "pos": ["a"], "pos_scores": ["x"]}\n', ":1: the score 'x' is"),
+    "NaN": (
+        '{"query": "q", "pos": ["a"], "pos_scores": [NaN]}\n',
+        ":1: the score nan is not a fin",
+    ),
+    "a great score": (
+        '{"query": "q", "pos": ["a"], "pos_scores": [1%s]}\n' % ("0" * 400),
+        ":1: the score 10+ is not a finite number",
+    ),
+    "TSV after JSON": (GOOD + "a b\tc\td\n", ":2: not JSON"),
+    "a header": ("query\tpositive\tnegative\na b\tc\td\n", ":1: unknown format"),
     "JSON after TSV": ("a b\tc\td\n" + GOOD, ":2: not a row of text-triples"),
     "three words": ("a b\tc\td\nhow are you\n", ":2: not a row of text-triples"),
     "columns": ("a b\tc\td\na b\tc\n", ":2: not a row of text-triples"),
@@ -283,8 +323,8 @@ BAD = {
         '{"query_id": 1, "query": "q", "positive_passages": [{"docid": 7}]}',
         ":1: not a row of",
     ),
-    "white space": ("q1\t7\t9\nq 1\t7\t9\n", ":2: the id 'q 1' is not a string without"),
-    "empty id": ("q1\t7\t9,\n", ":1: the id '' is not a string without white space — rename"),
+    "white space": ("q1\t7\t9\nq 1\t7\t9\n", ":2: the id 'q 1' is empty, has white space"),
+    "empty id": ("q1\t7\t9,\n", ":1: the id '' is empty, .* — rename"),
     "two texts": (
         jsonl(*({"query_id": 1, "query": text, "positive_passages": []} for text in "qr")),
         ":2: query 1 has another text than before",
@@ -319,8 +359,14 @@ def test_damaged_input_is_one_line_with_its_place(convert, case, tmp_path):
 
 
 def test_damaged_files_that_are_no_text(convert, tmp_path):
-    with pytest.raises(UserError, match="x.parquet:0: cannot be read"):
+    with pytest.raises(UserError, match="x.parquet:1: not text"):
         convert(b"\x00\xff\x00", "x.parquet")
+    with pytest.raises(UserError, match="x.parquet:1: cannot be read .*magic bytes"):
+        convert(b"PAR1\x00\xff\x00\xff\x00\xff\x00\xff\x00", "x.parquet")
+    with pytest.raises(UserError, match="x.gz: this is a bzip2 file — unpack it with bunzip2"):
+        convert(bz2.compress(GOOD.encode()), "x.gz")
+    with pytest.raises(UserError, match="x.tsv:1: a header, no training data — remove the line"):
+        convert("query\tpositive\tnegative\n", "x.tsv", "--format", "text-triples")
     with pytest.raises(UserError, match="no such file"):
         convert(None, "nowhere.jsonl")
     with pytest.raises(UserError, match="/nowhere: no such file"):

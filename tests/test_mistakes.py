@@ -151,7 +151,7 @@ MISTAKES = [
         "--allow_unknown --qrels QRELS",
         "of kind passage",
     ),
-    ("evaluate --run QRELS --qrels QRELS", "the rank 'score' is not a whole number"),
+    ("evaluate --run QRELS --qrels QRELS", "qrels.tsv:1: a header with other columns"),
 ]
 
 

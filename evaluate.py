@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.arguments import arg, parse_args
+from lib.arguments import arg, identity, parse_args
 from lib.files import (
     RunList,
     UserError,
@@ -213,7 +213,7 @@ def main():
     out = Path(args.output_dir)
     inputs = {"qrels": file_fingerprint(*args.qrels), "run": file_fingerprint(*args.run)}
     inputs |= index.inputs if index else {}
-    if claim_output(args, accelerator, "metrics.json", inputs=inputs):
+    if claim_output(accelerator, out, identity(args, inputs), "metrics.json"):
         if accelerator.is_main_process:
             show(read_json(out / "metrics.json"))
         return

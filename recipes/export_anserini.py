@@ -33,7 +33,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from transformers import AutoTokenizer
 
-from lib.arguments import arg, parse_args
+from lib.arguments import arg, identity, parse_args
 from lib.embeddings import Embeddings
 from lib.files import UserError, atomic, write_json, write_lines
 from lib.launch import claim_output, make_accelerator, run
@@ -104,7 +104,7 @@ def main():
         raise UserError(f"{problem} — encode with a sparse checkpoint")
     model = args.model or vectors.meta["model"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         problem = f"{model}: no tokenizer ({reason})"
@@ -115,7 +115,7 @@ def main():
     names, counts = terms(tokenizer, vectors.dim), Counter()
     keys = "model_hash", "input_fingerprint", "kind", "count"
     source = {key: vectors.meta.get(key) for key in keys}
-    if claim_output(args, accelerator, "meta.json", inputs={"embeddings": source}):
+    if claim_output(accelerator, out, identity(args, {"embeddings": source}), "meta.json"):
         return
 
     def rows(start: int, stop: int) -> Iterator[tuple[str, list[str], list[int]]]:

@@ -42,7 +42,7 @@ from typing import NamedTuple
 import pyarrow.parquet as pq
 
 from lib import files
-from lib.arguments import arg, parse_args
+from lib.arguments import arg, identity, parse_args
 from lib.files import TrainingRow, UserError
 from lib.launch import claim_output, echo, make_accelerator, run
 from lib.texts import Row, Texts, open_texts, text_key, write_texts
@@ -299,7 +299,7 @@ def main():
     corpus = open_texts(args.corpus) if args.corpus else None
     inputs = {"corpus": corpus and corpus.fingerprint}
     inputs |= {path: [os.path.getsize(path), os.path.getmtime(path)] for path in args.input}
-    if claim_output(args, accelerator, "audit.json", inputs=inputs):
+    if claim_output(accelerator, out, identity(args, inputs), "audit.json"):
         return
     temporary = out / ".tmp-pairs.sqlite"
     try:

@@ -180,7 +180,7 @@ def test_two_processes_weight_groups_like_one(
 
 def test_weights_survive_a_resume(train, clusters, tmp_path):
     how = clusters | {"dro_eps": 0.0, "dro_rho": 1.0}
-    how |= {"gradient_accumulation_steps": 2, "loss": "own_group"}
+    how |= {"gradient_accumulation_steps": 2}
     whole = train("--dro", **how, output_dir=tmp_path / "whole")
     shutil.copytree(whole, tmp_path / "out")
     for name in ("done", "model.safetensors"):

@@ -231,7 +231,7 @@ def test_best_is_not_overwritten_by_a_worse_or_an_equal_one(
 def test_dry_run_shows_and_leaves_nothing(arguments, call, tmp_path, capsys):
     call(arguments("--dry_run", chunk_size=8, gradient_accumulation_steps=3))
     shown = capsys.readouterr().out
-    for fact in ("[CLS] what about", "cut at 48", "accumulated = 12", "8 texts (GradCache)", "GB"):
+    for fact in ("[CLS] what about", "cut at 48", "accumulated = 12", "8 texts at a time", "GB"):
         assert fact in shown
     assert not (tmp_path / "out").exists()
 

@@ -31,7 +31,7 @@ LIMITS = {  # how a limit is checked, and how it is called
 }
 
 
-LARGEST = 2**31 - 1  # of any number, so that sums and products of them fit in 64 bits
+LARGEST = {int: 2**31 - 1, float: 1e38}  # so that products of two fit in 64 bits
 
 
 def arg(default: Any = REQUIRED, *, help: str, group: str | None = None, **limits: float) -> Any:
@@ -115,9 +115,10 @@ def _check_range(field: dataclasses.Field, value) -> None:
         if isinstance(number, bool) or not isinstance(number, int | float):
             continue
         # a NaN is not below anything
-        fits = abs(number) <= LARGEST and all(LIMITS[name][0](number, n) for name, n in limits)
+        largest = LARGEST[type(number)]
+        fits = abs(number) <= largest and all(LIMITS[name][0](number, n) for name, n in limits)
         if not fits:
-            wanted = [f"{LIMITS[name][1]} {n:g}" for name, n in limits] or [f"up to {LARGEST}"]
+            wanted = [f"{LIMITS[name][1]} {n:g}" for name, n in limits] or [f"up to {largest:g}"]
             shown = f"--{field.name} {str(number)[:30]}"
             raise UserError(f"{shown} — give a finite number {' and '.join(wanted)}")
 

@@ -156,6 +156,7 @@ def load_encoder(
     else:
         encoder = BiEncoder(backbone, tokenizer, pooling or head.pooling, layers, form)
     extend(encoder, head, strict and pooling is not None, folder)
+    nn.Sequential(*encoder.head)(torch.zeros(1, backbone.config.hidden_size))  # do they fit?
     return encoder.eval()
 
 

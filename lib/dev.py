@@ -35,7 +35,8 @@ def describe_best(folder, scores: dict[int, float]) -> str:
     model as it came."""
     best = max(scores, key=scores.get)  # of equals the first
     what = f"the model of step {best}" if best else "THE MODEL AS IT CAME (step 0)"
-    shown = ", ".join(f"{scores[step]:.4f} at step {step}" for step in (0, best, max(scores)))
+    steps = dict.fromkeys((0, best, max(scores)))
+    shown = ", ".join(f"{scores[step]:.4f} at step {step}" for step in steps)
     why = "" if best else "; training has not improved it"
     return f"{folder} holds {what}, the best on the development set: MRR@10 {shown}{why}"
 
@@ -82,7 +83,7 @@ class DevSet:
     def fingerprint(self) -> str:
         """Of queries, judgments and candidates."""
         content = json.dumps([self.queries.fingerprint, self.qrels, self.candidates])
-        return xxhash.xxh3_128_hexdigest(content)
+        return xxhash.xxh3_128_hexdigest(content.encode())
 
     @torch.no_grad()
     def rerank(self, encoder, collate: GroupCollator, qids: list, k: int) -> dict[str, list[str]]:

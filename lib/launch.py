@@ -69,11 +69,7 @@ def run(main) -> None:
             time.sleep(PATIENCE)
         raise
     finally:
-        for lock in owned:
-            with contextlib.suppress(OSError):
-                os.remove(lock.name)
-            lock.close()
-        owned.clear()
+        release_output()
 
 
 def _stop(message: str, status: int) -> None:
@@ -177,10 +173,6 @@ def _claim(folder: Path, made: dict, last_file: str, resume: bool) -> bool:
     if names and "args.json" not in names:
         wrong = f"{folder}: it holds something else ({min(names)}, ...)"
         raise UserError(f"{wrong} — choose another --output_dir or empty it")
-    if last_file not in names:
-        _own(folder)
-        for leftover in leftovers:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     remedy = "choose another --output_dir or remove the folder"
     if names - {"args.json"}:  # without others, the run before stopped before it made anything
         before = read_json(folder / "args.json")
@@ -198,6 +190,9 @@ def _claim(folder: Path, made: dict, last_file: str, resume: bool) -> bool:
         if not resume:
             wrong = f"{folder}: it holds an unfinished run"
             raise UserError(f"{wrong} — add --resume to continue, or remove it")
+    _own(folder)
+    for leftover in leftovers:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     command = [sys.executable, *sys.argv]
     write_json(folder / "args.json", {**made, "versions": versions(), "command": command})
     return False
@@ -223,6 +218,15 @@ def _own(folder: Path) -> None:
     lock.truncate(0)
     print(f"process {os.getpid()} on {platform.node()}", end="", file=lock, flush=True)
     owned.append(lock)
+
+
+def release_output() -> None:
+    """Give up the lock of this process, and remove its file."""
+    for lock in owned:
+        with contextlib.suppress(OSError):
+            os.remove(lock.name)
+        lock.close()
+    owned.clear()
 
 
 def echo(accelerator, heading: str, facts: dict) -> None:

@@ -107,9 +107,11 @@ def test_the_newest_generation_of_its_own_past_is_used_and_a_resume_replays_it(
     shutil.copytree(whole, tmp_path / "out")
     for name in ("done", "model.safetensors"):
         (tmp_path / "out" / name).unlink()
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / names[1])  # which is written after the state
     generations(folder, tiny_collection, 9, 9)  # which did not exist when the first run looked
     again = train("--resume", **how)
     same(whole, again)
+    same(*(folder / "checkpoints" / names[1] for folder in (whole, again)))
     assert [line["generation"] for line in log_of(again)] == [g for _, g, _ in steps]
     new = train(**how, output_dir=tmp_path / "new")
     assert log_of(new)[-1]["generation"] == 5

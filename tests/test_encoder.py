@@ -199,6 +199,33 @@ def test_a_model_that_cannot_be_kept_is_refused_before_it_is_trained(tiny_model_
         check_checkpoint(tmp_path, save)
 
 
+def test_a_model_card_publishes_no_path_of_this_machine(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/a/b/train.py", "--corpus", "/a/c.tsv", "--train=/a/b/t/"])
+    model = load_encoder(tiny_model_dir, Head("cls"), {"query_prompt": "a|b `c`\n# d: "})
+    card = {"base": "/home/me/model", "data": ["/a/c.tsv", "org/name", "data/q.tsv"]}
+    save_encoder(model, tmp_path / "out", card)
+    lines = (tmp_path / "out" / "README.md").read_text().splitlines()
+    assert "- **command**: `train.py --corpus c.tsv --train=t`" in lines
+    assert "- **base**: `model`" in lines and "- **data**: `c.tsv org/name data/q.tsv`" in lines
+    assert "- **query prompt**: `a|b 'c' # d:`" in lines
+
+
+def test_positions_of_special_tokens_may_be_left_out_from_now_on(tiny_model_dir, tmp_path):
+    save_encoder(load_encoder(tiny_model_dir, Head(kind="sparse")), tmp_path / "all", CARD)
+    head = Head(kind="sparse", exclude_special_tokens=True)
+    model = load_encoder(tmp_path / "all", head)
+    save_encoder(model, tmp_path / "some", CARD)
+    again = load_encoder(tmp_path / "some")
+    assert again.exclude_special_tokens and torch.equal(vectors(again), vectors(model))
+    assert not torch.equal(vectors(again), vectors(load_encoder(tmp_path / "all")))
+    with pytest.raises(UserError, match="its exclude_special_tokens is False, not True"):
+        load_encoder(tmp_path / "all", head, strict=True)
+    for kind in (None, "dense"):
+        head = Head("cls", kind=kind, exclude_special_tokens=True)
+        with pytest.raises(UserError, match="--exclude_special_tokens is for sparse ones"):
+            load_encoder(tiny_model_dir, head)
+
+
 def test_so_is_a_masked_lm(tiny_model_dir, tmp_path):
     lm, tokenizer, origin = load_lm(str(tiny_model_dir))
     assert origin == str(tiny_model_dir)

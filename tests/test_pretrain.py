@@ -56,7 +56,10 @@ def here(monkeypatch):
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         monkeypatch.setattr(sys, "argv", ["pretrain_mae.py", *command(out, **flags)])
-        pretrain_mae.main()
+        try:
+            pretrain_mae.main()
+        finally:
+            launch.release_output()
         return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
     return call

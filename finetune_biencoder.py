@@ -3,8 +3,7 @@
     info_nce   softmax over the passages of the batch: DPR (arXiv 2004.04906), RetroMAE (2205.12035)
     triplet    -log softmax over pairs of positive and negative: ANCE (2007.00808)
     distilled  --kl_weight (RetroMAE, LexMAE) or --margin_mse_weight (SPLADE) on a teacher's scores
-    sparse     --head sparse, with the FLOPS regulariser: SPLADE-max (2109.10086), LexMAE
-               (2208.14754)
+    sparse     --head sparse, regularised by FLOPS: SPLADE-max (2109.10086), LexMAE (2208.14754)
     MaxP       --max_chunks: the best chunk of a document is its score: ANCE
     robust     --dro: the clusters in the training file are weighted: COCO-DR (2210.15212)
 
@@ -142,7 +141,6 @@ def main():
     W = accelerator.num_processes
     device = accelerator.device
     B = args.per_device_batch_size
-    sparse = args.head != "dense"
 
     # ---- data
     with accelerator.main_process_first():
@@ -160,7 +158,6 @@ def main():
     check(args, P, W)
     batch_size = W * B * accumulation
     max_steps = args.max_steps or math.ceil(args.num_epochs * len(groups) / batch_size)
-    epochs = max_steps * batch_size / len(groups)
     warmup_steps = steps_of(args.warmup_steps, max_steps)
     eval_every = args.eval_every or math.ceil(max_steps / 10)
     flops_p = args.flops_passages
@@ -194,7 +191,8 @@ def main():
         "scores": f"{model.pooling}, {'cosine' if model.normalized else 'dot'} / {temperature}",
         **groups.notes,
         **(dev.notes(groups.file) if dev else {}),
-        "steps": f"{max_steps} ({warmup_steps} of warm-up), {epochs:.2f} epochs",
+        "steps": f"{max_steps}, {warmup_steps} of warm-up",
+        "epochs": round(max_steps * batch_size / len(groups), 2),
         "disk": f"{(4 + bool(dev) + 2 * data.is_folder) * weights * 4 / 1e9:.2f} GB",  # 3 in state/
     }
     if args.dry_run:
@@ -232,7 +230,7 @@ def main():
             loss = loss + args.kl_weight * stats["kl"]
             loss = loss + args.margin_mse_weight * stats["margin_mse"]
         loss = dro.loss(loss, batch["clusters"]) if args.dro else loss.mean()
-        if sparse:
+        if args.head != "dense":
             stats |= losses.sparsity(q_reps, p_reps, batch["passage_rows"] >= 0)
             growth = min((step + 1) / max(args.flops_warmup_steps, 1), 1) ** 2
             loss = loss + growth * (flops_q * stats["q_flops"] + flops_p * stats["p_flops"])

@@ -179,7 +179,8 @@ def main():
     chunked = 0 < chunk_size < B
 
     # ---- data
-    title = args.title or checkpoint.stated_title(args.model) or "space"
+    stated = checkpoint.private_settings(args.model) if args.model else {}
+    title = args.title or stated.get("title", "space")
     cut = Cut(tokenizer, args.max_length, title, options.get("span_tokens", 0))
     with accelerator.main_process_first():
         parts = [Blocks(open_texts(path), cut) for path in args.corpus]

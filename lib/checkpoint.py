@@ -107,7 +107,7 @@ def load_encoder(
     overrides   fields of TextFormat in place of what the checkpoint states; None = as it states
     strict      what contradicts the checkpoint is an error, as in a stage that only uses it"""
     folder = checkpoint_folder(model)
-    private = _private(folder)
+    private = private_settings(folder)
     head = head or Head()
     base, pooling, layers = read_head(folder)
     own = "sparse" if pooling == "max" else "dense"
@@ -160,7 +160,8 @@ def load_encoder(
     return encoder.eval()
 
 
-def _private(folder) -> dict:
+@_door
+def private_settings(folder) -> dict:
     """The content of isthmus.json, {} without it."""
     path = Path(folder) / "isthmus.json"
     private = read_json(path) if path.is_file() else {}
@@ -257,9 +258,8 @@ def load_lm(model: str | None, model_config: str | None = None, tokenizer: str |
             config = AutoConfig.for_model(stated.pop("model_type", None), **stated)
             plain = {"dtype": torch.float32, "trust_remote_code": False}
             lm = AutoModelForMaskedLM.from_config(config, **plain)
-    place = model or model_config
     tokens = ("cls_token", "sep_token", "mask_token", "pad_token")
-    _check_fit(place, lm, tokenizer, "is_fast", *tokens)
+    _check_fit(model or model_config, lm, tokenizer, "is_fast", *tokens)
     tokenizer.padding_side = "right"  # slot 0 is the bottleneck
     return lm, tokenizer, origin
 
@@ -278,12 +278,6 @@ def load_decoder(model: nn.Module, folder: str | None) -> str:
             return f"new, that of {folder} is of the objective {found['objective']}"
         model.decoder.load_state_dict(load_file(settings.with_suffix(".safetensors")))
     return f"that of {folder}"
-
-
-@_door
-def stated_title(model: str | None) -> str | None:
-    """How titles are joined, if the folder `model` is a checkpoint of ours that says so."""
-    return _private(model).get("title") if model else None
 
 
 # ------------------------------------------------------------------------------------------------

@@ -58,10 +58,10 @@ def run(main) -> None:
         # the error of a loader worker comes with its traceback in front
         _stop(str(error).rstrip().rpartition("lib.files.UserError: ")[2], status=1)
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
+        place = error.filename or (owned[0].name.removesuffix("/.lock") if owned else "the system")
         reason = error.strerror or str(error).rstrip().rpartition("\n")[2]
         remedy = REMEDIES.get(error.errno, f"check the path and the disk; {GO_ON}")
-        _stop(f"{place}{reason} — {remedy}", status=1)
+        _stop(f"{place}: {reason} — {remedy}", status=1)
     except KeyboardInterrupt:
         _stop(f"interrupted — {GO_ON}", status=130)
     except Exception:

@@ -74,7 +74,7 @@ def originals(folder: Path) -> dict:
             model.encode(pad(to_ids(["a b c", ""], model.tokenizer, 8), model.tokenizer))
 
     def masked_lm(copy: Path) -> None:
-        checkpoint.stated_title(copy)
+        checkpoint.private_settings(copy)
         checkpoint.load_decoder(objective(copy), copy)
 
     def cross_encoder(copy: Path) -> None:

@@ -26,6 +26,7 @@ from lib.encoder import POOLINGS, Dense, Head, LayerNorm
 from lib.files import UserError
 from lib.groups import GroupCollator
 from lib.text import pad, to_ids
+from tests.fuzz_checkpoints import fuzz
 
 CARD = {"base": "tiny", "data": {"corpus": "c.jsonl"}, "metrics": {"MRR@10": 0.5}}
 TEXTS = [
@@ -365,3 +366,9 @@ make_accelerator()
         call, cwd=Path(__file__).parents[1], env={**os.environ, **old}, text=True
     )
     assert "this CPU has no bf16 — --mixed_precision no" in shown
+
+
+def test_damaged_checkpoints_are_loaded_or_refused_in_one_line():
+    found = fuzz(seed=7, times=60)
+    assert not found.failures, "\n".join(found.failures)
+    assert min(found.counts["loaded"], found.counts["refused"]) > 5

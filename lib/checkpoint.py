@@ -272,7 +272,7 @@ def load_decoder(model: nn.Module, folder: str | None) -> str:
         return "none"
     if folder is None or not settings.is_file():
         return "new"
-    with _loading(settings, f"remove {settings} to start a new one"):
+    with _loading(f"{folder}, its decoder", f"remove {settings} to start a new one"):
         found = read_json(settings)
         if found.get("decoder", found["objective"]) != model.settings["decoder"]:
             return f"new, that of {folder} is of the objective {found['objective']}"

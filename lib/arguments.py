@@ -7,8 +7,8 @@
         resume: bool = arg(False, help="continue from the last saved state")
 
 A field without a default is required. A field that is True by default has the flag --no_NAME. Every
-number is finite, within the range that stands beside its type, and at most LARGEST in size. What
-the group "runtime" holds does not change the result."""
+number is finite, within the range that stands beside its type, and at most LARGEST in size. The
+arguments of the group "runtime" do not change the result."""
 
 import argparse
 import dataclasses
@@ -97,7 +97,7 @@ def _add(section, field: dataclasses.Field) -> str:
         options["required"] = True
         options["help"] += " (required)"
     elif default not in (None, [], ""):
-        shown = " ".join(default) if isinstance(default, list) else default
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
         options["help"] += f" (default: {shown})"
     if get_origin(kind) is Literal:
         options |= {"choices": get_args(kind), "type": type(get_args(kind)[0])}
@@ -112,12 +112,11 @@ def _add(section, field: dataclasses.Field) -> str:
 def _check_range(field: dataclasses.Field, value) -> None:
     limits = field.metadata["limits"].items()
     for number in value if isinstance(value, list) else [value]:
-        if isinstance(number, bool) or not isinstance(number, int | float):
+        if type(number) not in LARGEST:
             continue
-        # a NaN is not below anything
         largest = LARGEST[type(number)]
-        fits = abs(number) <= largest and all(LIMITS[name][0](number, n) for name, n in limits)
-        if not fits:
+        within = all(LIMITS[name][0](number, n) for name, n in limits)
+        if not (abs(number) <= largest and within):  # a NaN is not below anything
             wanted = [f"{LIMITS[name][1]} {n:g}" for name, n in limits] or [f"up to {largest:g}"]
             shown = f"--{field.name} {str(number)[:30]}"
             raise UserError(f"{shown} — give a finite number {' and '.join(wanted)}")

@@ -139,6 +139,7 @@ def fuzz(seed: int, seconds: float = float("inf"), times: float = float("inf")) 
     """Counts of what was loaded, and texts of the failures."""
     found = SimpleNamespace(counts=Counter(), failures=[])
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -44,7 +44,7 @@ from scipy.sparse import csr_matrix, vstack
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from lib.arguments import arg, parse_args
+from lib.arguments import arg, identity, parse_args
 from lib.checkpoint import checkpoint_folder, load_encoder, model_hash
 from lib.cpu import pack_linears, speed_up_attention
 from lib.embeddings import finish_embeddings, shard_file, write_shard
@@ -67,6 +67,7 @@ class Args:
     dtype: Literal["float16", "float32"] | None = arg(
         None, help="how vectors are stored; default float16 for dense ones, float32 for sparse ones"
     )
+    shard_rows: int = arg(16384, least=1, help="texts per shard, the unit of work and resumption")
     max_terms: int = arg(0, least=0, help="sparse: keep the N highest weights of a text; 0 = all")
     min_weight: float = arg(0.0, least=0, help="sparse: drop weights up to X (Anserini: 0.005)")
     pooling: str | None = arg(
@@ -88,8 +89,7 @@ class Args:
     tokens_per_batch: int = arg(
         0, least=0, group="runtime", help="texts x longest; 0 = 2048 on a CPU, 65536 on a GPU"
     )
-    shard_rows: int = arg(16384, least=1, help="texts per shard, the unit of work and resumption")
-    num_workers: int = arg(2, least=0, help="loader processes that turn text into ids; 0 = none")
+    num_workers: int = arg(2, least=0, most=256, help="loader processes that turn text into ids")
     dry_run: bool = arg(False, help="show the first inputs, truncation, batches and disk, and stop")
 
 
@@ -269,7 +269,7 @@ def main():
         size = len(lengths) * times * model.dim * np.dtype(dtype).itemsize
         facts["disk"] = "8 bytes per weight" if sparse else f"{size / 1e9:.2f} GB"
         return echo(accelerator, "dry run", facts)
-    if claim_output(args, accelerator, "meta.json", ("num_workers", "override"), inputs):
+    if claim_output(accelerator, args.output_dir, identity(args, inputs), "meta.json"):
         return
     echo(accelerator, "encoding", facts)
 

@@ -30,7 +30,7 @@ from typing import Literal
 
 import numpy as np
 
-from lib.arguments import arg, parse_args
+from lib.arguments import arg, identity, parse_args
 from lib.bm25 import Weighting
 from lib.files import (
     RunList,
@@ -268,7 +268,7 @@ def main():
     read |= {"candidates": [args.candidates], "compare": [args.compare]}
     inputs = {name: file_fingerprint(*filter(None, paths)) for name, paths in read.items()}
     inputs |= index.inputs if index else {}
-    if claim_output(args, accelerator, "metrics.json", inputs=inputs):
+    if claim_output(accelerator, out, identity(args, inputs), "metrics.json"):
         if accelerator.is_main_process:
             show(read_json(out / "metrics.json"))
         return

@@ -1,12 +1,9 @@
-"""Fine-tune a bi-encoder: queries and passages share one encoder, a score is the dot product of
-their vectors.
+"""Fine-tune a bi-encoder: one encoder for queries and passages, scores are dot products.
 
     info_nce   softmax over the passages of the batch: DPR (arXiv 2004.04906), RetroMAE (2205.12035)
-    own_group  the same over the passages of the query's own group alone
     triplet    -log softmax over pairs of positive and negative: ANCE (2007.00808)
     distilled  --kl_weight (RetroMAE, LexMAE) or --margin_mse_weight (SPLADE) on a teacher's scores
-    sparse     --head sparse: a weight per term of the vocabulary, and the FLOPS regulariser:
-               SPLADE-max (2109.10086), LexMAE (2208.14754)
+    sparse     --head sparse, regularised by FLOPS: SPLADE-max (2109.10086), LexMAE (2208.14754)
     MaxP       --max_chunks: the best chunk of a document is its score: ANCE
     robust     --dro: the clusters in the training file are weighted: COCO-DR (2210.15212)
 
@@ -30,19 +27,17 @@ N GPUs    accelerate launch --multi_gpu --num_processes 8 finetune_biencoder.py 
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate.utils import send_to_device
-from tqdm import tqdm
 
 from lib import checkpoint, launch, losses
-from lib.arguments import arg, parse_args
+from lib.arguments import arg, identity, parse_args
 from lib.cpu import speed_up_attention
-from lib.dev import open_dev_set
+from lib.dev import describe_best, open_dev_set
 from lib.dro import GroupGradients, GroupWeights, groups_of_rows
 from lib.encoder import Head
 from lib.files import UserError
@@ -79,14 +74,12 @@ class Args:
     max_chunks: int = arg(None, least=1, help="maximum number of chunks per passage (MaxP 4)")
     max_characters: int = arg(None, least=0, help="cut passages to N characters first (ANCE 10000)")
     pooling: str = arg(None, group="model", help="cls, mean, last_token, if the model states none")
-    head: Literal["dense", "sparse", "new_sparse"] = arg(
-        "dense", help="sparse: with the LM head of --model; new_sparse: with a new one"
-    )
+    head: Literal["dense", "sparse", "new_sparse"] = arg("dense", help="new_sparse: a new LM head")
     normalize: bool = arg(False, help="make unit vectors; a checkpoint that has them keeps them")
-    projection: int = arg(0, least=0, help="add Linear + LayerNorm of this size (ANCE 768); 0: no")
+    projection: int = arg(0, least=0, most=65536, help="add Linear + LayerNorm (size, ANCE 768)")
     exclude_special_tokens: bool = arg(False, help="sparse: pool over no special tokens (LexMAE)")
     contrastive_weight: float = arg(1.0, least=0, group="objective", help="weight of --loss")
-    loss: Literal["info_nce", "triplet", "own_group"] = arg("info_nce", help="the contrastive loss")
+    loss: Literal["info_nce", "triplet"] = arg("info_nce", help="the contrastive loss")
     temperature: float = arg(None, above=0, help="divides scores (default: 1, unit vectors 0.05)")
     kl_weight: float = arg(0.0, least=0, help="weight of KL(teacher, student) per query (LexMAE 1)")
     margin_mse_weight: float = arg(0.0, least=0, help="weight of the margin-MSE (SPLADE 1)")
@@ -112,13 +105,13 @@ class Args:
     num_epochs: float = arg(4.0, above=0, help="passes over the examples (RetroMAE 4)")
     max_steps: int = arg(0, least=0, help="optimizer steps; if given, --num_epochs is not used")
     warmup_steps: float = arg(0.05, least=0, help="steps of warm-up; below 1, a share of all steps")
-    seed: int = arg(42, group="runtime", help="seed of data order, negatives, dropout, new weights")
+    seed: int = arg(42, least=0, help="seed of data order, negatives, dropout and new weights")
+    deterministic: bool = arg(False, help="make reruns on CUDA bit-identical")
+    resume: bool = arg(False, group="runtime", help="continue from the last saved state")
     save_every: int = arg(1000, least=1, help="save a state for --resume every N steps")
     log_every: int = arg(20, least=1, help="write a log line, look for a generation every N steps")
-    resume: bool = arg(False, help="continue from the last saved state")
-    num_workers: int = arg(2, least=0, help="loader processes that turn text into ids")
+    num_workers: int = arg(2, least=0, most=256, help="loader processes that turn text into ids")
     report_to: Literal["none", "tensorboard", "wandb"] = arg("none", help="also log to a tracker")
-    deterministic: bool = arg(False, help="make reruns on CUDA bit-identical")
     dry_run: bool = arg(False, help="show the first inputs, batch, steps and disk space, then stop")
 
 
@@ -135,7 +128,7 @@ def check(args: Args, passages_per_query: int, processes: int) -> None:
         raise UserError(f"--loss {args.loss} has no negatives — raise --passages_per_query")
     in_batch = args.loss == "info_nce" or args.head != "dense" or args.chunk_size
     if args.dro and (in_batch or args.gradient_checkpointing):
-        remedy = "give --loss triplet or own_group, no --chunk_size, no --gradient_checkpointing"
+        remedy = "give --loss triplet, no --chunk_size, no --gradient_checkpointing"
         raise UserError(f"--dro needs a loss of each query alone, of a whole batch — {remedy}")
     if args.eval_every and not args.dev_queries:
         raise UserError("--eval_every: the development set is incomplete — give --dev_queries")
@@ -153,7 +146,6 @@ def main():
     W = accelerator.num_processes
     device = accelerator.device
     B = args.per_device_batch_size
-    sparse = args.head != "dense"
 
     # ---- data
     with accelerator.main_process_first():
@@ -174,9 +166,9 @@ def main():
     batch_size = W * B * accumulation
     max_steps = args.max_steps or math.ceil(args.num_epochs * len(groups) / batch_size)
     warmup_steps = steps_of(args.warmup_steps, max_steps)
-    eval_every = args.eval_every or max(max_steps // 10, 1)
-    lambda_p = args.flops_passages
-    lambda_q = 0.75 * lambda_p if args.flops_queries is None else args.flops_queries
+    eval_every = args.eval_every or math.ceil(max_steps / 10)
+    flops_p = args.flops_passages
+    flops_q = 0.75 * flops_p if args.flops_queries is None else args.flops_queries
 
     # ---- model
     torch.manual_seed(args.seed)  # of new weights
@@ -192,7 +184,7 @@ def main():
     elif args.query_encoder == "table":
         model.query_table.scaled.requires_grad_()
     if model.query_table is not None:  # its vectors are as sparse as the queries
-        lambda_q = 0.0
+        flops_q = 0.0
     temperature = args.temperature or (0.05 if model.normalized else 1.0)
     speed_up_attention(model.backbone)
     if args.gradient_checkpointing:
@@ -210,20 +202,23 @@ def main():
         "texts": form,
         "running on": launch.describe(accelerator),
         "batch": f"{B} queries x {W} process(es) x {accumulation} accumulated = {batch_size}",
-        "encoded at a time": f"{args.chunk_size} texts (GradCache)" if chunked else "all texts",
+        "GradCache": f"{args.chunk_size} texts at a time" if chunked else "no",
         "scores": f"{model.pooling}, {'cosine' if model.normalized else 'dot'} / {temperature}",
         **groups.notes,
+        **(dev.notes(groups.file) if dev else {}),
         "steps": f"{max_steps}, {warmup_steps} of warm-up",
-        "epochs": f"{max_steps * batch_size / len(groups):.2f}",
+        "epochs": round(max_steps * batch_size / len(groups), 2),
         "disk": f"{(4 + bool(dev) + 2 * data.is_folder) * weights * 4 / 1e9:.2f} GB",  # 3 in state/
     }
-    facts["inputs"] = {"model": checkpoint.model_hash(checkpoint.checkpoint_folder(args.model))}
-    facts["inputs"] |= {"corpus": corpus.fingerprint, "queries": queries.fingerprint}
-    facts["inputs"] |= {"train": data.fingerprint}
-    if not launch.begin(accelerator, args, "fine-tuning", facts, collate.preview):
+    if args.dry_run:
+        return launch.echo(accelerator, "dry run: fine-tuning", facts | collate.preview())
+    inputs = {"corpus": corpus.fingerprint, "queries": queries.fingerprint}
+    inputs["model"] = checkpoint.model_hash(checkpoint.checkpoint_folder(args.model))
+    inputs |= {"train": data.fingerprint, "dev": dev and dev.fingerprint}
+    if launch.claim_output(accelerator, out, identity(args, inputs), resume=args.resume):
         return
-    if accelerator.is_main_process:
-        checkpoint.check_checkpoint(out, lambda path: checkpoint.save_encoder(model, path, {}))
+    launch.echo(accelerator, "fine-tuning", facts)
+    checkpoint.check_checkpoint(out, lambda path: checkpoint.save_encoder(model, path, {}))
     optimizer = make_optimizer(args.optimizer, model, args.learning_rate, args.weight_decay)
     model, optimizer = accelerator.prepare(model, optimizer)
 
@@ -233,9 +228,8 @@ def main():
     dev_scores = extra.setdefault("dev_scores", {})  # from here on filled in place
     if args.dro:
         dro.h = extra.setdefault("group_weights", dro.h)
-    log = launch.RunLog(accelerator, out, step)
+    log = launch.RunLog(accelerator, out, step, max_steps)
     means = launch.Means()
-    bar = tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process)
 
     # ---- the loss of a batch, and evaluation
     def loss_of(batch, q_reps, p_reps):
@@ -251,29 +245,31 @@ def main():
             loss = loss + args.kl_weight * stats["kl"]
             loss = loss + args.margin_mse_weight * stats["margin_mse"]
         loss = dro.loss(loss, batch["clusters"]) if args.dro else loss.mean()
-        if sparse:
+        if args.head != "dense":
             stats |= losses.sparsity(q_reps, p_reps, batch["passage_rows"] >= 0)
             growth = min((step + 1) / max(args.flops_warmup_steps, 1), 1) ** 2
-            loss = loss + growth * (lambda_q * stats["q_flops"] + lambda_p * stats["p_flops"])
+            loss = loss + growth * (flops_q * stats["q_flops"] + flops_p * stats["p_flops"])
         stats["accuracy"] = losses.in_batch_accuracy(scores, positives, mask)
         stats |= losses.spreads(q_reps, p_reps, batch["passage_rows"] >= 0)
         return loss, {name: value.detach().float().mean() for name, value in stats.items()}
 
-    def save(folder):
-        if accelerator.is_main_process:
-            data = f"{args.corpus} {args.queries} {args.train}"
-            card = {"base": args.model, "data": data, "command": " ".join(sys.argv)}
+    def save(folder, again=True):
+        if accelerator.is_main_process and (again or not folder.is_dir()):
+            card = {"base": args.model, "data": [args.corpus, args.queries, args.train]}
             card["metrics"] = {"steps": step, "dev MRR@10": dev_scores.get(step)}
             checkpoint.save_encoder(accelerator.unwrap_model(model), folder, card)
+            remove_old_checkpoints(out)
         accelerator.wait_for_everyone()
 
     def evaluate():
         dev_scores[step] = dev.mrr(accelerator, model, collate)
-        log.write(step, {"dev_mrr@10": dev_scores[step]}, bar)
+        log.write(step, {"dev_mrr@10": dev_scores[step]})
         if max(dev_scores, key=dev_scores.get) == step:  # of equals the first
             save(out / "best")
 
     # ---- train
+    if data.is_folder and step:  # the run may have been killed after the state of this step
+        save(checkpoint_path(out, step), again=False)
     if dev and not dev_scores:
         evaluate()
     batches = None
@@ -286,7 +282,7 @@ def main():
                 sampler = StepSampler(data.groups, B, rank, W, micro_step)
                 batches = load(data.groups, collate, sampler, args.num_workers, device)
         # ------------------------------------------------------------------- one training step
-        batch = send_to_device(next(batches), device, non_blocking=True)
+        batch = send_to_device(means.next(batches), device, non_blocking=True)
         dropout = step_seed(args.seed, DROPOUT, micro_step, rank)
         with accelerator.accumulate(model):
             if chunked:
@@ -312,14 +308,14 @@ def main():
             continue
         step += 1
         last_step = step == max_steps
-        bar.update()
+        log.bar.update()
         if step % args.log_every == 0 or last_step:
             values, seconds = means.take()
             values |= {"lr": lr, "grad_norm": norm.item(), "queries/s": W * B / seconds}
             values |= data.log(step)
             if args.dro:
                 values["group_weights"] = dro.h.tolist()
-            log.write(step, values, bar)
+            log.write(step, values)
             settled = max(warmup_steps, args.flops_warmup_steps) + max(max_steps // 4, 100)
             losses.stop_on_collapse(step, values, dim, settled=step > settled)
         if dev and (last_step or step % eval_every == 0):
@@ -329,12 +325,10 @@ def main():
             launch.save_state(out, step, accelerator, model, optimizer, extra)
             if data.is_folder:  # after the state: a resume never begins before a checkpoint
                 save(checkpoint_path(out, step))
-                remove_old_checkpoints(out)
-    bar.close()
 
     # ---- save
     save(out)
-    launch.finish(accelerator, out)
+    log.finish(describe_best(out / "best", dev_scores) if dev else "")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-from lib.arguments import arg, parse_args
+from lib.arguments import arg, identity, parse_args
 from lib.bm25 import Weighting
 from lib.files import (
     RunList,
@@ -182,7 +182,7 @@ def main():
     if args.corpus_embeddings and index.corpus.meta.get("input_fingerprint") != corpus.fingerprint:
         problem = f"{args.corpus_embeddings}: not the embeddings of {args.corpus}"
         raise UserError(f"{problem} — encode it")
-    if claim_output(args, accelerator, "audit.json", inputs=inputs):
+    if claim_output(accelerator, args.output_dir, identity(args, inputs), "audit.json"):
         return
     facts = {
         "candidates": f"the first {args.depth} of {index.name}",

@@ -44,7 +44,6 @@ N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,10 +51,9 @@ from typing import Literal
 
 import torch
 from accelerate.utils import send_to_device
-from tqdm import tqdm
 
 from lib import checkpoint, launch
-from lib.arguments import arg, parse_args
+from lib.arguments import arg, identity, parse_args
 from lib.blocks import Blocks, Corpora, Cut
 from lib.cpu import speed_up_attention
 from lib.encoder import positions
@@ -94,7 +92,7 @@ class Args:
         None, above=0, below=1, help="retromae, dupmae, lexmae: share hidden from the decoder (0.5)"
     )
     decoder_layers: int | None = arg(
-        None, least=1, help="lexmae, [co]condenser (2), seed (3, or 1 with a window of 8 or more)"
+        None, least=1, most=99, help="lexmae, [co]condenser (2), seed (3; 1 for a window above 7)"
     )
     attention_window: int | None = arg(None, least=1, help="seed: tokens the decoder sees (2)")
     span_tokens: int | None = arg(None, least=1, help="cocondenser: maximum tokens of a span (30)")
@@ -112,16 +110,16 @@ class Args:
     num_epochs: float = arg(8.0, above=0, help="passes over the corpus (RetroMAE on MS MARCO 20)")
     max_steps: int = arg(0, least=0, help="optimizer steps; if given, --num_epochs is not used")
     warmup_steps: float = arg(0.1, least=0, help="steps of warm-up; below 1, a share of all steps")
-    seed: int = arg(42, group="runtime", help="seed of data order, masks, dropout and new weights")
+    seed: int = arg(42, least=0, help="seed of data order, masks, dropout and new weights")
+    deterministic: bool = arg(False, help="make reruns on CUDA bit-identical")
+    resume: bool = arg(False, group="runtime", help="continue from the last saved state")
     probe_every: int = arg(0, least=0, help="probe the bottleneck every N steps; 0 is never")
     probe_queries: str | None = arg(None, help="queries for the probe's recall@100")
     probe_qrels: str | None = arg(None, help="judgments of --probe_queries")
     save_every: int = arg(1000, least=1, help="save a state for --resume every N steps")
     log_every: int = arg(20, least=1, help="write a log line every N steps")
-    resume: bool = arg(False, help="continue from the last saved state")
-    num_workers: int = arg(2, least=0, help="loader processes that turn text into ids")
+    num_workers: int = arg(2, least=0, most=256, help="loader processes that turn text into ids")
     report_to: Literal["none", "tensorboard", "wandb"] = arg("none", help="also log to a tracker")
-    deterministic: bool = arg(False, help="make reruns on CUDA bit-identical")
     dry_run: bool = arg(False, help="show the first inputs, batch, steps and disk space, then stop")
 
 
@@ -188,7 +186,8 @@ def main():
     chunked = 0 < chunk_size < B
 
     # ---- data
-    title = args.title or checkpoint.stated_title(args.model) or "space"
+    stated = checkpoint.private_settings(args.model) if args.model else {}
+    title = args.title or stated.get("title", "space")
     cut = Cut(tokenizer, args.max_length, title, options.get("span_tokens", 0))
     with accelerator.main_process_first():
         parts = [Blocks(open_texts(path), cut) for path in args.corpus]
@@ -222,13 +221,17 @@ def main():
         return {name: tokenizer.decode(ids[0, :length]) for name, ids in shown.items()}
 
     facts["disk"] = f"{4 * weights * 4 / 1e9:.2f} GB"  # 4 copies of the weights, 3 in state/
+    if args.dry_run:
+        return launch.echo(accelerator, "dry run: pre-training", facts | preview())
     texts = zip(args.corpus, parts, strict=True)
-    facts["inputs"] = {path: part.texts.fingerprint for path, part in texts}
-    if not launch.begin(accelerator, args, "pre-training", facts, preview):
+    inputs = {path: part.texts.fingerprint for path, part in texts}
+    if args.model:
+        inputs["model"] = checkpoint.model_hash(checkpoint.checkpoint_folder(args.model))
+    if launch.claim_output(accelerator, out, identity(args, inputs), resume=args.resume):
         return
-    if accelerator.is_main_process:
-        save = partial(checkpoint.save_checkpoint, objective, tokenizer, title=title, card={})
-        checkpoint.check_checkpoint(out, save)
+    launch.echo(accelerator, "pre-training", facts)
+    save = partial(checkpoint.save_checkpoint, objective, tokenizer, title=title, card={})
+    checkpoint.check_checkpoint(out, save)
     parameters = parameter_groups(objective, args.weight_decay)
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, fused=True)
     model, optimizer = accelerator.prepare(objective, optimizer)
@@ -239,12 +242,11 @@ def main():
 
     def write_probe():
         with accelerator.autocast():
-            log.write(step, probe(objective, device), bar)
+            log.write(step, probe(objective, device))
 
     # ---- train
-    log = launch.RunLog(accelerator, out, step)
+    log = launch.RunLog(accelerator, out, step, max_steps)
     means = launch.Means()
-    bar = tqdm(total=max_steps, initial=step, disable=not accelerator.is_main_process)
     model.train()
     lm.train(args.encoder_dropout)
     if probe and not step:
@@ -253,7 +255,7 @@ def main():
     batches = load(blocks, cut.collate, sampler, args.num_workers, device)
     while step < max_steps:
         # ------------------------------------------------------------------- one training step
-        batch = send_to_device(next(batches), device, non_blocking=True)
+        batch = send_to_device(means.next(batches), device, non_blocking=True)
         with accelerator.accumulate(model):
             if chunked:
                 terms = span_backward(accelerator, model, batch, args.seed, 2 * chunk_size)
@@ -276,25 +278,24 @@ def main():
             continue
         step += 1
         last_step = step == max_steps
-        bar.update()
+        log.bar.update()
         if step % args.log_every == 0 or last_step:
             values, seconds = means.take()
             values |= {"lr": lr, "grad_norm": norm.item()}
             values["tokens/s"] *= W / seconds
-            log.write(step, values, bar)
+            log.write(step, values)
         if probe and (step % args.probe_every == 0 or last_step):
             with means.paused():
                 write_probe()
         if step % args.save_every == 0 and not last_step:
             launch.save_state(out, step, accelerator, model, optimizer, {})
-    bar.close()
 
     # ---- save
     if accelerator.is_main_process:
-        card = {"base": origin, "data": ", ".join(args.corpus), "command": " ".join(sys.argv)}
-        card["metrics"] = {"steps": step, **values}
+        base = args.model or args.model_config
+        card = {"base": base, "data": args.corpus, "metrics": {"steps": step, **values}}
         checkpoint.save_checkpoint(objective, tokenizer, out, title, card)
-    launch.finish(accelerator, out)
+    log.finish()
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def run_one(args) -> None:
     transformers.utils.logging.disable_progress_bar()
     accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.precision)
     device = accelerator.device
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     pairs = args.run == "cocondenser"
     cut = Cut(tokenizer, args.length, span_tokens=args.length // 2 if pairs else 0)
     blocks = Corpora([Blocks(open_texts(args.corpus), cut)], seed=0)

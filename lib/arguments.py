@@ -7,12 +7,12 @@
         resume: bool = arg(False, help="continue from the last saved state")
 
 A field without a default is required. A field that is True by default has the flag --no_NAME. Every
-number is finite, and within the range that stands beside its type."""
+number is finite, within the range that stands beside its type, and at most LARGEST in size. The
+arguments of the group "runtime" do not change the result."""
 
 import argparse
 import dataclasses
 import difflib
-import math
 import operator
 import sys
 import types
@@ -31,6 +31,9 @@ LIMITS = {  # how a limit is checked, and how it is called
 }
 
 
+LARGEST = {int: 2**31 - 1, float: 1e38}  # so that products of two fit in 64 bits
+
+
 def arg(default: Any = REQUIRED, *, help: str, group: str | None = None, **limits: float) -> Any:
     """A field of a script's Args.
 
@@ -46,7 +49,7 @@ def arg(default: Any = REQUIRED, *, help: str, group: str | None = None, **limit
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise UserError(f"{message} — see --help")
+        raise UserError(f"{message[:300]} — see --help")
 
 
 def parse_args(cls: type):
@@ -94,12 +97,12 @@ def _add(section, field: dataclasses.Field) -> str:
         options["required"] = True
         options["help"] += " (required)"
     elif default not in (None, [], ""):
-        shown = " ".join(default) if isinstance(default, list) else default
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
         options["help"] += f" (default: {shown})"
     if get_origin(kind) is Literal:
         options |= {"choices": get_args(kind), "type": type(get_args(kind)[0])}
     elif get_origin(kind) is list:
-        options |= {"nargs": "+", "metavar": field.name.upper()}
+        options |= {"nargs": "+", "type": get_args(kind)[0], "metavar": field.name.upper()}
     else:
         options |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
     section.add_argument(f"--{field.name}", **options)
@@ -107,9 +110,24 @@ def _add(section, field: dataclasses.Field) -> str:
 
 
 def _check_range(field: dataclasses.Field, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return
     limits = field.metadata["limits"].items()
-    if not math.isfinite(value) or not all(LIMITS[name][0](value, n) for name, n in limits):
-        wanted = " and ".join(f"{LIMITS[name][1]} {n:g}" for name, n in limits)
-        raise UserError(f"--{field.name} {value} — give a finite number {wanted}".rstrip())
+    for number in value if isinstance(value, list) else [value]:
+        if type(number) not in LARGEST:
+            continue
+        largest = LARGEST[type(number)]
+        within = all(LIMITS[name][0](number, n) for name, n in limits)
+        if not (abs(number) <= largest and within):  # a NaN is not below anything
+            wanted = [f"{LIMITS[name][1]} {n:g}" for name, n in limits] or [f"up to {largest:g}"]
+            shown = f"--{field.name} {str(number)[:30]}"
+            raise UserError(f"{shown} — give a finite number {' and '.join(wanted)}")
+
+
+def identity(args, inputs: dict) -> dict:
+    """What decides the result of a run, for lib/launch.claim_output: all arguments but those of the
+    group "runtime" and output_dir, and `inputs`, the fingerprints of what the run reads."""
+    arguments, group = {}, None
+    for field in dataclasses.fields(args):
+        group = field.metadata["group"] or group
+        if group != "runtime" and field.name != "output_dir":
+            arguments[field.name] = getattr(args, field.name)
+    return {"arguments": arguments, "inputs": inputs}

@@ -13,11 +13,12 @@ A checkpoint is a Hugging Face folder and a sentence-transformers folder (lib/se
 Weights and tokenizers never run code of the checkpoint, unless trust_remote_code says so."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import tokenizers
@@ -37,9 +38,18 @@ from transformers import (
 )
 
 from lib.architectures import ARCHITECTURES
+from lib.dist import world
 from lib.encoder import BiEncoder, Head, SparseBiEncoder, extend, positions
 from lib.files import UserError, atomic, read_json, write_json, write_lines
-from lib.sentence_files import read_head, read_query_table, stated_format, write_head
+from lib.sentence_files import (
+    card_facts,
+    model_card,
+    read_head,
+    read_query_table,
+    stated_format,
+    text_format,
+    write_head,
+)
 from lib.text import TextFormat, format_texts, pad, to_ids
 
 VERSION = 1  # of isthmus.json
@@ -48,6 +58,8 @@ VERSION = 1  # of isthmus.json
 # deviation: its inputs leave a LayerNorm. So many of these lower, a few per cent of the terms have
 # their maximum above zero, as with a trained head.
 NEW_HEAD = 3.5
+
+REHEARSAL = ".tmp-rehearsal"  # the folder of check_checkpoint
 
 # the files of a checkpoint that decide its vectors
 FILES = """config.json model*.safetensors* pytorch_model* *.py *token*.json vocab* merges.txt
@@ -70,6 +82,18 @@ TRIAL = [*(((), text) for text in PROBES), (("Ants",), PROBES[0] * 20), (("A tit
 # load
 
 
+def _door(load: Callable) -> Callable:
+    """load(model, ...), with whatever a damaged folder makes it raise as a UserError."""
+
+    @functools.wraps(load)
+    def checked(model, *args, **kwargs):
+        with loading(model):
+            return load(model, *args, **kwargs)
+
+    return checked
+
+
+@_door
 def load_encoder(
     model,
     head: Head | None = None,
@@ -84,10 +108,9 @@ def load_encoder(
     overrides   fields of TextFormat in place of what the checkpoint states; None = as it states
     strict      what contradicts the checkpoint is an error, as in a stage that only uses it"""
     folder = checkpoint_folder(model)
-    private = _private(folder)
+    private = private_settings(folder)
     head = head or Head()
-    with loading(folder):
-        base, pooling, layers = read_head(folder)
+    base, pooling, layers = read_head(folder)
     own = "sparse" if pooling == "max" else "dense"
     kind = (head.kind or own).removeprefix("new_")
     if pooling and kind != own and (strict or kind == "dense"):
@@ -95,6 +118,9 @@ def load_encoder(
     if kind == "sparse" and (head.pooling or head.projection or head.normalize):
         flags = "--pooling, --projection and --normalize"
         raise UserError(f"{folder}: a sparse head is pooled by max — leave out {flags}")
+    if kind == "dense" and head.exclude_special_tokens:
+        wrong = "a dense head, and --exclude_special_tokens is for sparse ones"
+        raise UserError(f"{folder}: {wrong} — leave it out, or add --head sparse")
     if kind == "dense" and not (pooling or head.pooling):
         raise UserError(f"{folder}: states no pooling — add --pooling cls, mean or last_token")
 
@@ -119,7 +145,7 @@ def load_encoder(
             what = "the tokenizer gives other ids than when the checkpoint was saved"
             version = f"{saved['version']} (now {tokenizers.__version__})"
             raise UserError(f"{folder}: {what} — install tokenizers {version}")
-    form = _text_format(folder, stated, overrides or {}, strict, limit)
+    form = text_format(folder, stated, overrides or {}, strict, limit)
     if form.title == "sep":
         _check_fit(folder, backbone, tokenizer, "sep_token")
     if form.max_chunks > 1 and (kind == "sparse" or not tokenizer.is_fast):
@@ -133,26 +159,12 @@ def load_encoder(
     else:
         encoder = BiEncoder(backbone, tokenizer, pooling or head.pooling, layers, form)
     extend(encoder, head, strict and pooling is not None, folder)
+    nn.Sequential(*encoder.head)(torch.zeros(1, backbone.config.hidden_size))  # do they fit?
     return encoder.eval()
 
 
-def _text_format(folder, stated: dict, overrides: dict, strict: bool, limit: int) -> TextFormat:
-    given = {name: value for name, value in overrides.items() if value is not None}
-    for name, value in given.items():
-        own = stated.get(name, value)
-        if strict and own != value:
-            what = f"its {name} is {own!r}, not {value!r}"
-            raise UserError(f"{folder}: {what} — leave it out, or add --override")
-        if name.endswith("_length") and value > limit:
-            what = f"{folder}: {name} {value}, but the model has {limit} positions"
-            raise UserError(f"{what} — lower it")
-    form = TextFormat(**stated | given)
-    form.max_query_length = min(form.max_query_length, limit)
-    form.max_passage_length = min(form.max_passage_length, limit)
-    return form
-
-
-def _private(folder) -> dict:
+@_door
+def private_settings(folder) -> dict:
     """The content of isthmus.json, {} without it."""
     path = Path(folder) / "isthmus.json"
     private = read_json(path) if path.is_file() else {}
@@ -176,11 +188,12 @@ def checkpoint_folder(model) -> Path:
 
 @contextlib.contextmanager
 def loading(place, remedy: str = "give the folder of a complete checkpoint") -> Iterator[None]:
-    errors = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
     try:
         yield
-    except errors as error:
-        reason = " ".join(str(error).split())[:300]
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise nearly everything for damaged files
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{place}: cannot be loaded ({reason}) — {remedy}") from error
 
 
@@ -188,15 +201,14 @@ def _load(folder: Path, auto, trust_remote_code: bool = False) -> tuple[nn.Modul
     """(model in fp32, tokenizer, whether the weights of its head are new). auto: AutoModel, which
     gives a backbone without its pooler, or a class with a head."""
     remote = {"trust_remote_code": trust_remote_code}
-    with loading(folder):
-        config = AutoConfig.from_pretrained(folder, **remote)
-        # of T5 the encoder alone; one that was saved alone says so in its `architectures`
-        alone = (config.architectures or [""])[0].endswith("EncoderModel")
-        if auto is AutoModel and (config.is_encoder_decoder or alone):
-            auto = AutoModelForTextEncoding
-        how = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-        model, report = auto.from_pretrained(folder, **how, **remote)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **remote)
+    config = AutoConfig.from_pretrained(folder, **remote)
+    # of T5 the encoder alone; one that was saved alone says so in its `architectures`
+    alone = (config.architectures or [""])[0].endswith("EncoderModel")
+    if auto is AutoModel and (config.is_encoder_decoder or alone):
+        auto = AutoModelForTextEncoding
+    how = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    model, report = auto.from_pretrained(folder, **how, **remote)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **remote)
     headless = model.base_model is model
     prefix = "" if headless else model.base_model_prefix
     missing = report["missing_keys"]
@@ -214,9 +226,9 @@ def _load(folder: Path, auto, trust_remote_code: bool = False) -> tuple[nn.Modul
     return model, tokenizer, bool(missing) and not headless
 
 
-def _check_fit(place, model: nn.Module, tokenizer, *tokens: str) -> None:
-    """UserError: an LM head that we do not know, or a tokenizer of another model or without one of
-    these special tokens."""
+def _check_fit(place, model: nn.Module, tokenizer, *needed: str) -> None:
+    """UserError: an LM head that we do not know, or a tokenizer of another model or without what is
+    needed: special tokens, or is_fast."""
     kind = model.config.model_type
     if model.get_output_embeddings() is not None and kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -225,11 +237,13 @@ def _check_fit(place, model: nn.Module, tokenizer, *tokens: str) -> None:
     if len(tokenizer) > count:
         what = f"{count} embeddings for {len(tokenizer)} tokens of the tokenizer"
         raise UserError(f"{place}: {what} — give the tokenizer of the model")
-    for name in tokens:
-        if getattr(tokenizer, name) is None:
-            raise UserError(f"{place}: its tokenizer has no {name}, which is needed — set one")
+    for name in needed:
+        if not getattr(tokenizer, name):
+            what = "is not a fast one" if name == "is_fast" else f"has no {name}"
+            raise UserError(f"{place}: its tokenizer {what}, which is needed — give one")
 
 
+@_door
 def load_lm(model: str | None, model_config: str | None = None, tokenizer: str | None = None):
     """(masked LM in fp32, its tokenizer, what the echo says of its weights): those of a checkpoint,
     with a new LM head if it has none; or fresh ones, for a config file and a tokenizer's folder."""
@@ -245,33 +259,28 @@ def load_lm(model: str | None, model_config: str | None = None, tokenizer: str |
             stated = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
             stated |= read_json(model_config)
             config = AutoConfig.for_model(stated.pop("model_type", None), **stated)
-            lm = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
-    place = model or model_config
-    _check_fit(place, lm, tokenizer, "cls_token", "sep_token", "mask_token", "pad_token")
+            plain = {"dtype": torch.float32, "trust_remote_code": False}
+            lm = AutoModelForMaskedLM.from_config(config, **plain)
+    tokens = ("cls_token", "sep_token", "mask_token", "pad_token")
+    _check_fit(model or model_config, lm, tokenizer, "is_fast", *tokens)
     tokenizer.padding_side = "right"  # slot 0 is the bottleneck
     return lm, tokenizer, origin
 
 
 def load_decoder(model: nn.Module, folder: str | None) -> str:
     """Go on with the decoder that `folder` holds if it is one of the same objective -> what the
-    echo says of it."""
+    echo says of it. UserError: its files are damaged."""
     settings = Path(folder or "") / "decoder.json"
     if not hasattr(model, "decoder"):
         return "none"
     if folder is None or not settings.is_file():
         return "new"
-    found = read_json(settings)
-    if found.get("decoder", found["objective"]) != model.settings["decoder"]:
-        return f"new, that of {folder} is of the objective {found['objective']}"
-    path = settings.with_suffix(".safetensors")
-    with loading(path, f"remove {settings} to start a new one"):
-        model.decoder.load_state_dict(load_file(path))
+    with loading(f"{folder}, its decoder", f"remove {settings} to start a new one"):
+        found = read_json(settings)
+        if found.get("decoder", found["objective"]) != model.settings["decoder"]:
+            return f"new, that of {folder} is of the objective {found['objective']}"
+        model.decoder.load_state_dict(load_file(settings.with_suffix(".safetensors")))
     return f"that of {folder}"
-
-
-def stated_title(model: str | None) -> str | None:
-    """How titles are joined, if the folder `model` is a checkpoint of ours that says so."""
-    return _private(model).get("title") if model else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -280,26 +289,35 @@ def stated_title(model: str | None) -> str | None:
 
 def save_encoder(model: BiEncoder, folder, card: dict) -> None:
     """Write the checkpoint under a temporary name, read it back, and only then give it its name.
-    For the main process alone. card: what the model card says (base, data, command, metrics). A
-    folder that also holds other things, such as a log, keeps them. UserError: the folder, read
-    again, does not give the same vectors; what was written is kept as FOLDER.refused."""
+    For the main process alone. card: what the model card says (base, data, metrics). A folder that
+    also holds other things, such as a log, keeps them. UserError: the folder, read again, does not
+    give the same vectors; what was written is kept as FOLDER.refused."""
     form = model.format
     private = {"max_chunks": form.max_chunks, "max_characters": form.max_characters}
     if isinstance(model, SparseBiEncoder):
         private["exclude_special_tokens"] = model.exclude_special_tokens
-    with _taking_place_of(Path(folder)) as temporary:
+
+    def is_same(written: Path) -> bool:
+        again = load_encoder(written).to(next(model.parameters()).device)
+        return torch.allclose(_trial(model), _trial(again), rtol=1e-4, atol=1e-5)
+
+    with _taking_place_of(Path(folder), is_same) as temporary:
         write_head(model, temporary)
         _write(temporary, model.backbone, model.tokenizer, form.title, private)
-        write_lines(temporary / "README.md", _card(model, Path(folder).name, card))
-        again = load_encoder(temporary).to(next(model.parameters()).device)
-        same = torch.allclose(_trial(model), _trial(again), rtol=1e-4, atol=1e-5)
-        _require_same(same, temporary, Path(folder))
+        write_lines(temporary / "README.md", model_card(model, Path(folder).name, card))
 
 
 def save_checkpoint(model: nn.Module, tokenizer, folder, title: str, card: dict) -> None:
     """The same for the masked LM of an objective, with its decoder; read again, it must have the
     same weights."""
-    with _taking_place_of(Path(folder)) as temporary:
+
+    def is_same(written: Path) -> bool:
+        again, _, new_head = _load(written, AutoModelForMaskedLM)
+        there = again.state_dict()
+        here = model.lm.state_dict().items()
+        return not new_head and all(torch.equal(there[name], own.cpu()) for name, own in here)
+
+    with _taking_place_of(Path(folder), is_same) as temporary:
         if hasattr(model, "decoder"):
             weights = model.decoder.state_dict().items()
             decoder = {name: tensor.contiguous().cpu() for name, tensor in weights}
@@ -307,20 +325,16 @@ def save_checkpoint(model: nn.Module, tokenizer, folder, title: str, card: dict)
             write_json(temporary / "decoder.json", model.settings)
         _write(temporary, model.lm, tokenizer, title, {})
         lines = [f"# {model.lm.config.model_type}, pre-trained: {model.settings['objective']}", ""]
-        lines += [*_facts(card | model.settings), "", "`AutoModelForMaskedLM` loads it."]
+        lines += [*card_facts(card | model.settings), "", "`AutoModelForMaskedLM` loads it."]
         write_lines(temporary / "README.md", lines)
-        again, _, new_head = _load(temporary, AutoModelForMaskedLM)
-        there, here = again.state_dict(), model.lm.state_dict()
-        same = all(torch.equal(there[name], weight.cpu()) for name, weight in here.items())
-        _require_same(same and not new_head, temporary, Path(folder))
 
 
 def check_checkpoint(folder, save: Callable[[Path], None]) -> None:
     """Let `save` write the model into a folder and read it back, and remove that again: before the
-    first step, so that a model which cannot be kept is refused at once. For the main process."""
-    trial = Path(folder) / ".tmp-trial"
-    save(trial / "model")
-    shutil.rmtree(trial)
+    first step, so that a model which cannot be kept is refused at once. By the main process."""
+    if world()[0] == 0:
+        save(Path(folder) / REHEARSAL)
+        shutil.rmtree(Path(folder) / REHEARSAL)
 
 
 def _write(folder: Path, model: nn.Module, tokenizer, title: str, private: dict) -> None:
@@ -338,31 +352,44 @@ def _write(folder: Path, model: nn.Module, tokenizer, title: str, private: dict)
         path.chmod(mode)
 
 
-def _require_same(same: bool, temporary: Path, folder: Path) -> None:
-    if not same:
-        refused = folder.with_name(f"{folder.name}.refused")
-        shutil.rmtree(refused, ignore_errors=True)
-        shutil.copytree(temporary, refused)
-        what = f"the checkpoint is another model when it is read back; it is in {refused}"
-        raise UserError(f"{folder}: {what} — look for NaN in training, or a full disk")
-
-
 @contextlib.contextmanager
-def _taking_place_of(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well; or, if that holds more
-    than a checkpoint, whose entries take the place of the old ones in it."""
+def _taking_place_of(folder: Path, is_same: Callable[[Path], bool]) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends well and is_same(it); or, if
+    `folder` holds more than a checkpoint, whose entries take the place of the old ones in it.
+    OSError: the block could not write."""
     old = {path.parts[0] for path in checkpoint_files(folder)} | {"README.md"}
     more = folder.is_dir() and not {path.name for path in folder.iterdir()} <= old
     staged = folder / ".tmp-checkpoint" if more else folder
     with atomic(staged) as temporary:
         temporary.mkdir()
-        yield temporary
+        try:
+            yield temporary
+        except Exception as error:
+            if type(error) not in (SafetensorError, Exception):  # so the Rust libraries say it
+                raise
+            raise OSError(f"{folder}: cannot be written ({error})") from error
+        _require_same(temporary, folder, is_same)
     if more:
         for path in checkpoint_files(folder):
             (folder / path).unlink()
         for path in staged.iterdir():
             os.replace(path, folder / path.name)
         staged.rmdir()
+
+
+def _require_same(temporary: Path, folder: Path, is_same: Callable[[Path], bool]) -> None:
+    """Else what was written is moved to a name of its own, which no later run removes."""
+    try:
+        wrong = "" if is_same(temporary) else "is another model when it is read back"
+    except UserError as error:
+        wrong = f"cannot be read back ({error})"
+    if wrong:
+        place = (folder.parent if folder.name == REHEARSAL else folder).absolute()
+        names = (f"{place.name}.refused{number or ''}" for number in count())
+        refused = next(path for path in map(place.with_name, names) if not path.exists())
+        os.replace(temporary, refused)
+        remedy = "look for NaN in training, or for code whose effect no file states"
+        raise UserError(f"{place}: the checkpoint {wrong}; it is in {refused} — {remedy}")
 
 
 def checkpoint_files(folder) -> list[Path]:
@@ -404,35 +431,11 @@ def _trial(model: BiEncoder) -> Tensor:
     return torch.cat(found).cpu()
 
 
-def _card(model: BiEncoder, name: str, card: dict) -> Iterator[str]:
-    kind, library = "Dense", "SentenceTransformer"
-    head = " + ".join([f"{model.pooling} pooling", *(type(part).__name__ for part in model.head)])
-    if isinstance(model, SparseBiEncoder):
-        kind, library = "Sparse", "SparseEncoder"
-        over = "without special tokens" if model.exclude_special_tokens else "all positions"
-        head = f"log(1 + relu(max of the LM's logits over {over}))"
-    yield from ("---", "pipeline_tag: sentence-similarity", "---", "", f"# {name}", "")
-    yield f"{kind} retriever: {head}, {model.dim} dimensions, compared by dot product."
-    if model.portable:
-        separator = {"space": " ", "sep": "{model.tokenizer.sep_token}"}.get(model.format.title)
-        text = f'f"{{title}}{separator}{{text}}" if title else text' if separator else "text"
-        yield from ("", "```python", f"from sentence_transformers import {library}", "")
-        yield f"model = {library}({name!r})"
-        yield "queries = model.encode_query(['what is it?'])"
-        yield f"passages = model.encode_document([{text} for title, text in corpus])"
-        yield "```"
-    yield ""
-    yield from _facts(asdict(model.format) | card)
-
-
-def _facts(values: dict) -> list[str]:
-    return [f"- **{name.replace('_', ' ')}**: `{value}`" for name, value in values.items()]
-
-
 # ------------------------------------------------------------------------------------------------
 # cross-encoders
 
 
+@_door
 def load_cross_encoder(folder: Path, form: TextFormat) -> tuple[nn.Module, object]:
     """(sequence classifier in fp32 and eval mode, tokenizer). form: title, max_query_length, and in
     max_passage_length the tokens of a pair. UserError: no trained head of one or two labels, a
@@ -441,10 +444,8 @@ def load_cross_encoder(folder: Path, form: TextFormat) -> tuple[nn.Module, objec
     if new_head or classifier.config.num_labels > 2:
         what = "it has no trained head of one or two labels, so it is no cross-encoder"
         raise UserError(f"{folder}: {what} — train one with recipes/train_cross_encoder.py")
-    if not tokenizer.is_fast:
-        raise UserError(f"{folder}: its tokenizer is not a fast one — save one that is")
-    if form.title == "sep":
-        _check_fit(folder, classifier, tokenizer, "sep_token")
+    needed = ("is_fast", "sep_token") if form.title == "sep" else ("is_fast",)
+    _check_fit(folder, classifier, tokenizer, *needed)
     query, pair, limit = form.max_query_length, form.max_passage_length, positions(classifier)
     if query + tokenizer.num_special_tokens_to_add(pair=True) >= pair or pair > limit:
         what = f"--max_query_length {query} in --max_length {pair} of {limit} positions"

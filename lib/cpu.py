@@ -36,25 +36,15 @@ def product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Te
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-class PackedLinear(nn.Module):
-    """A Linear for inference only, from inputs of any dtype to outputs of `dtype`."""
-
-    def __init__(self, linear: nn.Linear, dtype: torch.dtype):
-        super().__init__()
-        bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-        self.product = product(linear.weight.detach().to(dtype), bias)
-        self.dtype = dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x.to(self.dtype))
-
-
-def pack_linears(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every Linear below `module` by a PackedLinear. Then it can no longer train."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child, dtype))
+def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make every Linear of a model compute by `product`, from inputs of any dtype to outputs of
+    `dtype`, for inference only. The modules and their weights stay for code that looks at them, as
+    T5's does."""
+    for linear in model.modules():
+        if type(linear) is nn.Linear:
+            bias = None if linear.bias is None else linear.bias.detach().to(dtype)
+            packed = product(linear.weight.detach().to(dtype), bias)
+            linear.forward = lambda x, packed=packed: packed(x.to(dtype))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

@@ -1,14 +1,18 @@
 """The development set of a training run: candidates of judged queries, re-ranked by the model as it
 stands."""
 
+import json
+
+import numpy as np
 import torch
+import xxhash
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
 from lib.dist import world
 from lib.files import UserError, read_qrels, read_run
-from lib.groups import GroupCollator
+from lib.groups import GroupCollator, TrainingFile, pair_keys
 from lib.metrics import mrr_at_k
 from lib.texts import Texts, open_texts, require_rows
 
@@ -24,6 +28,17 @@ def open_dev_set(queries_path, qrels_path, candidates_path, corpus: Texts) -> "D
         remedy = "give --dev_queries, --dev_qrels and --dev_candidates"
         raise UserError(f"the development set is incomplete — {remedy}")
     return DevSet(queries_path, qrels_path, candidates_path, corpus)
+
+
+def describe_best(folder, scores: dict[int, float]) -> str:
+    """What `folder` holds when training ends. scores: MRR@10 at each evaluated step; step 0 is the
+    model as it came."""
+    best = max(scores, key=scores.get)  # of equals the first
+    what = f"the model of step {best}" if best else "THE MODEL AS IT CAME (step 0)"
+    steps = dict.fromkeys((0, best, max(scores)))
+    shown = ", ".join(f"{scores[step]:.4f} at step {step}" for step in steps)
+    why = "" if best else "; training has not improved it"
+    return f"{folder} holds {what}, the best on the development set: MRR@10 {shown}{why}"
 
 
 class DevSet:
@@ -51,6 +66,24 @@ class DevSet:
         model.train()
         ranked = {qid: pids for part in parts for qid, pids in part.items()}
         return mrr_at_k(ranked, self.qrels, k)
+
+    def notes(self, file: TrainingFile) -> dict[str, str]:
+        """What the echo says: how many of the judged pairs are also trained on, by their texts."""
+        pairs = [(q, p) for q, of_q in self.qrels.items() for p, grade in of_q.items() if grade > 0]
+        queries = self.queries.rows([qid for qid, _ in pairs])
+        passages = self.corpus.rows([pid for _, pid in pairs])
+        keys = pair_keys(self.queries.text_keys[queries], self.corpus.text_keys[passages])
+        known = (queries >= 0) & (passages >= 0)
+        shared = int(np.isin(keys[known], file.positive_pairs()).sum())
+        note = f"; NOTE: {shared} of its {len(pairs)} relevant pairs are also trained on, so MRR@10"
+        note += " is too high: keep its queries out of --train"
+        return {"development set": f"{len(self.candidates)} queries{note if shared else ''}"}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of queries, judgments and candidates."""
+        content = json.dumps([self.queries.fingerprint, self.qrels, self.candidates])
+        return xxhash.xxh3_128_hexdigest(content.encode())
 
     @torch.no_grad()
     def rerank(self, encoder, collate: GroupCollator, qids: list, k: int) -> dict[str, list[str]]:

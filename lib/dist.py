@@ -19,17 +19,17 @@ def world() -> tuple[int, int]:
 
 
 def from_main(accelerator, decide: Callable[[], T]) -> T:
-    """What decide() returns on the main process, given to all. A UserError there is raised on all
-    of them, because the others already wait for the answer."""
+    """What decide() returns on the main process, given to all. A UserError or OSError there is
+    raised on all of them, because the others already wait for the answer."""
     answer = [None, None]
     if accelerator.is_main_process:
         try:
             answer[0] = decide()
-        except UserError as error:
-            answer[1] = str(error)
+        except (UserError, OSError) as error:
+            answer[1] = error
     broadcast_object_list(answer)
     if answer[1]:
-        raise UserError(answer[1])
+        raise answer[1]
     return answer[0]
 
 

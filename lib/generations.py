@@ -64,7 +64,10 @@ def read_generations(folder) -> list[Generation]:
     the one before."""
     found = []
     for number, path in _numbered(Path(folder), "generation", "manifest.json"):
-        step = read_json(path / "manifest.json")["step"]
+        manifest = read_json(path / "manifest.json")
+        step = manifest.get("step") if isinstance(manifest, dict) else None
+        if not isinstance(step, int):
+            raise UserError(f"{path}/manifest.json: it states no step — remove the generation")
         if found and step < found[-1].step:
             raise UserError(
                 f"{path}: its step {step} is below {found[-1].step} of the generation before, so "
@@ -88,8 +91,12 @@ class Generations:
         self.is_folder = self.folder.is_dir()
         self.record = Path(record)
         self.read = read
-        rows = [row.split("\t") for _, row in lines(record)] if self.record.is_file() else []
-        self.decisions = {int(step): int(number) for step, number in rows}
+        self.decisions = {}
+        for line, row in lines(record) if self.record.is_file() else ():
+            step, _, number = row.partition("\t")
+            if not (step.isdecimal() and number.isdecimal()):
+                raise UserError(f"{record}:{line}: not `step TAB generation` — correct the line")
+            self.decisions[int(step)] = int(number)
         self.used = self._generation(max(self.decisions, default=0))
         self.groups = read(self.used.train)
 

@@ -44,6 +44,11 @@ def read_rows(path) -> Iterator[TrainingRow]:
     return (TrainingRow(qid, pids) for qid, pids in read_positives(path).items())
 
 
+def pair_keys(queries: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """A uint64 for each pair of a query, by any whole number, and a text, by its key: (n,) each."""
+    return texts.view(np.uint64) ^ (queries.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+
+
 def scores_of(row: TrainingRow) -> list[float]:
     """Of the positives, then of the negatives; empty if the line does not have all of them."""
     scores = (row.pos_scores or []) + (row.neg_scores or [])
@@ -93,10 +98,8 @@ class TrainingFile:
         pids = [pid for row in block for pid in (*row.pos, *row.neg)]
         rows = require_rows(self.corpus, pids, self.path, "passage")
         counts = np.array([len(ids) for row in block for ids in (row.pos, row.neg)])
-        # a pair of query and text is one 64-bit number
         owners = np.repeat(np.arange(len(counts)) // 2, counts)
-        keys = np.asarray(self.corpus.text_keys[rows]).view(np.uint64)
-        pairs = keys ^ (owners.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        pairs = pair_keys(owners, np.asarray(self.corpus.text_keys[rows]))
         negative = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
         wrong = negative & (places(pairs, np.sort(pairs[~negative])) >= 0)
         if wrong.any():
@@ -113,6 +116,13 @@ class TrainingFile:
             "scores": np.fromiter(chain.from_iterable(map(scores_of, block)), np.float32),
             "clusters": np.array(clusters, dtype=np.int64),
         }
+
+    def positive_pairs(self) -> np.ndarray:
+        """pair_keys of each query's text and its positives, by their texts."""
+        counts = np.diff(self.bounds)  # of positives and negatives in turn
+        positive = np.repeat(np.arange(len(counts)) % 2 == 0, counts)
+        queries = np.repeat(self.queries.text_keys[self.query_rows], counts[::2])
+        return pair_keys(queries, self.corpus.text_keys[self.rows[positive]])
 
     def positive_keys(self, query: int) -> np.ndarray:
         """Text keys of all positives of a query."""

@@ -2,18 +2,20 @@
 state."""
 
 import contextlib
+import errno
+import fcntl
 import functools
 import json
 import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -27,17 +29,24 @@ from tqdm import tqdm
 
 from lib.cpu import onednn
 from lib.dist import all_gather, from_main
-from lib.files import UserError, lines, read_json, write_json, write_lines
+from lib.files import UserError, atomic, lines, read_json, write_json, write_lines
 
 PACKAGES = "torch transformers tokenizers accelerate datasets faiss-cpu faiss-gpu numpy".split()
-# arguments of training scripts that do not change their result
-WITHOUT_EFFECT = "log_every save_every num_workers report_to probe_every probe_queries probe_qrels"
+PATIENCE = 3  # seconds in which a launcher ends the other processes of a run that failed
+GO_ON = "to go on, give the same command again (a trainer also needs --resume)"
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), f"free some space; {GO_ON}"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a path you may write to"),
+}
+owned = []  # the open lock file of the output folder that this process writes to
 
 
 def run(main) -> None:
-    """Call main(); a UserError becomes one line on stderr and exit status 1."""
+    """Call main(). A UserError becomes one line on stderr and exit status 1, and so does an error
+    of the system, such as a full disk. Ctrl-C becomes one line and exit status 130."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         main()
         # Only now, when DDP's reducer is gone with main's variables: if that were the last to hold
@@ -46,20 +55,41 @@ def run(main) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
-        place = Path(sys.argv[0]).name + (f" [process {rank}]" if rank else "")
-        bars = list(getattr(tqdm, "_instances", ()))
-        for bar in bars:  # the last one drawn may stand lines below the first
-            bar.close()
         # the error of a loader worker comes with its traceback in front
-        message = str(error).rstrip().rpartition("lib.lines.UserError: ")[2]
-        print(("\r" if bars else "") + f"{place}: {message}", file=sys.stderr)
-        sys.exit(1)
+        _stop(str(error).rstrip().rpartition("lib.lines.UserError: ")[2], status=1)
+    except OSError as error:
+        place = error.filename or (owned[0].name.removesuffix("/.lock") if owned else "the system")
+        reason = error.strerror or str(error).rstrip().rpartition("\n")[2]
+        remedy = REMEDIES.get(error.errno, f"check the path and the disk; {GO_ON}")
+        _stop(f"{place}: {reason} — {remedy}", status=1)
+    except KeyboardInterrupt:
+        _stop(f"interrupted — {GO_ON}", status=130)
+    except Exception:
+        if several:  # mostly another process has stopped, and says why
+            time.sleep(PATIENCE)
+        raise
+    finally:
+        release_output()
+
+
+def _stop(message: str, status: int) -> None:
+    """End the process with one line, once for a run: mostly process 0 says it too."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(PATIENCE)
+    place = Path(sys.argv[0]).name + (f" [process {rank}]" if rank else "")
+    bars = list(getattr(tqdm, "_instances", ()))
+    for bar in bars:  # the last one drawn may stand lines below the first
+        bar.close()
+    print(("\r" if bars else "") + f"{place}: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 def end_with_parent(_worker: int = 0) -> None:
     """Make a worker of a loader or pool end as soon as its parent process has ended, by kill -9
-    too. (Torch's own watchdog watches another process under forkserver, Python 3.14's default.)"""
+    too, and leave Ctrl-C to the parent. (Torch's own watchdog watches another process under
+    forkserver, Python 3.14's default.)"""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     died = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (wait([died]), os._exit(1)), daemon=True).start()
 
@@ -118,21 +148,17 @@ def versions() -> dict[str, str]:
 
 
 def claim_output(
-    args, accelerator, last_file: str = "done", ignore=(), inputs: dict | None = None
+    accelerator, output_dir, identity: dict, last_file: str = "done", resume: bool = True
 ) -> bool:
-    """Make args.output_dir the folder of this run; True if an equal run has already completed it.
+    """Make output_dir the folder of this run alone; True if an equal run has already completed it.
 
-    A folder is complete when `last_file` exists. A script with --resume goes on with an unfinished
-    folder only by that flag, others by the same command.
-
-    ignore   arguments that do not change the result
-    inputs   fingerprints of what the run reads; other inputs make another run
-    UserError: the folder holds anything else, or a run with other arguments or inputs."""
-    skipped = {"output_dir", "resume", "dry_run", *ignore}
-    arguments = {name: value for name, value in asdict(args).items() if name not in skipped}
-    made = json.loads(json.dumps({"arguments": arguments, "inputs": inputs or {}}))
-    folder = Path(args.output_dir)
-    resume = getattr(args, "resume", True)
+    identity    what decides the result, see lib/arguments.identity
+    last_file   what only a complete folder has
+    resume      whether the run may go on with an unfinished folder
+    UserError: the folder holds anything else, or a run with other arguments or inputs; or another
+    process is writing to it. The lock ends with the process, however that ends."""
+    folder = Path(output_dir)
+    made = json.loads(json.dumps(identity))
     complete = from_main(accelerator, lambda: _claim(folder, made, last_file, resume))
     if complete:
         accelerator.print(f"{folder} is complete")
@@ -142,52 +168,71 @@ def claim_output(
 def _claim(folder: Path, made: dict, last_file: str, resume: bool) -> bool:
     if folder.is_file():
         raise UserError(f"{folder}: this is a file — choose another --output_dir")
-    leftovers = [*folder.glob(".tmp-*"), *folder.glob(".old-*")]  # of a killed run
-    names = {path.name for path in folder.glob("*") if path not in leftovers}
+    leftovers = [*folder.rglob(".tmp-*"), *folder.rglob(".old-*")]  # of a killed run
+    names = {path.name for path in folder.glob("*") if path not in leftovers} - {".lock"}
     if names and "args.json" not in names:
         wrong = f"{folder}: it holds something else ({min(names)}, ...)"
         raise UserError(f"{wrong} — choose another --output_dir or empty it")
-    for leftover in leftovers:
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    remedy = "choose another --output_dir or remove the folder"
     if names - {"args.json"}:  # without others, the run before stopped before it made anything
         before = read_json(folder / "args.json")
         for kind, flag in (("arguments", "--"), ("inputs", "")):
-            old, new = before.get(kind, {}), made[kind]
+            old = before.get(kind) if isinstance(before, dict) else None
+            new = made[kind]
+            if not isinstance(old, dict):
+                raise UserError(f"{folder}/args.json: it is damaged — {remedy}")
             for key in sorted({*old, *new}):
                 if old.get(key) != new.get(key):
                     wrong = f"{folder}: it was made with {flag}{key} {old.get(key)}"
-                    remedy = "choose another --output_dir or remove the folder"
                     raise UserError(f"{wrong}, now {new.get(key)} — {remedy}")
         if (folder / last_file).is_file():
             return True
         if not resume:
             wrong = f"{folder}: it holds an unfinished run"
             raise UserError(f"{wrong} — add --resume to continue, or remove it")
+    _own(folder)
+    for leftover in leftovers:
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     command = [sys.executable, *sys.argv]
     write_json(folder / "args.json", {**made, "versions": versions(), "command": command})
     return False
+
+
+def _own(folder: Path) -> None:
+    """Lock a folder for this process. The lock is of the kind that forks do not inherit."""
+    path = folder / ".lock"
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        lock = open(path, "a+")
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            lock.seek(0)
+            holder = f"{lock.read()} is writing to it"
+            raise UserError(f"{folder}: {holder} — wait for its end, or stop it") from error
+        except OSError as error:
+            print(f"note: {folder} cannot be locked ({error}) — let no other run write to it")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(lock.fileno())):
+                break  # else the run before removed it meanwhile
+    lock.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=lock, flush=True)
+    owned.append(lock)
+
+
+def release_output() -> None:
+    """Give up the lock of this process, and remove its file."""
+    for lock in owned:
+        with contextlib.suppress(OSError):
+            os.remove(lock.name)
+        lock.close()
+    owned.clear()
 
 
 def echo(accelerator, heading: str, facts: dict) -> None:
     """The block that is printed before any work: what is about to run."""
     rows = (f"   {name:<24} {value}" for name, value in facts.items())
     accelerator.print(f"== {heading}", *rows, sep="\n", flush=True)
-
-
-def begin(accelerator, args, heading: str, facts: dict, preview: Callable[[], dict]) -> bool:
-    """The last thing before a training run: claim its folder and print the facts. False if the
-    folder is complete, or if this is a dry run, which shows preview() too. facts may have "inputs",
-    see claim_output; they are not printed."""
-    inputs = facts.get("inputs", {})
-    facts = {name: value for name, value in facts.items() if name != "inputs"}
-    facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions().items())
-    if args.dry_run:
-        echo(accelerator, f"dry run: {heading}", facts | preview())
-        return False
-    if claim_output(args, accelerator, ignore=WITHOUT_EFFECT.split(), inputs=inputs):
-        return False
-    echo(accelerator, heading, facts)
-    return True
 
 
 def describe(accelerator) -> str:
@@ -200,22 +245,27 @@ def describe(accelerator) -> str:
 
 
 class RunLog:
-    """One line per logged step, the same on the console, in log.jsonl and in the tracker; main
-    process only. A run that goes on from `step` does later steps again, so their lines go."""
+    """What a training run says: a progress bar, and one line per logged step, the same on the
+    console, in log.jsonl and in the tracker; main process only. A run that goes on from `step` does
+    later steps again, so their lines go."""
 
-    def __init__(self, accelerator, output_dir, step: int = 0):
-        self.accelerator, self.path = accelerator, Path(output_dir) / "log.jsonl"
+    def __init__(self, accelerator, output_dir, step: int = 0, max_steps: int | None = None):
+        self.accelerator = accelerator
+        self.path = Path(output_dir) / "log.jsonl"
         if accelerator.is_main_process and self.path.is_file():
             kept = []
             for _, line in lines(self.path):
-                with contextlib.suppress(json.JSONDecodeError):  # a killed run wrote half a line
+                # a killed run or a full disk left half a line
+                with contextlib.suppress(ValueError, KeyError, TypeError):
                     if step and json.loads(line)["step"] <= step:
                         kept.append(line)
             write_lines(self.path, kept)
         if accelerator.log_with:
             accelerator.init_trackers("isthmus")
+        hidden = not accelerator.is_main_process
+        self.bar = tqdm(total=max_steps, initial=step, disable=hidden)
 
-    def write(self, step: int, values: dict, bar=None) -> None:
+    def write(self, step: int, values: dict) -> None:
         """A value may be a list, which the console leaves out and a tracker gets as name/0, name/1,
         ..."""
         numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
@@ -230,7 +280,18 @@ class RunLog:
                 stream.write(json.dumps({"step": step, **values}) + "\n")
             texts = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in numbers.items()}
             shown = (f"{name} {text}" for name, text in texts.items())
-            (bar.write if bar is not None else print)(f"step {step:>6}  {'  '.join(shown)}")
+            self.bar.write(f"step {step:>6}  {'  '.join(shown)}")
+
+    def finish(self, note: str = "") -> None:
+        """The last thing of a run: the note, `done`, trackers closed. (Not end_training(), which
+        would destroy the process group under the model: see run.)"""
+        self.bar.close()
+        if self.accelerator.is_main_process:
+            print(note, end="\n" if note else "")
+            write_lines(self.path.with_name("done"), [])
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.wait_for_everyone()
 
 
 class Means:
@@ -238,7 +299,18 @@ class Means:
     Numbers stay on the device until they are taken."""
 
     def __init__(self):
-        self.totals, self.count, self.start = {}, 0, time.perf_counter()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.totals, self.count = {}, 0
+        self.start, self.waited = time.perf_counter(), 0.0
+
+    def next(self, batches: Iterator):
+        """The next batch; the time it takes to come counts as `waited`."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - start
+        return batch
 
     def add(self, values: dict[str, Tensor]) -> None:
         self.count += 1
@@ -246,11 +318,14 @@ class Means:
             self.totals[name] = self.totals.get(name, 0) + value
 
     def take(self) -> tuple[dict[str, float], float]:
-        """(means, seconds per micro-step) since the last call; on all processes."""
+        """(means, seconds per micro-step) since the last call; on all processes. Among the means is
+        `waited`, the share of this process's time in which it waited for data."""
         means = all_gather(torch.stack([*self.totals.values()])[None]).mean(0) / self.count
-        seconds = (time.perf_counter() - self.start) / self.count
+        seconds = time.perf_counter() - self.start
         found = dict(zip(self.totals, means.tolist(), strict=True))
-        self.totals, self.count, self.start = {}, 0, time.perf_counter()
+        found["waited"] = self.waited / seconds
+        seconds /= self.count
+        self._clear()
         return found, seconds
 
     @contextlib.contextmanager
@@ -265,8 +340,6 @@ def save_state(output_dir, step: int, accelerator, model, optimizer, extra: dict
     """state/state.pt: all a resume needs. No generator state: every random choice is a function of
     (seed, step). Atomic, main process only."""
     if accelerator.is_main_process:
-        folder = Path(output_dir) / "state"
-        folder.mkdir(parents=True, exist_ok=True)
         state = {
             "step": step,
             "model": accelerator.unwrap_model(model).state_dict(),
@@ -275,36 +348,36 @@ def save_state(output_dir, step: int, accelerator, model, optimizer, extra: dict
             "extra": extra,
             "launched": _launched(accelerator),
         }
-        torch.save(state, folder / ".tmp-state.pt")
-        os.replace(folder / ".tmp-state.pt", folder / "state.pt")
+        path = Path(output_dir) / "state" / "state.pt"
+        with atomic(path) as temporary:
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # so it says that the disk is full
+                raise OSError(f"{path}: cannot be written ({error})") from error
     accelerator.wait_for_everyone()
 
 
 def load_state(output_dir, accelerator, model, optimizer) -> tuple[int, dict]:
     """(step, extra) of the last save_state, put into model, optimizer and scaler; (0, {}) if there
-    is none yet. UserError: the run had other processes or another precision."""
+    is none yet. UserError: a damaged file; the run had other processes or another precision."""
     path = Path(output_dir) / "state" / "state.pt"
     if not path.is_file():
         return 0, {}
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["launched"] != _launched(accelerator):
-        wrong = f"{output_dir}: the run had {state['launched']}, now {_launched(accelerator)}"
-        raise UserError(f"{wrong} — resume it as it was")
-    accelerator.unwrap_model(model).load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    return state["step"], state["extra"]
-
-
-def finish(accelerator, output_dir) -> None:
-    """The last thing of a training run: `done`, trackers closed. (Not end_training(), which would
-    destroy the process group under the model: see run.)"""
-    if accelerator.is_main_process:
-        write_lines(Path(output_dir) / "done", [])
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    accelerator.wait_for_everyone()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        launched = state["launched"]
+        if launched == _launched(accelerator):
+            accelerator.unwrap_model(model).load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(state["scaler"])
+            return state["step"], state["extra"]
+    except Exception as error:  # whatever a damaged file makes torch raise
+        reason = " ".join(str(error).split())[:200]
+        wrong = f"{path}: damaged, or of another model ({reason})"
+        raise UserError(f"{wrong} — remove it to train from the first step") from error
+    wrong = f"{output_dir}: the run had {launched}, now {_launched(accelerator)}"
+    raise UserError(f"{wrong} — resume it as it was")
 
 
 def _launched(accelerator) -> str:

@@ -6,6 +6,7 @@ files of any version.
     1_Pooling/, 2_Dense/, 3_LayerNorm/     their settings and weights
     sentence_bert_config.json              passage length; the query length where it differs
     config_sentence_transformers.json      prompts
+    README.md                              the model card
 
 A sparse one with a table for queries is a Router instead: router_config.json,
 query_0_SparseStaticEmbedding/, the masked LM as ever, document_1_SpladePooling/.
@@ -14,7 +15,12 @@ The older spelling is written, which newer versions read too; only a query lengt
 version 6. A folder that sentence-transformers cannot express ends in a module named UNPORTABLE,
 which it fails to import."""
 
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
 import transformers
@@ -24,10 +30,13 @@ from torch import nn
 
 from lib.encoder import POOLINGS, BiEncoder, Dense, LayerNorm, Normalize, SparseBiEncoder
 from lib.files import UserError, read_json, write_json
+from lib.text import TextFormat
 
 UNPORTABLE = "isthmus.NotExpressibleHere"  # several chunks, cut characters, special tokens excluded
 SPARSE = (["MLMTransformer", "SpladePooling"], ["Transformer", "SpladePooling"])
 TABLE = "query_0_SparseStaticEmbedding"
+
+TITLES = get_args(get_type_hints(TextFormat)["title"])
 
 # the only value of a setting that gives the vectors we give, file by file
 SPLADE_POOLING = {"pooling_strategy": "max", "activation_function": "relu"}
@@ -174,6 +183,29 @@ def stated_format(folder: Path, base: Path, sparse: bool, tokenizer, limit: int)
     return stated
 
 
+def text_format(folder, stated: dict, overrides: dict, strict: bool, limit: int) -> TextFormat:
+    """stated: fields that the checkpoint names; overrides: in their place, None = as stated;
+    strict: they may not differ. UserError: they do, a length above `limit`, a senseless value."""
+    given = {name: value for name, value in overrides.items() if value is not None}
+    for name, value in given.items():
+        own = stated.get(name, value)
+        if strict and own != value:
+            what = f"its {name} is {own!r}, not {value!r}"
+            raise UserError(f"{folder}: {what} — leave it out, or add --override")
+        if name.endswith("_length") and value > limit:
+            what = f"{folder}: {name} {value}, but the model has {limit} positions"
+            raise UserError(f"{what} — lower it")
+    form = TextFormat(**stated | given)
+    least = {"max_query_length": 3, "max_passage_length": 3, "max_chunks": 1, "max_characters": 0}
+    for name, value in asdict(form).items():
+        right = type(value) is type(getattr(TextFormat, name))
+        if not right or value < least.get(name, value) or form.title not in TITLES:
+            raise UserError(f"{folder}: its {name} is {value!r} — correct the checkpoint's files")
+    form.max_query_length = min(form.max_query_length, limit)
+    form.max_passage_length = min(form.max_passage_length, limit)
+    return form
+
+
 def write_head(model: BiEncoder, folder: Path) -> None:
     """All files of sentence-transformers but backbone and tokenizer."""
     form, sparse = model.format, isinstance(model, SparseBiEncoder)
@@ -241,3 +273,34 @@ def _write_router(model: SparseBiEncoder, folder: Path, documents: dict[str, str
     special = model.tokenizer.num_special_tokens_to_add()
     length = {"model_max_length": model.format.max_query_length - special}
     write_json(path, read_json(path) | length)
+
+
+def model_card(model: BiEncoder, name: str, card: dict) -> Iterator[str]:
+    """Lines of README.md."""
+    kind, library = "Dense", "SentenceTransformer"
+    head = " + ".join([f"{model.pooling} pooling", *(type(part).__name__ for part in model.head)])
+    if isinstance(model, SparseBiEncoder):
+        kind, library = "Sparse", "SparseEncoder"
+        over = "without special tokens" if model.exclude_special_tokens else "all positions"
+        head = f"log(1 + relu(max of the LM's logits over {over}))"
+    yield from ("---", "pipeline_tag: sentence-similarity", "---", "", f"# {name}", "")
+    yield f"{kind} retriever: {head}, {model.dim} dimensions, compared by dot product."
+    if model.portable:
+        separator = {"space": " ", "sep": "{model.tokenizer.sep_token}"}.get(model.format.title)
+        text = f'f"{{title}}{separator}{{text}}" if title else text' if separator else "text"
+        yield from ("", "```python", f"from sentence_transformers import {library}", "")
+        yield f"model = {library}({name!r})"
+        yield "queries = model.encode_query(['what is it?'])"
+        yield f"passages = model.encode_document([{text} for title, text in corpus])"
+        yield "```"
+    yield ""
+    yield from card_facts(asdict(model.format) | card)
+
+
+def card_facts(values: dict) -> Iterator[str]:
+    """Lines of a model card. Of an absolute path, which would be published, they have the name."""
+    for name, value in {**values, "command": sys.argv}.items():
+        words = value if isinstance(value, list) else [value]
+        names = (re.sub(r"^(--\w+=)?/.*?([^/]*)/*$", r"\1\2", str(word)) for word in words)
+        text = " ".join(names).replace("`", "'")
+        yield f"- **{name.replace('_', ' ')}**: `{' '.join(text.split())}`"

@@ -28,7 +28,7 @@ import faiss
 import numpy as np
 import torch
 
-from lib.arguments import arg, parse_args
+from lib.arguments import arg, identity, parse_args
 from lib.embeddings import Embeddings
 from lib.files import (
     TrainingRow,
@@ -125,7 +125,7 @@ def main():
         )
         raise UserError(f"{problem} — give fewer")
     inputs = {"embeddings": source, "training file": file_fingerprint(args.train)}
-    if claim_output(args, accelerator, "meta.json", inputs=inputs):
+    if claim_output(accelerator, out, identity(args, inputs), "meta.json"):
         return
 
     vectors = embeddings.take(require_rows(embeddings, qids, args.train, "query"))

@@ -33,7 +33,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from transformers import AutoTokenizer
 
-from lib.arguments import arg, parse_args
+from lib.arguments import arg, identity, parse_args
 from lib.checkpoint import loading
 from lib.embeddings import Embeddings
 from lib.files import UserError, atomic, write_json, write_lines
@@ -116,7 +116,7 @@ def main():
     names, counts = terms(tokenizer, vectors.dim), Counter()
     keys = "model_hash", "input_fingerprint", "kind", "count"
     source = {key: vectors.meta.get(key) for key in keys}
-    if claim_output(args, accelerator, "meta.json", inputs={"embeddings": source}):
+    if claim_output(accelerator, out, identity(args, {"embeddings": source}), "meta.json"):
         return
 
     def rows(start: int, stop: int) -> Iterator[tuple[str, list[str], list[int]]]:

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib import files
-from lib.arguments import arg, parse_args
+from lib.arguments import arg, identity, parse_args
 from lib.files import TrainingRow, UserError
 from lib.launch import claim_output, echo, make_accelerator, run
 from lib.lines import first_line, header, id_of, json_lines, lines
@@ -327,7 +327,7 @@ def main():
     corpus = open_texts(args.corpus) if args.corpus else None
     inputs = {"corpus": corpus and corpus.fingerprint}
     inputs |= {path: [os.path.getsize(path), os.path.getmtime(path)] for path in args.input}
-    if claim_output(args, accelerator, "audit.json", inputs=inputs):
+    if claim_output(accelerator, out, identity(args, inputs), "audit.json"):
         return
     counts = convert(args.input, name, corpus, out)
     audit = {"format": name, **counts}

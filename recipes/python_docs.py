@@ -40,7 +40,7 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from lib.arguments import arg, parse_args
+from lib.arguments import arg, identity, parse_args
 from lib.files import UserError, write_json, write_qrels
 from lib.launch import claim_output, end_with_parent, make_accelerator, run
 from lib.texts import write_texts
@@ -257,7 +257,7 @@ def main():
     for root in args.roots:
         if not Path(root).is_dir():
             raise UserError(f"{root}: no such folder — check --roots")
-    if claim_output(args, make_accelerator(), "stats.json"):
+    if claim_output(make_accelerator(), folder, identity(args, {}), "stats.json"):
         return
     paths = [sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")]
     roots = args.roots or sorted({str(Path(path).resolve()) for path in paths})

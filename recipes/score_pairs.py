@@ -39,7 +39,7 @@ from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
 from lib import launch
-from lib.arguments import arg, parse_args
+from lib.arguments import arg, identity, parse_args
 from lib.checkpoint import checkpoint_folder, load_cross_encoder, model_hash
 from lib.cpu import speed_up_attention
 from lib.embeddings import shard_name
@@ -71,15 +71,16 @@ class Args:
     )
     max_query_length: int = arg(64, least=1, help="tokens of a query")
     max_length: int = arg(256, least=4, help="tokens of a pair, special tokens included")
-    tokens_per_batch: int = arg(
-        0,
-        group="runtime",
-        least=0,
-        help="pairs x longest of a batch; 0 = 2048 on a CPU, else 65536",
+    shard_pairs: int = arg(
+        8192, group="scoring", least=1, help="pairs per shard, the unit of work and resumption"
     )
-    shard_pairs: int = arg(8192, least=1, help="pairs per shard, the unit of work and resumption")
-    num_workers: int = arg(2, least=0, help="loader processes that turn text into ids; 0 = none")
-    dry_run: bool = arg(False, help="show the first input and the number of pairs, and stop")
+    tokens_per_batch: int = arg(
+        0, least=0, help="pairs x longest of a batch; 0 = 2048 on a CPU, else 65536"
+    )
+    dry_run: bool = arg(
+        False, group="runtime", help="show the first input and the number of pairs, and stop"
+    )
+    num_workers: int = arg(2, least=0, most=256, help="loader processes that turn text into ids")
 
 
 @dataclass
@@ -223,8 +224,7 @@ def main():
         "pairs": digest,
         "precision": accelerator.mixed_precision,
     }
-    ignore = ("num_workers",)
-    if launch.claim_output(args, accelerator, "meta.json", ignore, inputs):
+    if launch.claim_output(accelerator, args.output_dir, identity(args, inputs), "meta.json"):
         for path in paths:  # of a run that was killed when all but this was done
             path.unlink(missing_ok=True)
         return

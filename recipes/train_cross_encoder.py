@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib.arguments import arg, parse_args
+from lib.arguments import arg, identity, parse_args
 from lib.checkpoint import checkpoint_folder, loading, model_hash
 from lib.encoder import positions
 from lib.files import UserError, read_training_file, write_lines
@@ -65,7 +65,7 @@ def main():
         raise UserError(f"{folder}: it has {positions(model.model)} positions — lower --max_length")
     texts = [corpus.fingerprint, queries.fingerprint]
     inputs = {"model": model_hash(folder), "train": file_fingerprint(args.train), "texts": texts}
-    if claim_output(args, accelerator, inputs=inputs):
+    if claim_output(accelerator, args.output_dir, identity(args, inputs)):
         return
     facts = {"queries": f"{len(rows)} of {args.train}", "running on": describe(accelerator)}
     echo(accelerator, "training a cross-encoder", facts)

@@ -16,7 +16,7 @@ from pathlib import Path
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertTokenizerFast
 
-from lib.arguments import arg, parse_args
+from lib.arguments import arg, identity, parse_args
 from lib.files import write_lines
 from lib.launch import claim_output, make_accelerator, run
 from lib.texts import open_texts
@@ -63,7 +63,7 @@ def main():
     args = parse_args(Args)
     corpus = open_texts(args.corpus)
     inputs = {"corpus": corpus.fingerprint}
-    if claim_output(args, make_accelerator(), inputs=inputs):
+    if claim_output(make_accelerator(), args.output_dir, identity(args, inputs)):
         return
 
     def texts():

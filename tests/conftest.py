@@ -143,13 +143,14 @@ def script(monkeypatch, capfd):
 @pytest.fixture
 def two_processes(tmp_path):
     """two_processes("encode.py", "--model", folder, ...) -> stdout of a run on two gloo processes,
-    as the README starts it. This launcher takes localhost by its address; torchrun's c10d
-    rendezvous asks for the name of the machine, and hangs where no hosts file has it."""
+    as the README starts it; with fails=True, stderr of one that ends with status 1. This launcher
+    takes localhost by its address; torchrun's c10d rendezvous asks for the name of the machine, and
+    hangs where no hosts file has it."""
     import subprocess
     import sys
     from pathlib import Path
 
-    def call(name, *flags):
+    def call(name, *flags, fails=False):
         launcher = [
             sys.executable,
             "-m",
@@ -165,9 +166,9 @@ def two_processes(tmp_path):
         done = subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, env=environment
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == int(fails), done.stderr
         assert "2 process(es)" in done.stdout, done.stdout
-        return done.stdout
+        return done.stderr if fails else done.stdout
 
     return call
 

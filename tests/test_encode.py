@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from scipy.sparse import load_npz
 
 from encode import cut, main
+from lib import launch
 from lib.checkpoint import load_encoder, save_encoder
 from lib.embeddings import Embeddings
 from lib.encoder import Head
@@ -75,7 +76,10 @@ def encode(*args, **kwargs):
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(sys, "argv", command(*args, **kwargs)[1:])
-        main()
+        try:
+            main()
+        finally:
+            launch.release_output()
     return printed.getvalue()
 
 
@@ -83,7 +87,7 @@ def content(folder):
     return {
         path.name: path.read_bytes()
         for path in sorted(Path(folder).iterdir())
-        if path.name != "args.json"
+        if path.name not in ("args.json", ".lock")  # a killed run leaves its lock
     }
 
 

@@ -4,11 +4,13 @@ refusals."""
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 import finetune_biencoder
-from lib.dev import DevSet
+from lib import checkpoint, launch
+from lib.dev import DevSet, describe_best
 from lib.files import UserError, read_training_file, write_training_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +60,10 @@ def call(monkeypatch):
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         monkeypatch.setattr(sys, "argv", ["finetune_biencoder.py", *words])
-        finetune_biencoder.main()
+        try:
+            finetune_biencoder.main()
+        finally:
+            launch.release_output()
 
     return main
 
@@ -212,7 +218,7 @@ def test_it_learns_and_best_is_what_its_score_says(
 
 
 def test_best_is_not_overwritten_by_a_worse_or_an_equal_one(
-    arguments, call, tiny_collection, tmp_path, monkeypatch
+    arguments, call, tiny_collection, tmp_path, monkeypatch, capsys
 ):
     scores, saved = iter([0.1, 0.5, 0.5, 0.2, 0.6, 0.3]), []
     monkeypatch.setattr(DevSet, "mrr", lambda *_: next(scores))
@@ -223,15 +229,75 @@ def test_best_is_not_overwritten_by_a_worse_or_an_equal_one(
         lambda model, folder, card: saved.append((Path(folder).name, card)),
     )
     call(arguments(**dev_files(tiny_collection), eval_every=2, max_steps=10))
+    said = "best holds the model of step 8, the best on the development set: MRR@10 0.1000 at step "
+    assert said + "0, 0.6000 at step 8, 0.3000 at step 10" in capsys.readouterr().out
     assert [(name, card["metrics"]["dev MRR@10"]) for name, card in saved] == [
         ("best", 0.1), ("best", 0.5), ("best", 0.6), ("out", 0.3),
     ]  # fmt: skip
 
 
+def test_best_that_was_not_trained_is_said():
+    said = describe_best("out/best", {0: 0.5, 10: 0.5, 20: 0.25})
+    assert said.startswith("out/best holds THE MODEL AS IT CAME (step 0), the best on the dev")
+    assert said.endswith("0.5000 at step 0, 0.2500 at step 20; training has not improved it")
+
+
+def test_there_are_ten_evaluations_by_default(
+    arguments, call, tiny_collection, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(DevSet, "mrr", lambda *_: 0.5)
+    call(arguments(**dev_files(tiny_collection), max_steps=19, save_every=100))
+    steps = [line["step"] for line in log_of(tmp_path / "out") if "dev_mrr@10" in line]
+    assert steps == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 19]
+
+
+def test_judgments_that_are_also_trained_on_are_counted_by_text(
+    arguments, call, tiny_collection, tmp_path, capsys
+):
+    rows = [row for _, row in read_training_file(tiny_collection.train)]
+    write_training_file(tmp_path / "train.jsonl", rows[:5])
+    names = {"q": "dev"}  # other ids for the same texts
+    for name in ("queries", "qrels", "candidates"):
+        lines = getattr(tiny_collection, name).read_text().splitlines()
+        renamed = [re.sub(r"^q(\d)", rf"{names['q']}\1", line) for line in lines]
+        (tmp_path / name).write_text("\n".join(renamed) + "\n")
+    dev = {f"dev_{name}": tmp_path / name for name in ("queries", "qrels", "candidates")}
+    shared = sum(len(row.pos) for row in rows[:5])
+    everything = sum(len(row.pos) for row in rows)
+    call(arguments("--dry_run", train=tmp_path / "train.jsonl", **dev))
+    said = f"NOTE: {shared} of its {everything} relevant pairs are also trained on, so MRR@10 is"
+    assert said in capsys.readouterr().out
+    write_training_file(tmp_path / "train.jsonl", rows[5:])
+    judged = [f"dev{row.qid[1:]} 0 {row.pos[0]} 1\n" for row in rows[:5]]
+    (tmp_path / "qrels").write_text("".join(judged))
+    call(arguments("--dry_run", train=tmp_path / "train.jsonl", **dev))
+    assert "development set          5 queries\n" in capsys.readouterr().out
+
+
+def test_a_model_that_no_file_states_is_refused_before_the_first_step(
+    arguments, call, tmp_path, monkeypatch
+):
+    """As a copied script with a pooling of its own. What was saved stays after another try."""
+
+    def changed(*args, **kwargs):
+        model = checkpoint.load_encoder(*args, **kwargs)
+        encode = model.vectors
+        model.vectors = lambda ids, mask: encode(ids, mask).roll(1, dims=1)
+        return model
+
+    own = SimpleNamespace(**vars(checkpoint) | {"load_encoder": changed})
+    monkeypatch.setattr(finetune_biencoder, "checkpoint", own)
+    for name in ("out.refused", "out.refused1"):
+        with pytest.raises(UserError, match=f"out: .* another model .*; it is in .*{name} — look"):
+            call(arguments())
+        assert (tmp_path / name / "model.safetensors").is_file()
+    assert (tmp_path / "out.refused").is_dir() and not (tmp_path / "out" / "log.jsonl").exists()
+
+
 def test_dry_run_shows_and_leaves_nothing(arguments, call, tmp_path, capsys):
     call(arguments("--dry_run", chunk_size=8, gradient_accumulation_steps=3))
     shown = capsys.readouterr().out
-    for fact in ("[CLS] what about", "cut at 48", "accumulated = 12", "8 texts (GradCache)", "GB"):
+    for fact in ("[CLS] what about", "cut at 48", "accumulated = 12", "8 texts at a time", "GB"):
         assert fact in shown
     assert not (tmp_path / "out").exists()
 

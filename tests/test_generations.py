@@ -102,6 +102,17 @@ def test_what_is_missing_is_said(tmp_path, mined):
         refresh(tmp_path)
 
 
+def test_damaged_records_are_said(tmp_path, mined):
+    for content in ("[]", '{"step": "3"}', "{}"):
+        (tmp_path / "generations" / "generation-0001").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "generations" / "generation-0001" / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match="manifest.json: it states no step — "):
+            read_generations(tmp_path / "generations")
+    (tmp_path / "generations.tsv").write_text("0\t1\n5\t")
+    with pytest.raises(UserError, match="generations.tsv:2: not `step TAB generation` — "):
+        Generations(tmp_path, tmp_path / "generations.tsv", None)
+
+
 def test_a_training_file_is_the_only_generation(tmp_path, mined):
     run = Generations(mined, tmp_path / "generations.tsv", read=lambda train: train)
     assert run.groups == mined and not run.is_folder and run.log(5) == {}

@@ -4,6 +4,9 @@ import contextlib
 import multiprocessing
 import os
 import re
+import resource
+import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -11,13 +14,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from lib import launch
+from lib import files, launch
+from lib.arguments import arg, identity
+from lib.checkpoint import load_encoder, save_encoder
+from lib.encoder import Head
 from lib.files import UserError
 from lib.loader import StepSampler, permutation
 from lib.text import step_seed
@@ -25,7 +32,8 @@ from lib.text import step_seed
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 from dataclasses import dataclass
-from lib.arguments import arg, parse_args
+from typing import Literal
+from lib.arguments import arg, identity, parse_args
 from lib.launch import claim_output, make_accelerator, run
 @dataclass(kw_only=True)
 class Args:
@@ -33,10 +41,14 @@ class Args:
     depth: int = arg(3, least=1, help="ranks to look at")
     rate: float = arg(None, above=0, below=1, help="a share of 100%")
     keep: bool = arg(True, help="throw away")
+    bits: Literal[32, 16, 8] = arg(32, help="of a number")
+    cuts: list[float] = arg([], least=0, help="places")
+    size: float = arg(1.0, help="of anything")
 def main():
     args = parse_args(Args)
     accelerator = make_accelerator()
-    print("complete", claim_output(args, accelerator), args.depth)
+    made = identity(args, {})
+    print("complete", claim_output(accelerator, args.output_dir, made), args.depth)
 if __name__ == "__main__":
     run(main)
 """
@@ -50,20 +62,25 @@ if __name__ == "__main__":
         (["--output_dir", "out", "--rate", "nan"], "finite number above 0 and below 1"),
         (["--output_dir", "out", "--rate", "inf"], "finite number above 0 and below 1"),
         (["--output_dir", "out", "--depth", "many"], "invalid int value: 'many'"),
+        (["--output_dir", "out", "--depth", "3000000000"], "--depth 3000000000 — give a finite"),
+        (["--output_dir", "out", "--depth", "9" * 4000], f"--depth {'9' * 30} — give a finite"),
+        (["--output_dir", "out", "--depth", "9" * 9000], "invalid int value: '99999"),
+        (["--output_dir", "out", "--bits", "7"], "argument --bits: invalid choice: 7"),
+        (["--output_dir", "out", "--bits", "8", "--cuts", "1", "-2"], "--cuts -2.0 — give a"),
+        (["--output_dir", "out", "--cuts", "1e999"], "--cuts inf — give a finite number at least"),
+        (["--output_dir", "out", "--size=-1e99"], "--size -1e+99 — give a finite number up to 1"),
         ([], "the following arguments are required: --output_dir"),
     ],
 )
-def test_a_wrong_flag_is_one_line_and_exit_1(tmp_path, flags, message):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, "script.py", *flags],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+def test_a_wrong_flag_is_one_line_and_exit_1(tmp_path, monkeypatch, capfd, flags, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags])
+    Path("script.py").write_text(SCRIPT)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path("script.py", run_name="__main__")
+    error = capfd.readouterr().err
+    assert stopped.value.code == 1 and message in error and error.count("\n") == 1
+    assert not Path("out").exists()
 
 
 def test_help_has_groups_and_each_flag_once(tmp_path):
@@ -82,14 +99,14 @@ def test_the_process_group_outlives_what_main_holds(tmp_path, two_processes, mon
     (tmp_path / "script.py").write_text(
         """
 from torch.distributed import is_initialized
-from lib.launch import finish, make_accelerator, run
+from lib.launch import RunLog, make_accelerator, run
 class Held:
     def __del__(self):
         print(f"freed, group: {is_initialized()}\\n", end="")
 def main():
     held, accelerator = Held(), make_accelerator()
     accelerator.print(f"{accelerator.num_processes} process(es)")
-    finish(accelerator, ".")
+    RunLog(accelerator, ".").finish()
 run(main)
 print(f"ended, group: {is_initialized()}\\n", end="")
 """
@@ -98,6 +115,26 @@ print(f"ended, group: {is_initialized()}\\n", end="")
     printed = two_processes(tmp_path / "script.py")
     assert printed.count("freed, group: True") == 2 and printed.count("ended, group: False") == 2
     assert (tmp_path / "done").is_file()
+
+
+def test_several_processes_say_an_error_once(tmp_path, two_processes, monkeypatch):
+    (tmp_path / "script.py").write_text(
+        """
+from lib.dist import from_main
+from lib.files import UserError
+from lib.launch import make_accelerator, run
+def fail():
+    raise UserError("a.tsv:1: wrong — correct it")
+def main():
+    accelerator = make_accelerator()
+    accelerator.print(f"{accelerator.num_processes} process(es)", flush=True)
+    from_main(accelerator, fail)
+run(main)
+"""
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    error = two_processes(tmp_path / "script.py", fails=True)
+    assert error.count("a.tsv:1: wrong") == 1 and "\nscript.py: a.tsv:1: wrong" in f"\n{error}"
 
 
 def test_an_error_under_progress_bars_is_a_line_of_its_own(capfd):
@@ -115,23 +152,21 @@ def test_an_error_under_progress_bars_is_a_line_of_its_own(capfd):
 
 @dataclass
 class Args:
-    output_dir: str
-    depth: int = 3
-    num_workers: int = 0
+    output_dir: str = arg(group="data", help="")
+    depth: int = arg(3, help="")
+    num_workers: int = arg(0, group="runtime", help="")
 
 
-@dataclass
-class Training(Args):
-    resume: bool = False
+def test_what_decides_a_result_is_no_argument_of_the_runtime():
+    assert identity(Args("out"), {"m": "1"}) == {"arguments": {"depth": 3}, "inputs": {"m": "1"}}
 
 
 def test_output_folders_are_never_shared(tmp_path):
     accelerator, out = Accelerator(cpu=True), tmp_path / "out"
 
-    def claim(depth=3, inputs=None, **flags):
-        kind = Training if flags else Args
-        given = kind(str(out), depth, **flags)
-        return launch.claim_output(given, accelerator, ignore=("num_workers",), inputs=inputs)
+    def claim(depth=3, inputs=None, resume=True, folder=out):
+        made = {"arguments": {"depth": depth}, "inputs": inputs or {}}
+        return launch.claim_output(accelerator, folder, made, resume=resume)
 
     assert claim() is False and (out / "args.json").is_file()
     assert claim(4) is False, "nothing made yet: free for other arguments"
@@ -152,7 +187,128 @@ def test_output_folders_are_never_shared(tmp_path):
     with pytest.raises(UserError, match="it was made with qrels None, now b — choose another"):
         claim(inputs={"qrels": "b"})
     with pytest.raises(UserError, match="holds something else"):
-        launch.claim_output(Args(str(tmp_path / "other")), accelerator)
+        claim(folder=tmp_path / "other")
+    for damaged in ("[]", '{"arguments": 3}', "{"):
+        (out / "args.json").write_text(damaged)
+        with pytest.raises(UserError, match="args.json"):
+            claim()
+    launch.release_output()
+    assert not (out / ".lock").exists()
+
+
+def test_a_folder_has_one_owner_whose_lock_dies_with_it(tmp_path):
+    out = tmp_path / "out"
+
+    def own(said, seconds):
+        sys.stderr = open(said, "w", buffering=1)
+
+        def main():
+            made = {"arguments": {}, "inputs": {}}
+            launch.claim_output(Accelerator(cpu=True), out, made)
+            print("owned", file=sys.stderr)
+            time.sleep(seconds)
+
+        launch.run(main)
+
+    def start(name, seconds):
+        said = tmp_path / name
+        owner = multiprocessing.get_context("fork").Process(target=own, args=(said, seconds))
+        owner.start()
+        while not (said.exists() and said.read_text()):
+            time.sleep(0.01)
+        return owner, said
+
+    first, said = start("first", 600)
+    assert said.read_text() == "owned\n"
+    second, said = start("second", 0)
+    second.join()
+    holder = f"{out}: process {first.pid} on .* is writing to it — wait for its end, or stop it"
+    assert second.exitcode == 1 and re.search(f": {holder}\n$", said.read_text())
+    (out / ".tmp-1-shard").touch()
+    first.kill()
+    first.join()
+    third, said = start("third", 600)
+    assert said.read_text() == "owned\n"
+    os.kill(third.pid, signal.SIGINT)
+    third.join()
+    line = "interrupted — to go on, give the same command again \\(a trainer also needs --resume\\)"
+    assert third.exitcode == 130 and re.fullmatch(f"owned\n.*: {line}\n", said.read_text())
+    assert [path.name for path in out.iterdir()] == ["args.json"]
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+    """As on a full disk: what writes on gets an error of the system."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, capfd, tiny_model_dir):
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(100, 100)
+    optimizer = torch.optim.SGD(model.parameters())
+    encoder = load_encoder(tiny_model_dir, Head("mean"))
+    encoder.tokenizer.add_tokens([f"word{number}" for number in range(500)])
+
+    def state():
+        launch.save_state(tmp_path / "out", 1, accelerator, model, optimizer, {})
+
+    def checkpoint():
+        save_encoder(encoder, tmp_path / "out" / "weights", {})
+
+    def array():
+        with files.atomic(tmp_path / "out" / "x.npy") as temporary:
+            np.save(temporary, np.zeros(10_000))
+
+    for size in (10_000, 1_000):  # the second stops the tokenizer's files and JSON too
+        for write in (
+            state,
+            checkpoint,
+            array,
+            lambda: launch.RunLog(accelerator, tmp_path).write(1, {"loss": [0.5] * 5_000}),
+        ):
+            with no_file_above(size), pytest.raises(SystemExit) as stopped:
+                launch.run(write)
+            error = capfd.readouterr().err
+            assert stopped.value.code == 1 and error.count(" — ") == 1, error
+            assert "give the same command again" in error and "Traceback" not in error
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_a_path_that_cannot_be_written_is_one_line(tmp_path, capfd):
+    (tmp_path / "file").touch()
+
+    def main():
+        made = {"arguments": {}, "inputs": {}}
+        launch.claim_output(Accelerator(cpu=True), tmp_path / "file" / "out", made)
+
+    with pytest.raises(SystemExit):
+        launch.run(main)
+    error = capfd.readouterr().err
+    assert "file/out: Not a directory — " in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "bytes", "keys", "shapes"])
+def test_a_damaged_state_is_one_line(tmp_path, damage):
+    accelerator = Accelerator(cpu=True)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    launch.save_state(tmp_path, 1, accelerator, model, optimizer, {})
+    path = tmp_path / "state" / "state.pt"
+    content = path.read_bytes()
+    if damage == "keys":
+        torch.save({"step": 1}, path)
+    elif damage == "shapes":
+        launch.save_state(tmp_path, 1, accelerator, torch.nn.Linear(3, 5), optimizer, {})
+    else:
+        spoilt = {"empty": b"", "cut": content[:-100], "bytes": b"x" * 99}
+        path.write_bytes(spoilt[damage])
+    with pytest.raises(UserError, match="state.pt: damaged.* — remove it to train from"):
+        launch.load_state(tmp_path, accelerator, model, optimizer)
 
 
 def test_state_comes_back_and_the_log_is_cut(tmp_path):

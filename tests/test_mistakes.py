@@ -9,6 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
+from transformers import BertConfig, BertForMaskedLM, ByT5Tokenizer
 
 from lib import files
 from lib.embeddings import finish_embeddings, write_shard
@@ -45,6 +46,10 @@ def ground(tmp_path_factory, tiny_collection, tiny_model_dir):
     put("lists.tsv", ["q1\tp1,p2"])
     shutil.copytree(tiny_model_dir, here / "no_weights")
     (here / "no_weights" / "model.safetensors").unlink()
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32}
+    slow = BertConfig(vocab_size=400, num_hidden_layers=1, **sizes)
+    BertForMaskedLM(slow).save_pretrained(here / "slow")
+    ByT5Tokenizer().save_pretrained(here / "slow")
     shutil.copytree(tiny_model_dir, here / "sparse")
     (here / "sparse" / "modules.json").write_text(
         json.dumps(
@@ -123,6 +128,7 @@ MISTAKES = [
     (FINETUNE + "QRELS", "it has no negatives for --passages_per_query 2"),
     (FINETUNE.replace("QUERIES", "one_column.tsv") + "TRAIN", "one_column.tsv:1: 1 columns"),
     (FINETUNE + "unknown_passage.qrels", "passage p999 is not in"),
+    (PRETRAIN + "CORPUS --model slow", "slow: its tokenizer is not a fast one"),
     (FINETUNE + "irrelevant.qrels", "irrelevant.qrels: no query has a positive"),
     (
         FINETUNE + "TRAIN --learning_rate 1e30 --warmup_steps 0 --max_steps 9",
@@ -184,3 +190,44 @@ def test_mistake(script, ground, tiny_collection, tiny_model_dir, monkeypatch, t
     ]
     for folder in made:
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "encode --model MODEL --pooling cls --input CORPUS --kind passage --dry_run",
+        FINETUNE.replace("--train", "--dry_run --train") + "TRAIN",
+        PRETRAIN + "CORPUS --model MODEL --dry_run",
+        PRETRAIN + "CORPUS --model_config MODEL/config.json --tokenizer MODEL --dry_run",
+        "recipes.score_pairs --model MODEL --corpus CORPUS --queries QUERIES --train TRAIN",
+        "recipes.export_anserini --embeddings vectors_s --model MODEL",
+    ],
+    ids=lambda value: value[:60],
+)
+def test_no_code_of_a_checkpoint_runs(
+    script, ground, tiny_collection, tiny_model_dir, monkeypatch, tmp_path, typed, known
+):
+    """Not even when transformers asks and standard input says yes."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for name in ("config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text())
+        autos = ("Model", "Config", "ModelForMaskedLM", "ModelForSequenceClassification")
+        content["auto_map"] = {f"Auto{auto}": "code.X" for auto in autos}
+        if name != "config.json":
+            content["auto_map"] = {"AutoTokenizer": ["code.X", "code.X"]}
+        if not known:
+            content |= {"model_type": "own", "tokenizer_class": "Own"}
+        (folder / name).write_text(json.dumps(content))
+    if not known:
+        (folder / "tokenizer.json").unlink()
+    monkeypatch.chdir(ground)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    places = {n.upper(): getattr(tiny_collection, n) for n in ("corpus", "queries", "train")}
+    words = [str(places.get(word, word)).replace("MODEL", str(folder)) for word in typed.split()]
+    name, *flags = words
+    status, _, error = script(name, *flags, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "ran").exists() and "Traceback" not in error
+    assert status == 1 or known, error

@@ -56,7 +56,10 @@ def here(monkeypatch):
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         monkeypatch.setattr(sys, "argv", ["pretrain_mae.py", *command(out, **flags)])
-        pretrain_mae.main()
+        try:
+            pretrain_mae.main()
+        finally:
+            launch.release_output()
         return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
     return call
@@ -370,6 +373,6 @@ def test_mistakes_end_in_a_line(tmp_path, tiny_model_dir, tiny_collection, here)
     here(tmp_path / "first", **{**good, "max_steps": 1})
     decoder = load_file(tmp_path / "first" / "decoder.safetensors")
     torch.save({}, tmp_path / "first" / "decoder.safetensors")
-    with pytest.raises(UserError, match="decoder.safetensors: cannot be loaded"):
+    with pytest.raises(UserError, match="first, its decoder: cannot be loaded .*SafetensorError"):
         here(tmp_path / "second", **{**good, "model": tmp_path / "first"})
     assert len(decoder) == 16 and not (tmp_path / "second").exists()

@@ -3,8 +3,10 @@ same vectors."""
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lib.checkpoint import load_encoder, save_encoder
 from lib.encoder import Head
@@ -163,3 +165,59 @@ def test_what_they_cannot_express_fails_there(tiny_model_dir, tmp_path, form):
     with pytest.raises((ImportError, ValueError, OSError)):
         SentenceTransformer(str(tmp_path / "a"), device="cpu")
     assert load_encoder(tmp_path / "a").format.max_chunks == form.get("max_chunks", 1)
+
+
+@pytest.fixture(scope="module")
+def t5(tiny_model_dir, tmp_path_factory):
+    """A folder as sentence-transformers saves GTR and Sentence-T5: the encoder alone, mean pooling,
+    a projection without bias, unit vectors. The feed-forward is gated, as in T5 1.1."""
+    from transformers import AutoTokenizer, T5Config, T5Model
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    how = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
+    torch.manual_seed(0)
+    plain = tmp_path_factory.mktemp("t5")
+    T5Model(T5Config(vocab_size=len(tokenizer), **sizes, **how)).save_pretrained(plain / "plain")
+    tokenizer.save_pretrained(plain / "plain")
+    dense = st.Dense(32, 24, bias=False, activation_function=torch.nn.Identity())
+    build(plain / "plain", "mean", dense, st.Normalize()).save(str(plain / "saved"))
+    return plain
+
+
+def test_t5_encoders(t5, tmp_path, tiny_collection, script, monkeypatch):
+    """Read, encoded on a CPU in both precisions, trained and saved: the same vectors there."""
+    config = json.loads((t5 / "saved" / "config.json").read_text())
+    assert config["architectures"] == ["T5EncoderModel"] and not config["is_encoder_decoder"]
+    assert any(file.startswith("decoder") for file in load_file(t5 / "plain/model.safetensors"))
+    same(ours(t5 / "saved", "passage"), theirs(t5 / "saved"))
+
+    def encoded(folder, name, precision="no"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+        out = tmp_path / f"{name}-{precision}"
+        flags = {"model": folder, "input": tiny_collection.corpus, "kind": "passage"}
+        flags |= {"output_dir": out, "num_workers": 0, "dtype": "float32", "title": "space"}
+        status, _, error = script("encode", *(w for k, v in flags.items() for w in (f"--{k}", v)))
+        assert status == 0, error
+        return torch.from_numpy(np.load(out / "shard-00000.npy"))
+
+    rows = [json.loads(line) for line in tiny_collection.corpus.read_text().splitlines()]
+    texts = [f"{row['title']} {row['text']}".strip() for row in rows]
+
+    def there(folder):
+        model = SentenceTransformer(str(folder), device="cpu")
+        return model.encode(texts, convert_to_tensor=True, batch_size=8)
+
+    same(encoded(t5 / "saved", "saved"), there(t5 / "saved"))
+    low = encoded(t5 / "saved", "saved", "bf16")
+    torch.testing.assert_close(low, there(t5 / "saved"), atol=0.03, rtol=0)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    for model, flags in (("saved", ()), ("plain", ("--pooling", "mean"))):
+        files = {k: getattr(tiny_collection, k) for k in ("corpus", "queries", "train")}
+        how = files | {"model": t5 / model, "max_steps": 2, "per_device_batch_size": 4}
+        how |= {"passages_per_query": 2, "num_workers": 0, "output_dir": tmp_path / model}
+        how |= {"max_query_length": 16, "max_passage_length": 30}
+        words = [word for k, v in how.items() for word in (f"--{k}", v)]
+        status, _, error = script("finetune_biencoder", *words, *flags)
+        assert status == 0, error
+        same(encoded(tmp_path / model, f"trained-{model}"), there(tmp_path / model))

@@ -133,15 +133,14 @@ def cut(start: int, stop: int, window: int) -> list[tuple[int, int]]:
 def to_csr(reps: torch.Tensor | csr_matrix, min_weight: float, max_terms: int) -> csr_matrix:
     """(n, V) on any device, or CSR -> CSR of the weights above `min_weight`, at most `max_terms` of
     a row (0 = all). A NaN stays one."""
-    if isinstance(reps, csr_matrix):
-        reps.data[reps.data <= min_weight] = 0
-        reps.eliminate_zeros()
-        return prune(reps, max_terms) if max_terms else reps
-    row, term = (~(reps <= min_weight)).nonzero(as_tuple=True)
-    starts = np.cumsum([0, *np.bincount(row.cpu().numpy(), minlength=len(reps))])
-    parts = reps[row, term].cpu().numpy(), term.int().cpu().numpy(), starts
-    vectors = csr_matrix(parts, shape=reps.shape)
-    return prune(vectors, max_terms) if max_terms else vectors
+    if isinstance(reps, torch.Tensor):
+        row, term = (~(reps <= min_weight)).nonzero(as_tuple=True)
+        starts = np.cumsum([0, *np.bincount(row.cpu().numpy(), minlength=len(reps))])
+        parts = reps[row, term].cpu().numpy(), term.int().cpu().numpy(), starts
+        reps = csr_matrix(parts, shape=reps.shape)
+    reps.data[reps.data <= min_weight] = 0
+    reps.eliminate_zeros()
+    return prune(reps, max_terms) if max_terms else reps
 
 
 def prune(vectors: csr_matrix, max_terms: int) -> csr_matrix:
@@ -159,9 +158,8 @@ def encode_window(model: BiEncoder, window: tuple, kind: str, budget: int, to_ro
     """The vectors of an item of Windows, in its order. to_rows: (B, D) on the device or as CSR ->
     what is kept of a batch, a tensor or CSR."""
     _, _, tokens, lengths = window
-    table = model.query_table if kind == "query" else None
-    if table is not None:
-        return to_rows(table.rows(tokens, lengths))
+    if kind == "query" and model.query_table is not None:
+        return to_rows(model.query_table.rows(tokens, lengths))
     texts = np.split(tokens, np.cumsum(lengths)[:-1])
     batches = token_batches(lengths, budget, model.format.max_length(kind))
     device = next(model.parameters()).device
@@ -176,8 +174,7 @@ def encode_window(model: BiEncoder, window: tuple, kind: str, budget: int, to_ro
 
 
 def store_as(vectors: np.ndarray | csr_matrix, dtype: str, ids: list[str], source: str):
-    """Vectors as they are stored. UserError names the first text with a number that is not
-    finite."""
+    """Vectors as they are stored. UserError: a number is not finite."""
     sparse = isinstance(vectors, csr_matrix)
     values = vectors.data if sparse else vectors
     with np.errstate(over="ignore"):

@@ -16,8 +16,7 @@ Deliberate deviations from the papers' official code (those of --dro are in lib/
   6. Lines without teacher scores stop the run (RetroMAE switches distillation off silently).
   7. Each chunk of MaxP begins with [CLS] (ANCE: the first).
 
-Reads   --model (ours, sentence-transformers, or Hugging Face with --pooling); corpus; queries;
-        --train: training file, judgments, or folder that a miner fills meanwhile (ANCE)
+Reads   checkpoint; corpus; queries; training file, judgments, or folder that a miner fills (ANCE)
 Writes  --output_dir: the checkpoint, and best/ by MRR@10 on the development set; log.jsonl,
         args.json, state/ for --resume; for a miner checkpoints/, generations.tsv; `done` last
 
@@ -47,7 +46,7 @@ from lib.groups import GroupCollator, Groups, TrainingFile
 from lib.loader import StepSampler, load
 from lib.masking import DROPOUT
 from lib.optim import descend, lr_at, make_optimizer, recompute_activations, steps_of
-from lib.query_table import inverse_document_frequency
+from lib.query_table import use_query_table
 from lib.text import TextFormat, step_seed
 from lib.texts import open_texts
 
@@ -83,11 +82,9 @@ class Args:
     temperature: float = arg(None, above=0, help="divides scores (default: 1, unit vectors 0.05)")
     kl_weight: float = arg(0.0, least=0, help="weight of KL(teacher, student) per query (LexMAE 1)")
     margin_mse_weight: float = arg(0.0, least=0, help="weight of the margin-MSE (SPLADE 1)")
-    query_encoder: Literal["table", "idf"] = arg(
-        None, help="sparse: no model for queries, but a learned weight per term, or its IDF"
-    )
+    query_encoder: Literal["table", "idf"] = arg(None, help="sparse: queries by weights of terms")
     flops_passages: float = arg(0.002, least=0, help="sparse: FLOPS weight of passages (as LexMAE)")
-    flops_queries: float = arg(None, least=0, help="sparse: of queries (default: 0.75 of passages)")
+    flops_queries: float = arg(None, least=0, help="sparse: of queries (0.75 of passages, or none)")
     flops_warmup_steps: int = arg(0, least=0, help="sparse: steps in which the FLOPS weights grow")
     dro: bool = arg(False, help="weight the clusters of the training file")
     dro_alpha: float = arg(0.25, above=0, most=1, help="--dro: power of the losses (as COCO-DR)")
@@ -142,7 +139,6 @@ def main():
     accumulation = args.gradient_accumulation_steps
     out = Path(args.output_dir)
     accelerator = launch.make_accelerator(accumulation, args.report_to, out, args.deterministic)
-    rank = accelerator.process_index
     W = accelerator.num_processes
     device = accelerator.device
     B = args.per_device_batch_size
@@ -154,10 +150,10 @@ def main():
         dev = open_dev_set(args.dev_queries, args.dev_qrels, args.dev_candidates, corpus)
     distilled = bool(args.kl_weight or args.margin_mse_weight)
 
+    one_cluster = W * B if args.batch_by == "cluster" else 0
+
     def read(train):
-        by_cluster = args.batch_by == "cluster"
-        file = TrainingFile(train, queries, corpus, distilled, args.dro or by_cluster)
-        one_cluster = W * B if by_cluster else 0
+        file = TrainingFile(train, queries, corpus, distilled, args.dro or one_cluster > 0)
         return Groups(file, args.passages_per_query, args.negatives_depth, args.seed, one_cluster)
 
     data = Generations(args.train, out / "generations.tsv", read)
@@ -165,26 +161,22 @@ def main():
     check(args, P, W)
     batch_size = W * B * accumulation
     max_steps = args.max_steps or math.ceil(args.num_epochs * len(groups) / batch_size)
+    epochs = max_steps * batch_size / len(groups)
     warmup_steps = steps_of(args.warmup_steps, max_steps)
     eval_every = args.eval_every or math.ceil(max_steps / 10)
     flops_p = args.flops_passages
-    flops_q = 0.75 * flops_p if args.flops_queries is None else args.flops_queries
 
     # ---- model
     torch.manual_seed(args.seed)  # of new weights
     head = Head(args.pooling, args.head, args.projection, args.normalize)
     head.exclude_special_tokens = args.exclude_special_tokens
-    head.query_table = bool(args.query_encoder)
     texts = {name: getattr(args, name) for name in TextFormat.__dataclass_fields__}
     model = checkpoint.load_encoder(args.model, head, texts)
     form, dim = model.format, model.dim
-    if args.query_encoder == "idf":
-        weights = inverse_document_frequency(corpus, form, model.tokenizer, dim)
-        model.query_table = model.make_table(weights, learned=False)
-    elif args.query_encoder == "table":
-        model.query_table.scaled.requires_grad_()
-    if model.query_table is not None:  # its vectors are as sparse as the queries
-        flops_q = 0.0
+    if args.query_encoder:
+        use_query_table(model, args.query_encoder, corpus)
+    flops_q = 0.0 if model.query_table is not None else 0.75 * flops_p
+    flops_q = flops_q if args.flops_queries is None else args.flops_queries
     temperature = args.temperature or (0.05 if model.normalized else 1.0)
     speed_up_attention(model.backbone)
     if args.gradient_checkpointing:
@@ -206,8 +198,7 @@ def main():
         "scores": f"{model.pooling}, {'cosine' if model.normalized else 'dot'} / {temperature}",
         **groups.notes,
         **(dev.notes(groups.file) if dev else {}),
-        "steps": f"{max_steps}, {warmup_steps} of warm-up",
-        "epochs": round(max_steps * batch_size / len(groups), 2),
+        "steps": f"{max_steps}, {warmup_steps} of warm-up; {epochs:.2f} epochs",
         "disk": f"{(4 + bool(dev) + 2 * data.is_folder) * weights * 4 / 1e9:.2f} GB",  # 3 in state/
     }
     if args.dry_run:
@@ -279,11 +270,11 @@ def main():
             renewed = data.renew(step - step % args.log_every, accelerator)
             if batches is None or renewed:  # optimizer and schedule go on
                 collate.groups = data.groups
-                sampler = StepSampler(data.groups, B, rank, W, micro_step)
+                sampler = StepSampler(data.groups, B, accelerator.process_index, W, micro_step)
                 batches = load(data.groups, collate, sampler, args.num_workers, device)
         # ------------------------------------------------------------------- one training step
         batch = send_to_device(means.next(batches), device, non_blocking=True)
-        dropout = step_seed(args.seed, DROPOUT, micro_step, rank)
+        dropout = step_seed(args.seed, DROPOUT, micro_step, accelerator.process_index)
         with accelerator.accumulate(model):
             if chunked:
                 loss, stats = contrastive_backward(accelerator, model, batch, loss_of, dropout)

@@ -39,7 +39,7 @@ from transformers import (
 
 from lib.architectures import ARCHITECTURES
 from lib.dist import world
-from lib.encoder import BiEncoder, Head, SparseBiEncoder, extend, positions
+from lib.encoder import BiEncoder, Head, SparseBiEncoder, extend, lower_bias, positions
 from lib.files import UserError, atomic, read_json, write_json, write_lines
 from lib.sentence_files import (
     card_facts,
@@ -53,11 +53,6 @@ from lib.sentence_files import (
 from lib.text import TextFormat, format_texts, pad, to_ids
 
 VERSION = 1  # of isthmus.json
-
-# The logits of a new LM head are normal, with the norm of the term's embedding for standard
-# deviation: its inputs leave a LayerNorm. So many of these lower, a few per cent of the terms have
-# their maximum above zero, as with a trained head.
-NEW_HEAD = 3.5
 
 REHEARSAL = ".tmp-rehearsal"  # the folder of check_checkpoint
 
@@ -128,9 +123,8 @@ def load_encoder(
     backbone, tokenizer, new_head = _load(base, auto, trust_remote_code)
     if new_head and head.kind != "new_sparse":
         raise UserError(f"{base}: no LM head for --head sparse — train one by --head new_sparse")
-    output = backbone.get_output_embeddings()
-    if new_head and output.bias is not None:
-        output.bias.data.copy_(-NEW_HEAD * output.weight.data.norm(dim=1))
+    if new_head:
+        lower_bias(backbone)
     limit = positions(backbone)
     stated = {}
     if pooling:

@@ -19,6 +19,11 @@ from lib.lm_head import max_pooled_logits
 from lib.query_table import QueryTable
 from lib.text import TextFormat
 
+# The logits of a new LM head are normal, with the norm of the term's embedding for standard
+# deviation: its inputs leave a LayerNorm. So many of these lower, a few per cent of the terms have
+# their maximum above zero, as with a trained head.
+NEW_HEAD = 3.5
+
 
 class Dense(nn.Sequential):
     """activation(Linear(x)). This class and the next have the names of sentence-transformers."""
@@ -97,7 +102,6 @@ class Head:
     projection: int = 0
     normalize: bool = False
     exclude_special_tokens: bool = False  # see SparseBiEncoder
-    query_table: bool = False  # sparse: queries by a table, of weights 1 if there is none yet
 
 
 class BiEncoder(nn.Module):
@@ -215,6 +219,13 @@ class SparseBiEncoder(BiEncoder):
         return max_pooled_logits(hidden, output.weight, output.bias, counts).relu().log1p()
 
 
+def lower_bias(lm: nn.Module) -> None:
+    """Make few of the maxima of a new LM head be above zero, so that its vectors are sparse."""
+    output = lm.get_output_embeddings()
+    if output.bias is not None:
+        output.bias.data.copy_(-NEW_HEAD * output.weight.data.norm(dim=1))
+
+
 def extend(model: BiEncoder, head: Head, strict: bool, place) -> None:
     """Add what `head` asks for and the model lacks. The weights of a projection are drawn from
     N(0, 0.02), biases are zero. UserError: the model has it otherwise, or lacks it and `strict`."""
@@ -229,12 +240,6 @@ def extend(model: BiEncoder, head: Head, strict: bool, place) -> None:
         if asked and asked != value and (value or strict):
             raise UserError(f"{place}: its {name} is {value}, not {asked} — leave --{name} out")
     model.exclude_special_tokens |= head.exclude_special_tokens
-    if head.query_table and not isinstance(model, SparseBiEncoder):
-        raise UserError(f"{place}: a table of queries is for sparse vectors — add --head sparse")
-    if head.query_table and model.query_table is None:
-        if strict:
-            raise UserError(f"{place}: it has no table for queries — leave --query_encoder out")
-        model.query_table = model.make_table(torch.ones(model.dim), learned=True)
     if head.projection and not model.projection:
         dense = Dense(model.dim, head.projection)
         nn.init.normal_(dense.linear.weight, std=0.02)

@@ -10,6 +10,7 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
+from lib.lines import UserError
 from lib.text import TextFormat, format_texts, to_ids
 from lib.texts import Texts
 
@@ -51,6 +52,20 @@ class QueryTable(nn.Module):
         vectors = csr_matrix((weights[term], (query, term)), shape=(len(lengths), len(weights)))
         vectors.eliminate_zeros()
         return vectors
+
+
+def use_query_table(model: nn.Module, weights: str, corpus: Texts) -> None:
+    """Let a table encode the queries of a SparseBiEncoder. weights: "table", those that it has, or
+    1, to be learned; or "idf", those of the corpus. UserError: the model is a dense one."""
+    if not hasattr(model, "make_table"):
+        raise UserError("--query_encoder: it is for sparse vectors — add --head sparse")
+    if weights == "idf":
+        idf = inverse_document_frequency(corpus, model.format, model.tokenizer, model.dim)
+        model.query_table = model.make_table(idf, learned=False)
+    elif model.query_table is None:
+        model.query_table = model.make_table(torch.ones(model.dim), learned=True)
+    else:
+        model.query_table.scaled.requires_grad_()
 
 
 def inverse_document_frequency(corpus: Texts, form: TextFormat, tokenizer, size: int) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from lib.checkpoint import load_encoder, save_encoder
 from lib.encoder import Head
 from lib.files import UserError, read_run
-from lib.query_table import inverse_document_frequency
+from lib.query_table import inverse_document_frequency, use_query_table
 from lib.text import TextFormat, format_texts, pad, to_ids
 from lib.texts import open_texts
 
@@ -21,7 +21,7 @@ QUERIES = ["what about ants and ants", "lava", "", "what is it? " * 30, "curd & 
 @pytest.fixture
 def model(tiny_model_dir):
     """A sparse model with a table of random weights, some of them below zero."""
-    found = load_encoder(tiny_model_dir, Head(kind="sparse", query_table=True))
+    found = load_encoder(tiny_model_dir, Head(kind="sparse"))
     found.format.max_query_length = 12
     torch.manual_seed(0)
     found.query_table = found.make_table(torch.randn(found.dim), learned=True)
@@ -124,4 +124,4 @@ def test_trained_encoded_and_searched(
 
 def test_a_dense_head_has_no_table(tiny_model_dir):
     with pytest.raises(UserError, match="is for sparse vectors — add --head sparse"):
-        load_encoder(tiny_model_dir, Head(pooling="cls", query_table=True))
+        use_query_table(load_encoder(tiny_model_dir, Head(pooling="cls")), "table", None)

@@ -341,7 +341,7 @@ def test_encode_gives_a_vector_to_each_chunk(encode, documents, naive, tmp_path,
 
     path = tmp_path / "a" / "shard-00001.ids.txt"
     path.write_text(path.read_text().replace("D4\n", "", 1))
-    with pytest.raises(UserError, match="do not hold what meta.json states"):
+    with pytest.raises(UserError, match="shard-00001.ids.txt: damaged"):
         Embeddings(tmp_path / "a")
 
 

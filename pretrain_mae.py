@@ -57,7 +57,7 @@ from lib.arguments import arg, identity, parse_args
 from lib.blocks import Blocks, Corpora, Cut
 from lib.cpu import speed_up_attention
 from lib.encoder import positions
-from lib.files import UserError
+from lib.files import UserError, read_json
 from lib.loader import StepSampler, load
 from lib.masking import DROPOUT
 from lib.objectives import OBJECTIVES, OPTIONS
@@ -225,8 +225,11 @@ def main():
         return launch.echo(accelerator, "dry run: pre-training", facts | preview())
     texts = zip(args.corpus, parts, strict=True)
     inputs = {path: part.texts.fingerprint for path, part in texts}
+    inputs["tokenizer"] = checkpoint.fingerprint(tokenizer)
     if args.model:
         inputs["model"] = checkpoint.model_hash(checkpoint.checkpoint_folder(args.model))
+    else:
+        inputs["model_config"] = read_json(args.model_config)
     if launch.claim_output(accelerator, out, identity(args, inputs), resume=args.resume):
         return
     launch.echo(accelerator, "pre-training", facts)

@@ -419,8 +419,11 @@ if __name__ == "__main__":
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as trainer:
         workers = [psutil.Process(int(pid)) for pid in trainer.stdout.readline().split()]
+        states = [Path(f"/proc/{worker.pid}/status").read_text() for worker in workers]
         trainer.kill()
     assert len(set(workers)) == 3
+    for state in states:  # Ctrl-C is left to the trainer: bit 1 is SIGINT
+        assert int(re.search(r"SigIgn:\t(\w+)", state)[1], 16) & 2
     for worker in workers:
         with contextlib.suppress(psutil.NoSuchProcess):
             while worker.status() != psutil.STATUS_ZOMBIE:  # pytest's timeout ends a wait in vain

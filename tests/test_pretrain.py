@@ -100,6 +100,18 @@ def test_from_scratch_and_on_from_there(tmp_path, tiny_model_dir, tiny_collectio
         tmp_path / "mlm" / "decoder.json"
     ).is_file()
 
+    path = new["model_config"]
+    path.write_text(path.read_text().replace("{", '{"layer_norm_eps": 1e-9, ', 1))
+    with pytest.raises(UserError, match="it was made with model_config .*, now .* — choose"):
+        here(
+            tmp_path / "mlm",
+            corpus=corpus,
+            objective="mlm",
+            max_steps=30,
+            learning_rate=1e-2,
+            **new,
+        )
+
     log = here(
         tmp_path / "one",
         corpus=corpus,

@@ -18,6 +18,10 @@ TEXTS = ["ants and sugar", "The lava of a crater, " * 10, "bow", "curd & whey", 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
 
+class Stopped(BaseException):
+    """Nothing catches it."""
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tiny_model_dir):
     """{architecture: folder of a small random masked LM, without dropout}."""
@@ -84,10 +88,10 @@ def test_a_stopped_run_resumes_and_its_checkpoint_goes_on(
 
     def save_and_stop(*state):
         save_state(*state)
-        raise InterruptedError
+        raise Stopped
 
     save_state = launch.save_state
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(launch, "save_state", save_and_stop)
         pretrain(folders[kind], "--max_steps", 4, "--output_dir", resumed)
     pretrain(folders[kind], "--max_steps", 4, "--output_dir", resumed, "--resume")

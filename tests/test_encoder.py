@@ -195,9 +195,7 @@ def test_a_model_that_cannot_be_kept_is_refused_before_it_is_trained(tiny_model_
 
     check_checkpoint(tmp_path, save)
     assert not list(tmp_path.iterdir())
-    model.vectors = lambda ids, mask, kind: torch.rand(
-        len(ids), 32
-    )  # a pooling that no file states
+    model.vectors = lambda ids, *_: torch.rand(len(ids), 32)  # a pooling that no file states
     with pytest.raises(UserError, match="another model"):
         check_checkpoint(tmp_path, save)
 

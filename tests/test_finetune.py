@@ -283,7 +283,7 @@ def test_a_model_that_no_file_states_is_refused_before_the_first_step(
     def changed(*args, **kwargs):
         model = checkpoint.load_encoder(*args, **kwargs)
         encode = model.vectors
-        model.vectors = lambda ids, mask: encode(ids, mask).roll(1, dims=1)
+        model.vectors = lambda *given: encode(*given).roll(1, dims=1)
         return model
 
     own = SimpleNamespace(**vars(checkpoint) | {"load_encoder": changed})

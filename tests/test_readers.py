@@ -312,8 +312,12 @@ def test_scores_that_float32_does_not_hold(tmp_path, score):
         assert refused(files.read_run, put(tmp_path / "r", run)).startswith(":1: the score '")
 
 
-def test_a_rank_beyond_32_bits(tmp_path):
-    assert files.read_run(put(tmp_path / "r", "q1 7 3000000000\n"))["q1"].scores == [-3e9]
+def test_a_rank_beyond_what_a_float32_tells_apart(tmp_path):
+    found = files.read_run(put(tmp_path / "r", "q1 7 16777216\n"))
+    assert found["q1"].scores == [-16777216]
+    for rank in (16777217, 3_000_000_000):
+        found = refused(files.read_run, put(tmp_path / "r", f"q1 7 {rank}\n"))
+        assert found.startswith(f":1: the rank {rank} is above 16777216")
     assert refused(files.read_run, put(tmp_path / "r", "q1 7 1.5\n")).startswith(
         ":1: the rank '1.5'"
     )

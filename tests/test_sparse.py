@@ -137,9 +137,7 @@ def test_what_they_cannot_express_fails_there(tiny_model_dir, tmp_path, exclude)
 
 
 def test_a_new_head_is_made_only_where_allowed(tiny_model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "lib.checkpoint.NEW_HEAD", 1.5
-    )  # the vocabulary is too small for fewer terms
+    monkeypatch.setattr("lib.encoder.NEW_HEAD", 1.5)  # the vocabulary is too small for fewer terms
     save_encoder(load_encoder(tiny_model_dir, Head("mean")), tmp_path / "dense", {})
     with pytest.raises(UserError, match="no LM head for --head sparse — .* --head new_sparse"):
         load_encoder(tmp_path / "dense", Head(kind="sparse"))

@@ -228,7 +228,10 @@ def lower_bias(lm: nn.Module) -> None:
 
 def extend(model: BiEncoder, head: Head, strict: bool, place) -> None:
     """Add what `head` asks for and the model lacks. The weights of a projection are drawn from
-    N(0, 0.02), biases are zero. UserError: the model has it otherwise, or lacks it and `strict`."""
+    N(0, 0.02), biases are zero. UserError: the model has it otherwise, or lacks it and `strict`; an
+    unknown pooling."""
+    if head.pooling and head.pooling not in POOLINGS:
+        raise UserError(f"--pooling {head.pooling}: unknown — give {', '.join(POOLINGS)}")
     stated = {
         "pooling": model.pooling,
         "projection": model.projection,

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from tests.fuzz_commands import fuzz, make_ground, problem_of
+from tests.fuzz_commands import LAST_FILES, fuzz, make_ground, problem_of
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_command_lines_without_sense_end_in_one_line(seed):
-    found, number = fuzz(seed, ["evaluate", "mine_negatives"], count=75)
+    found, number = fuzz(seed, list(LAST_FILES), count=75)
     assert number == 75 and not found, "\n".join(map("\n".join, found))
 
 

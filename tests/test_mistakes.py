@@ -106,6 +106,7 @@ MISTAKES = [
     (ENCODE + "nowhere.jsonl", "nowhere.jsonl: no such file"),
     (ENCODE + "CORPUS --output_dir thesis", "thesis: it holds something else"),
     (ENCODE.replace("--pooling cls", "") + "CORPUS", "--pooling"),
+    (ENCODE.replace("cls", "x") + "CORPUS", "--pooling x: unknown — give cls, mean, last_token"),
     (ENCODE.replace("MODEL", "no_weights") + "CORPUS", "no_weights"),
     (ENCODE.replace("MODEL --pooling cls", "sparse") + "CORPUS", "sparse"),
     (ENCODE + "CORPUS --batch_size 8", "unknown argument --batch_size"),

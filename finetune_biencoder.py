@@ -93,7 +93,7 @@ class Args:
     dro_eps: float = arg(0.01, least=0, most=1, help="--dro: least weight of a cluster (COCO-DR)")
     per_device_batch_size: int = arg(16, least=1, group="optimisation", help="queries per process")
     gradient_accumulation_steps: int = arg(1, least=1, help="micro-steps per optimizer step")
-    chunk_size: int = arg(0, least=0, help="GradCache: passages at a time, 0 is all")
+    chunk_size: int = arg(0, least=0, help="texts encoded at a time (GradCache); 0 is all")
     gradient_checkpointing: bool = arg(False, help="recompute activations: 20% slower, less memory")
     optimizer: Literal["adamw", "lamb"] = arg("adamw", help="betas 0.9 and 0.999, eps 1e-8")
     learning_rate: float = arg(2e-5, above=0, help="peak learning rate (RetroMAE 2e-5)")

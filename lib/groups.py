@@ -245,7 +245,7 @@ class GroupCollator:
     groups: Groups
     tokenizer: object
     form: TextFormat
-    chunk_rows: int  # passages of the full length that are encoded at a time
+    chunk_rows: int
 
     def __call__(self, items: list[tuple[int, np.ndarray, np.ndarray]]) -> dict:
         file = self.groups.file
@@ -273,10 +273,9 @@ class GroupCollator:
         }
 
     def encoder_input(self, kind: str, texts: list[tuple]) -> dict[str, list | Tensor]:
-        """(titles, text) pairs -> {"chunks": padded batches of texts of like length, "order": the
-        place of each text among their rows}, so that torch.cat(encoded chunks)[order] is in the
-        order of the texts. A batch has as many tokens, padding included, as `chunk_rows` passages
-        of the full length: many short texts, or few long ones.
+        """(titles, text) pairs -> {"chunks": padded batches of at most `chunk_rows` texts of like
+        length, "order": the place of each text among their rows}, so that torch.cat(encoded
+        chunks)[order] is in the order of the texts.
 
         Where a text may have M > 1 chunks, the rows are the chunks that there are, and order has
         (len(texts)·M,) places. Missing chunks point at chunk 0 of their text, so that the maximum
@@ -287,13 +286,7 @@ class GroupCollator:
         chunk = np.arange(self.form.chunks(kind))
         chunk = np.where(chunk < counts[:, None], chunk, 0)  # (len(texts), M)
         by_length = np.argsort([-len(one) for one in ids], kind="stable")
-        parts = []
-        budget = self.chunk_rows * self.form.max_passage_length
-        while len(by_length):
-            rows = max(budget // max(len(ids[by_length[0]]), 1), 1)
-            parts.append(by_length[:rows])
-            by_length = by_length[rows:]
-        by_length = np.concatenate(parts)
+        parts = np.split(by_length, range(self.chunk_rows, len(ids), self.chunk_rows))
         order = np.argsort(by_length)[(np.cumsum(counts) - counts)[:, None] + chunk]
         return {
             "chunks": [pad([ids[row] for row in rows], self.tokenizer) for rows in parts],

@@ -272,25 +272,3 @@ def test_batches_of_one_cluster(texts, tmp_path, world):
     firsts = {int(clusters[batch[0]]) for batch, one in zip(batches, pure, strict=True) if one}
     assert firsts == {0, 1, 2}
     assert groups.notes["batches"].startswith("4 of 5.8 batches of an epoch are of one cluster")
-
-
-def test_batches_for_the_encoder_hold_as_many_tokens_as_full_passages(tiny, tiny_collection):
-    """Many short texts or few long ones; every text once, in the order that "order" names."""
-    groups, collate = tiny
-    corpus = open_texts(tiny_collection.corpus)
-    rows = [corpus[row] for row in range(40)]
-    budget = 5 * collate.form.max_passage_length
-    for kind, texts in (("passage", rows), ("query", [("", text[:9]) for _, text in rows])):
-        side = collate.encoder_input(kind, texts)
-        shapes = [chunk["input_ids"].shape for chunk in side["chunks"]]
-        assert all(rows * width <= budget for rows, width in shapes)
-        for (count, width), (_, following) in zip(shapes, shapes[1:], strict=False):
-            assert (count + 1) * width > budget and following <= width
-        ids = [row[mask == 1].tolist() for chunk in side["chunks"] for row, mask in unpadded(chunk)]
-        expected = [one for (one,) in collate.cut(kind, texts)]
-        assert [ids[place] for place in side["order"]] == expected
-    assert len(side["chunks"]) < 40 / 5
-
-
-def unpadded(chunk):
-    return zip(chunk["input_ids"], chunk["attention_mask"], strict=True)

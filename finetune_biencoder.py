@@ -12,7 +12,7 @@ Deliberate deviations from the papers' official code (those of --dro are in lib/
   2. Positives of a query and exact copies of them are never its negatives, drawn or in the batch.
   3. Short lists are filled with masked columns (RetroMAE: random passages; LexMAE: repeats).
   4. Each positive is an example, shuffled over the epoch (ANCE: one per query, triplets in a row).
-  5. FLOPS is of the micro-batch of all processes (LexMAE, SPLADE: of each GPU's own).
+  5. FLOPS is of all passages of all processes together (SPLADE: of each GPU, positives apart).
   6. Lines without teacher scores stop the run (RetroMAE switches distillation off silently).
   7. Each chunk of MaxP begins with [CLS] (ANCE: the first).
 

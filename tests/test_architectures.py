@@ -108,3 +108,31 @@ def test_a_stopped_run_resumes_and_its_checkpoint_goes_on(
     out = pretrain(whole, "--max_steps", 1, "--output_dir", further)
     decoder = next(line for line in out.splitlines() if line.startswith("   decoder"))
     assert decoder.split(maxsplit=1)[1] == ("none" if names[1:] == [] else f"that of {whole}")
+
+
+def test_modernbert_takes_texts_beyond_512_tokens(tiny_model_dir, tmp_path, script):
+    """Trained on them, encoded, and equal in sentence-transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    torch.manual_seed(0)
+    config = tiny_config("modernbert", tokenizer, max_position_embeddings=1024)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    texts = [f"{word} and lava " * 200 for word in ("ants", "ice", "bread")]
+    (tmp_path / "corpus.tsv").write_text("".join(f"p{n}\t{t}\n" for n, t in enumerate(texts)))
+    (tmp_path / "queries.tsv").write_text("q0\tants\nq1\tice\n")
+    (tmp_path / "qrels.tsv").write_text("q0 0 p0 1\nq1 0 p1 1\n")
+    flags = ["--model", tmp_path / "base", "--pooling", "mean", "--train", tmp_path / "qrels.tsv"]
+    flags += ["--corpus", tmp_path / "corpus.tsv", "--queries", tmp_path / "queries.tsv"]
+    flags += ["--max_passage_length", 700, "--max_steps", 2, "--per_device_batch_size", 2]
+    status, _, error = script(
+        "finetune_biencoder", *flags, "--num_workers", 0, "--output_dir", tmp_path / "model"
+    )
+    assert status == 0, error
+    model = load_encoder(tmp_path / "model")
+    ids = to_ids(texts, model.tokenizer, model.format.max_length("passage"))
+    assert min(map(len, ids)) > 512
+    with torch.no_grad():
+        ours = model.encode(pad(ids, model.tokenizer))
+    theirs = sentence_transformers.SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    theirs = theirs.encode_document(texts, convert_to_tensor=True)
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=2e-5)

@@ -25,20 +25,16 @@ if [ -n "$judged" ]; then
 fi
 read -ra head <<<"${HEAD:---pooling cls}"
 
+rank() { # MODEL NAME [flags of evaluate.py ...]
+    [ -n "$judged" ] || return 0
+    "${launch[@]}" encode.py --model "$1" --input "$queries" --kind query "${head[@]}" --output_dir "$out/queries-$2"
+    "${launch[@]}" encode.py --model "$1" --input "$corpus" --kind passage "${head[@]}" --output_dir "$out/corpus-$2"
+    "${launch[@]}" evaluate.py --queries_embeddings "$out/queries-$2" --corpus_embeddings "$out/corpus-$2" \
+        --qrels "$qrels" --metrics RR@10 nDCG@10 R@100 --output_dir "$out/evaluation-$2" "${@:3}"
+}
+
+rank "$model" before # first, so that flags that do not fit the model stop it now
 "${launch[@]}" pretrain_mae.py --model "$model" --corpus "$corpus" --max_length 150 --probe_every 100 \
     --output_dir "$out/adapted" --resume "${flags[@]}"
-
-if [ -n "$judged" ]; then
-    compare=()
-    for name in before after; do
-        checkpoint=$([ $name = before ] && echo "$model" || echo "$out/adapted")
-        "${launch[@]}" encode.py --model "$checkpoint" --input "$queries" --kind query "${head[@]}" \
-            --output_dir "$out/queries-$name"
-        "${launch[@]}" encode.py --model "$checkpoint" --input "$corpus" --kind passage "${head[@]}" \
-            --output_dir "$out/corpus-$name"
-        "${launch[@]}" evaluate.py --queries_embeddings "$out/queries-$name" --corpus_embeddings "$out/corpus-$name" \
-            --qrels "$qrels" --metrics RR@10 nDCG@10 R@100 "${compare[@]}" --output_dir "$out/evaluation-$name"
-        compare=(--compare "$out/evaluation-before/run.trec")
-    done
-fi
+rank "$out/adapted" after --compare "$out/evaluation-before/run.trec"
 python -m recipes.probe_report --output_dir "$out/adapted"

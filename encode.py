@@ -138,8 +138,9 @@ def to_csr(reps: torch.Tensor | csr_matrix, min_weight: float, max_terms: int) -
         starts = np.cumsum([0, *np.bincount(row.cpu().numpy(), minlength=len(reps))])
         parts = reps[row, term].cpu().numpy(), term.int().cpu().numpy(), starts
         reps = csr_matrix(parts, shape=reps.shape)
-    reps.data[reps.data <= min_weight] = 0
-    reps.eliminate_zeros()
+    else:
+        reps.data[reps.data <= min_weight] = 0
+        reps.eliminate_zeros()
     return prune(reps, max_terms) if max_terms else reps
 
 

@@ -24,7 +24,9 @@ N GPUs    accelerate launch --multi_gpu --num_processes 8 evaluate.py ...
           (each process searches its part of the corpus)
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +37,7 @@ from lib.bm25 import Weighting
 from lib.files import (
     RunList,
     UserError,
+    positives,
     read_json,
     read_qrels,
     read_run,
@@ -156,16 +159,16 @@ def first(entry: RunList, qid: str, args: Args) -> RunList:
     return take(entry, places[: args.depth])
 
 
-def require_judged(run: dict[str, RunList], qids: list[str], path: str, args: Args) -> None:
-    """UserError if the run has lists, but none of the judged queries; an empty run may be."""
-    if run and not any(qid in run for qid in qids):
+def require_judged(listing: Collection[str], qids: list[str], path: str, args: Args) -> None:
+    """UserError if a run has lists, of the queries `listing`, but none of a judged query. A run
+    without any list is one that found nothing."""
+    if listing and not any(qid in listing for qid in qids):
         wrong = f"{path}: no query in it is judged in {args.qrels[0]}"
         raise UserError(f"{wrong} — give files that belong together")
 
 
-def judged_part(run: dict[str, RunList], qids: list[str], path: str, args: Args) -> dict:
+def judged_part(run: dict[str, RunList], qids: list[str], args: Args) -> dict[str, RunList]:
     """What counts of the lists of judged queries, in trec_eval's order."""
-    require_judged(run, qids, path, args)
     found = {qid: take(run[qid], order(run[qid])) for qid in qids if qid in run}
     return {qid: first(entry, qid, args) for qid, entry in found.items()}
 
@@ -176,7 +179,7 @@ def check_judgments(args: Args, splits: dict[str, dict], index: Index) -> int:
     lost = 0
     for path, qrels in zip(args.qrels, splits.values(), strict=True):
         require_rows(index.queries, list(qrels), path, "query")
-        pids = [pid for judged in qrels.values() for pid, grade in judged.items() if grade > 0]
+        pids = list(chain.from_iterable(positives(qrels).values()))
         lost += int((index.corpus.rows(pids) < 0).sum())
         if lost and not args.allow_unknown:
             try:
@@ -237,8 +240,7 @@ def main():
     splits = {name: read_qrels(path) for name, path in zip(names, args.qrels, strict=True)}
     for path, qrels in zip(args.qrels, splits.values(), strict=True):
         if args.ignore_identical_ids:
-            relevant = {q: {p for p, grade in j.items() if grade > 0} for q, j in qrels.items()}
-            check_identical_ids(path, relevant)
+            check_identical_ids(path, positives(qrels))
     out = Path(args.output_dir)
     source = Source(
         bm25=args.bm25,
@@ -256,14 +258,11 @@ def main():
     qids = list(dict.fromkeys(qid for qrels in splits.values() for qid in qrels))
     runs = [read_run(path) for path in args.run]
     listed = read_run(args.candidates) if args.candidates else None
+    other = read_run(args.compare) if args.compare else None
+    listing = {qid for one in runs for qid in one}  # the queries of all runs
+    require_judged(listing, qids, args.run[0] if runs else "", args)
     require_judged(listed or {}, qids, args.candidates, args)
-    other = judged_part(read_run(args.compare), qids, args.compare, args) if args.compare else None
-    if runs:
-        fused = runs[0] if len(runs) == 1 else reciprocal_rank_fusion(runs)
-        found = judged_part(fused, qids, args.run[0], args)
-        how = " (reciprocal rank fusion, k 60)" if len(runs) > 1 else ""
-        facts = {"run": " + ".join(args.run) + how}
-        facts["queries not judged"] = f"{len(fused.keys() - set(qids))}, ignored"
+    require_judged(other or {}, qids, args.compare, args)
     read = {"qrels": args.qrels, "run": args.run}
     read |= {"candidates": [args.candidates], "compare": [args.compare]}
     inputs = {name: file_fingerprint(*filter(None, paths)) for name, paths in read.items()}
@@ -276,10 +275,17 @@ def main():
     # ---- the run
     if index:
         found, facts = search(args, index, qids, listed)
+    else:
+        how = " (reciprocal rank fusion, k 60)" if len(runs) > 1 else ""
+        facts = {"run": " + ".join(args.run) + how}
+        facts["queries not judged"] = f"{len(listing - set(qids))}, ignored"
     echo(accelerator, "evaluation", {"running on": describe(accelerator), **facts})
     if not accelerator.is_main_process:
         return
-    ranked = {qid: take(entry, order(entry)) for qid, entry in found.items()}
+    if runs:
+        found = runs[0] if len(runs) == 1 else reciprocal_rank_fusion(runs)
+    ranked = judged_part(found, qids, args)
+    other = None if other is None else judged_part(other, qids, args)
     write_run(out / "run.trec", ((qid, *entry) for qid, entry in ranked.items()))
 
     # ---- metrics

@@ -1,5 +1,5 @@
-"""What the masked language models of transformers call their parts; only this module asks for a
-`model_type`. A new architecture is one entry of ARCHITECTURES, and one of tests/architectures.py.
+"""What the masked language models of transformers call their parts; no other module does one thing
+or another by the `model_type`. A new architecture is one entry of ARCHITECTURES.
 
 D hidden size, n tokens."""
 
@@ -65,13 +65,14 @@ ARCHITECTURES = {
 }
 
 
-def of(model: nn.Module) -> Architecture:
-    return ARCHITECTURES[model.config.model_type]
+def of(config) -> Architecture:
+    """The architecture of a model's config."""
+    return ARCHITECTURES[config.model_type]
 
 
 def bert_config(config):
     """The encoder's config under BERT's names, which the decoders read."""
-    sizes = ARCHITECTURES[config.model_type].sizes
+    sizes = of(config).sizes
     if not sizes:
         return config
     return BertConfig(**{name: getattr(config, own) for name, own in sizes.items()})
@@ -79,4 +80,4 @@ def bert_config(config):
 
 def head_transform(lm: nn.Module, hidden: Tensor) -> Tensor:
     """The LM head up to its output layer: dense, activation, norm. (n, D) -> (n, D)"""
-    return of(lm).transform(lm, hidden)
+    return of(lm.config).transform(lm, hidden)

@@ -41,6 +41,7 @@ from lib.architectures import ARCHITECTURES
 from lib.dist import world
 from lib.encoder import BiEncoder, Head, SparseBiEncoder, extend, lower_bias, positions
 from lib.files import UserError, atomic, read_json, write_json, write_lines
+from lib.lines import one_line
 from lib.sentence_files import (
     card_facts,
     model_card,
@@ -180,15 +181,9 @@ def checkpoint_folder(model) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def loading(place, remedy: str = "give the folder of a complete checkpoint") -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # the libraries raise nearly everything for damaged files
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{place}: cannot be loaded ({reason}) — {remedy}") from error
+def loading(place, remedy: str = "give the folder of a complete checkpoint"):
+    """A context: whatever a damaged folder makes the libraries raise becomes a UserError."""
+    return one_line(f"{place}: cannot be loaded", remedy)
 
 
 def _load(folder: Path, auto, trust_remote_code: bool = False) -> tuple[nn.Module, object, bool]:

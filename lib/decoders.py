@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from lib.architectures import ARCHITECTURES, bert_config
+from lib import architectures
+from lib.architectures import bert_config
 from lib.cpu import attention
 
 
@@ -25,7 +26,7 @@ def initialize(module: nn.Module, std: float) -> None:
 def own_positions(config) -> nn.Embedding | None:
     """Positions for a decoder, None if the encoder has learned ones. Where they are rotary, what
     the decoder reads would not tell one position from another."""
-    if ARCHITECTURES[config.model_type].positions:
+    if architectures.of(config).positions:
         return None
     config = bert_config(config)
     positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)

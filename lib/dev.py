@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lib.dist import world
-from lib.files import UserError, read_qrels, read_run
+from lib.files import UserError, positives, read_qrels, read_run
 from lib.groups import GroupCollator, TrainingFile, pair_keys
 from lib.metrics import mrr_at_k
 from lib.texts import Texts, open_texts, require_rows
@@ -69,7 +69,7 @@ class DevSet:
 
     def notes(self, file: TrainingFile) -> dict[str, str]:
         """What the echo says: how many of the judged pairs are also trained on, by their texts."""
-        pairs = [(q, p) for q, of_q in self.qrels.items() for p, grade in of_q.items() if grade > 0]
+        pairs = [(qid, pid) for qid, pids in positives(self.qrels).items() for pid in pids]
         queries = self.queries.rows([qid for qid, _ in pairs])
         passages = self.corpus.rows([pid for _, pid in pairs])
         keys = pair_keys(self.queries.text_keys[queries], self.corpus.text_keys[passages])

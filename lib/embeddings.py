@@ -49,10 +49,6 @@ def finish_embeddings(folder, meta: dict) -> None:
     write_json(Path(folder) / "meta.json", meta)
 
 
-def _checked(path) -> contextlib.AbstractContextManager:
-    return one_line(f"{path}: damaged", "remove the folder and encode again")
-
-
 def _opens(ids: np.ndarray) -> np.ndarray:
     """(n,) ids of vectors -> (n,) bool, True for the first vector of a text."""
     return np.append(True, ids[1:] != ids[:-1])

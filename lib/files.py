@@ -183,12 +183,15 @@ def read_qrels(path) -> dict[str, dict[str, int]]:
     return qrels
 
 
-def read_positives(path) -> dict[str, list[str]]:
-    """{qid: its passages with a grade above 0}, without the queries that have none. UserError: see
-    read_qrels."""
-    qrels = read_qrels(path)
+def positives(qrels: dict[str, dict[str, int]]) -> dict[str, list[str]]:
+    """{qid: its passages with a grade above 0}, without the queries that have none."""
     found = {qid: [p for p, grade in judged.items() if grade > 0] for qid, judged in qrels.items()}
     return {qid: pids for qid, pids in found.items() if pids}
+
+
+def read_positives(path) -> dict[str, list[str]]:
+    """The positives of a file of judgments. UserError: see read_qrels."""
+    return positives(read_qrels(path))
 
 
 def write_qrels(path, qrels: dict[str, dict[str, int]]) -> None:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from lib.cpu import onednn
 from lib.dist import all_gather, from_main
 from lib.files import UserError, atomic, lines, read_json, write_json, write_lines
+from lib.lines import one_line
 
 PACKAGES = "torch transformers tokenizers accelerate datasets faiss-cpu faiss-gpu numpy".split()
 PATIENCE = 3  # seconds in which a launcher ends the other processes of a run that failed
@@ -363,21 +364,17 @@ def load_state(output_dir, accelerator, model, optimizer) -> tuple[int, dict]:
     path = Path(output_dir) / "state" / "state.pt"
     if not path.is_file():
         return 0, {}
-    try:
+    wrong = f"{path}: damaged, or of another model"
+    with one_line(wrong, "remove it to train from the first step"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        launched = state["launched"]
-        if launched == _launched(accelerator):
-            accelerator.unwrap_model(model).load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            if accelerator.scaler is not None:
-                accelerator.scaler.load_state_dict(state["scaler"])
-            return state["step"], state["extra"]
-    except Exception as error:  # whatever a damaged file makes torch raise
-        reason = " ".join(str(error).split())[:200]
-        wrong = f"{path}: damaged, or of another model ({reason})"
-        raise UserError(f"{wrong} — remove it to train from the first step") from error
-    wrong = f"{output_dir}: the run had {launched}, now {_launched(accelerator)}"
-    raise UserError(f"{wrong} — resume it as it was")
+        if state["launched"] != _launched(accelerator):
+            wrong = f"{output_dir}: the run had {state['launched']}, now {_launched(accelerator)}"
+            raise UserError(f"{wrong} — resume it as it was")
+        accelerator.unwrap_model(model).load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        return state["step"], state["extra"]
 
 
 def _launched(accelerator) -> str:

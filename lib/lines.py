@@ -90,8 +90,14 @@ def _parquet_rows(path) -> Iterator[str]:
 
 
 def brief(error: Exception) -> str:
-    """The message of a library's error as a part of one line."""
-    return " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+    """The message of a library's error as a part of one line; with its kind, where that is not
+    clear: a KeyError says no more than the key."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+    elif isinstance(error, KeyError) or not text:
+        text = f"{type(error).__name__}: {text}"
+    return " ".join(text.split())[:300]
 
 
 @contextlib.contextmanager

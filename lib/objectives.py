@@ -55,7 +55,7 @@ class MLM(nn.Module):
         super().__init__()
         assert options.keys() <= OPTIONS[self.name].keys()
         self.lm = lm
-        self.architecture = architectures.of(lm)
+        self.architecture = architectures.of(lm.config)
         self.options = OPTIONS[self.name] | options
         self.encoder_mask_ratio = self.options["encoder_mask_ratio"]
         self.mask_id = tokenizer.mask_token_id

@@ -268,7 +268,7 @@ def _write_router(model: SparseBiEncoder, folder: Path, documents: dict[str, str
     weights = table.weights.detach().contiguous().cpu()
     save_file({"weight": weights}, folder / TABLE / "model.safetensors")
     model.tokenizer.save_pretrained(folder / TABLE)
-    # there a query is cut to so many tokens without special ones
+    # sentence-transformers cuts a query to this number of tokens and adds no special tokens to it
     path = folder / TABLE / "tokenizer_config.json"
     special = model.tokenizer.num_special_tokens_to_add()
     length = {"model_max_length": model.format.max_query_length - special}

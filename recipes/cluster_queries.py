@@ -120,10 +120,8 @@ def main():
         raise UserError(f"{args.train}: no query in it — check the path")
     trained_on = min(args.sample or len(qids), len(qids))
     if args.clusters > trained_on:
-        problem = (
-            f"--clusters {args.clusters}: more than the {trained_on} queries to make them from"
-        )
-        raise UserError(f"{problem} — give fewer")
+        problem = f"--clusters {args.clusters}: more than the {trained_on} queries to"
+        raise UserError(f"{problem} make them from — give fewer")
     inputs = {"embeddings": source, "training file": file_fingerprint(args.train)}
     if claim_output(accelerator, out, identity(args, inputs), "meta.json"):
         return

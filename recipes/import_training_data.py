@@ -284,8 +284,8 @@ def format_of(path: str) -> str:
     """The format of a file by its first line. UserError: an unknown one, or lists of negatives."""
     name = files.foreign_format(first_line(path))
     if name == "negative-lists":
-        command = f"mine_negatives.py --run {path} --qrels QRELS --corpus CORPUS"
-        raise UserError(f"{path}:1: lists of negatives without positives — run `python {command}`")
+        command = f"python mine_negatives.py --run {path} --qrels QRELS --corpus CORPUS"
+        raise UserError(f"{path}:1: lists of negatives without positives — run `{command}`")
     if name is None:
         raise UserError(f"{path}:1: unknown format — --format takes {', '.join(FORMATS)}")
     return name

@@ -62,7 +62,8 @@ def main():
             str(folder), num_labels=1, max_length=args.max_length, trust_remote_code=False
         )
     if args.max_length > positions(model.model):
-        raise UserError(f"{folder}: it has {positions(model.model)} positions — lower --max_length")
+        limit = positions(model.model)
+        raise UserError(f"{folder}: it has {limit} positions — lower --max_length")
     texts = [corpus.fingerprint, queries.fingerprint]
     inputs = {"model": model_hash(folder), "train": file_fingerprint(args.train), "texts": texts}
     if claim_output(accelerator, args.output_dir, identity(args, inputs)):

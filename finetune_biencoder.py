@@ -60,7 +60,7 @@ class Args:
     output_dir: str = arg(help="folder for the checkpoint")
     passages_per_query: int = arg(None, least=1, help="1 positive, the rest negatives (default: 8)")
     negatives_depth: int = arg(200, least=1, help="draw from the first N negatives of a query")
-    batch_by: Literal["chance", "cluster"] = arg("chance", help="cluster: of one cluster (TAS-B)")
+    batch_by: Literal["chance", "cluster"] = arg("chance", help="cluster: one per batch (TAS-B)")
     dev_queries: str = arg(None, group="development set", help="its queries")
     dev_qrels: str = arg(None, help="its judgments")
     dev_candidates: str = arg(None, help="passages to re-rank for MRR@10: a run or top1000.dev")
@@ -73,18 +73,24 @@ class Args:
     max_chunks: int = arg(None, least=1, help="maximum number of chunks per passage (MaxP 4)")
     max_characters: int = arg(None, least=0, help="cut passages to N characters first (ANCE 10000)")
     pooling: str = arg(None, group="model", help="cls, mean, last_token, if the model states none")
-    head: Literal["dense", "sparse", "new_sparse"] = arg("dense", help="new_sparse: a new LM head")
+    head: Literal["dense", "sparse", "new_sparse"] = arg(
+        "dense", help="sparse: with the LM head of --model; new_sparse: with a new one"
+    )
     normalize: bool = arg(False, help="make unit vectors; a checkpoint that has them keeps them")
-    projection: int = arg(0, least=0, most=65536, help="add Linear + LayerNorm (size, ANCE 768)")
+    projection: int = arg(0, least=0, most=65536, help="size of an added projection (ANCE 768)")
     exclude_special_tokens: bool = arg(False, help="sparse: pool over no special tokens (LexMAE)")
     contrastive_weight: float = arg(1.0, least=0, group="objective", help="weight of --loss")
     loss: Literal["info_nce", "triplet"] = arg("info_nce", help="the contrastive loss")
     temperature: float = arg(None, above=0, help="divides scores (default: 1, unit vectors 0.05)")
     kl_weight: float = arg(0.0, least=0, help="weight of KL(teacher, student) per query (LexMAE 1)")
     margin_mse_weight: float = arg(0.0, least=0, help="weight of the margin-MSE (SPLADE 1)")
-    query_encoder: Literal["table", "idf"] = arg(None, help="sparse: queries by weights of terms")
+    query_encoder: Literal["table", "idf"] = arg(
+        None, help="sparse: queries without the model, by a learned weight per term or its IDF"
+    )
     flops_passages: float = arg(0.002, least=0, help="sparse: FLOPS weight of passages (as LexMAE)")
-    flops_queries: float = arg(None, least=0, help="sparse: of queries (0.75 of passages, or none)")
+    flops_queries: float = arg(
+        None, least=0, help="sparse: FLOPS weight of queries (0.75 x passages; --query_encoder: 0)"
+    )
     flops_warmup_steps: int = arg(0, least=0, help="sparse: steps in which the FLOPS weights grow")
     dro: bool = arg(False, help="weight the clusters of the training file")
     dro_alpha: float = arg(0.25, above=0, most=1, help="--dro: power of the losses (as COCO-DR)")

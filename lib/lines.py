@@ -90,25 +90,25 @@ def _parquet_rows(path) -> Iterator[str]:
 
 
 def brief(error: Exception) -> str:
-    """The message of a library's error as a part of one line; with its kind, where that is not
-    clear: a KeyError says no more than the key."""
+    """The message of a library's error as a part of one line, with the file of a system's error."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror + (f": {error.filename}" if error.filename else "")
-    elif isinstance(error, KeyError) or not text:
-        text = f"{type(error).__name__}: {text}"
     return " ".join(text.split())[:300]
 
 
 @contextlib.contextmanager
 def one_line(wrong: str, remedy: str, kinds=Exception) -> Iterator[None]:
-    """A UserError for errors of these kinds; those of some libraries are of all kinds."""
+    """A UserError for errors of these kinds; those of some libraries are of all kinds, and some
+    say nothing without their kind, such as a KeyError."""
     try:
         yield
     except UserError:
         raise
     except kinds as error:
-        raise UserError(f"{wrong} ({brief(error)}) — {remedy}") from error
+        plain = isinstance(error, OSError | ValueError)  # they speak for themselves
+        kind = "" if plain else f"{type(error).__name__}: "
+        raise UserError(f"{wrong} ({kind}{brief(error)}) — {remedy}") from error
 
 
 def first_line(path) -> str:

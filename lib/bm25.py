@@ -102,7 +102,7 @@ def _build(texts: Texts, how: Weighting, folder: Path) -> None:
     order = np.argsort(hashes)
     place = np.argsort(order).astype(np.int32)  # a stem's number among the sorted hashes
     flat = place[np.frombuffer(flat, dtype=np.int32)]
-    write(folder, _weights(flat, np.frombuffer(lengths, dtype=np.int32), how), 32)
+    write(folder, _weights(flat, np.frombuffer(lengths, dtype=np.int32), how))
     hashes[order].tofile(folder / "vocabulary.bin")
 
 
@@ -113,7 +113,7 @@ def open_bm25(texts: Texts, folder, how=Weighting()) -> Inverted:  # noqa: B008
     manifest |= {"analyzer": ANALYZER, "tile": TILE}
     open_folder(folder, manifest, partial(_build, texts, how))
     vocabulary = map_array(Path(folder) / "vocabulary.bin", np.uint64)
-    return Inverted(folder, partial(_queries, vocabulary=vocabulary), len(vocabulary))
+    return Inverted(folder, partial(_queries, vocabulary=vocabulary))
 
 
 def _queries(queries: Sequence[str], vocabulary: np.ndarray) -> Rows:

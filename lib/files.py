@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import xxhash
 
 from lib.lines import (
     UserError,
@@ -126,6 +127,16 @@ def map_array(path: Path, dtype) -> np.ndarray:
         wrong = f"{path}: missing or truncated"
         raise UserError(f"{wrong} — remove its folder; it is then written again")
     return np.memmap(path, dtype, "r") if size else np.frombuffer(b"", dtype)
+
+
+def file_fingerprint(*paths) -> str:
+    """A hash of the content of files, for lib/launch.claim_output."""
+    digest = xxhash.xxh3_64()
+    for path in paths:
+        with open(path, "rb") as stream:
+            while part := stream.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def line_of(path, *fields) -> str:

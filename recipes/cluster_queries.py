@@ -33,12 +33,12 @@ from lib.embeddings import Embeddings
 from lib.files import (
     TrainingRow,
     UserError,
+    file_fingerprint,
     read_training_file,
     write_json,
     write_lines,
     write_training_file,
 )
-from lib.index import file_fingerprint
 from lib.launch import claim_output, echo, make_accelerator, run, versions
 from lib.texts import open_texts, require_rows
 

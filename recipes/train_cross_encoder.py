@@ -16,8 +16,7 @@ from typing import Literal
 from lib.arguments import arg, identity, parse_args
 from lib.checkpoint import checkpoint_folder, loading, model_hash
 from lib.encoder import positions
-from lib.files import UserError, read_training_file, write_lines
-from lib.index import file_fingerprint
+from lib.files import UserError, file_fingerprint, read_training_file, write_lines
 from lib.launch import claim_output, describe, echo, make_accelerator, run
 from lib.text import join_title
 from lib.texts import open_texts, require_rows

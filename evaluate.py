@@ -130,9 +130,6 @@ def search(
         facts["candidates"] = f"{args.candidates}; {missing}"
         wanted = [np.sort(rows[rows >= 0]) for rows in wanted]
         lists = zip(index.score(asked, wanted), wanted, strict=True)
-    if index.folder.is_dir():
-        size = sum(path.stat().st_size for path in index.folder.iterdir())
-        facts["index"] = f"{size / 1e6:.1f} MB"
     found = {}
     for qid, (scores, rows) in zip(qids, lists, strict=True):
         best = np.argsort(-scores, kind="stable")  # ties stay in the order of corpus rows

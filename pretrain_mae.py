@@ -268,12 +268,9 @@ def main():
                 loss, stats = mean_loss(accelerator, model(batch, args.seed))
                 accelerator.backward(loss)
             lr = lr_at(step, args.learning_rate, warmup_steps, max_steps)
-            loss = loss.detach()
             norm, finite = descend(accelerator, model, optimizer, loss, lr, args.max_grad_norm)
             if not finite:
-                pids = ", ".join(blocks.ids(batch["examples"].tolist()))
-                wrong = f"step {step + 1}: the loss or gradient is not finite for texts {pids}"
-                raise UserError(f"{wrong} — lower --learning_rate")
+                launch.stop_not_finite(step + 1, blocks.ids(batch["examples"].tolist()))
         # ------------------------------------------------- log, probe, save: once per step
         micro_step += 1
         means.add({**stats, "tokens/s": batch["attention_mask"].sum()})

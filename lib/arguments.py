@@ -101,8 +101,9 @@ def _add(section, field: dataclasses.Field) -> str:
         options["help"] += f" (default: {shown})"
     if get_origin(kind) is Literal:
         options |= {"choices": get_args(kind), "type": type(get_args(kind)[0])}
-    elif get_origin(kind) is list:
-        options |= {"nargs": "+", "type": get_args(kind)[0], "metavar": field.name.upper()}
+    elif get_origin(kind) in (list, tuple):
+        number = "+" if get_origin(kind) is list else len(get_args(kind))
+        options |= {"nargs": number, "type": get_args(kind)[0], "metavar": field.name.upper()}
     else:
         options |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
     section.add_argument(f"--{field.name}", **options)

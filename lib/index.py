@@ -46,7 +46,6 @@ class Index:
     queries: Texts | Embeddings
     corpus: Texts | Embeddings
     name: str  # of the retriever
-    folder: Path  # of inverted lists; dense vectors have none
     inputs: dict[str, str]  # fingerprints, see lib/launch.claim_output
     open: Callable[[], Inverted | DenseIndex]  # builds the index if necessary; on all processes
 
@@ -88,21 +87,19 @@ def open_index(
         raise UserError(f"nothing to search, or several sources — give {either}")
     if run:
         return None
-    state = PartialState()
     if bm25:
         if not all(texts):
             raise UserError("--bm25 searches texts — give --queries and --corpus")
-        with state.main_process_first():
-            queries, corpus = map(open_texts, texts)
+        queries, corpus = map(open_texts, texts)
         name = f"BM25, k1 {bm25.k1}, b {bm25.b} (Lucene's variant)"
         inputs = {"queries": queries.fingerprint, "corpus": corpus.fingerprint}
         build = partial(open_bm25, corpus, folder, bm25)
-        return Index(queries, corpus, name, folder, inputs, build)
+        return Index(queries, corpus, name, inputs, build)
     queries, corpus = map(Embeddings, embeddings)
     check_pair(queries, corpus)
     inputs = {"queries_embeddings": queries.fingerprint, "corpus_embeddings": corpus.fingerprint}
-    build = partial(DenseIndex, corpus, state.device)
+    build = partial(DenseIndex, corpus, PartialState().device)
     if corpus.sparse:
         build = partial(open_sparse, corpus, folder)
     name = f"{corpus.meta.get('model')}, exact search"
-    return Index(queries, corpus, name, folder, inputs, build)
+    return Index(queries, corpus, name, inputs, build)

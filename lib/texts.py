@@ -164,8 +164,8 @@ def _build_texts(folder: Path, source) -> None:
 def open_texts(source) -> "Texts":
     """A corpus or queries for random access by row or id. The first use writes a memory-mapped
     Arrow copy to the cache; a file that has changed since (name, size, time) gets a new one, and so
-    does a folder in which any file has. On several processes call it first on one: `with
-    accelerator.main_process_first():`"""
+    does a folder in which any file has. On several processes one of them writes it, and the others
+    wait."""
     path = Path(source)
     found = sorted(path.rglob("*")) if os.path.isdir(path) else [path]
     states = [(str(p.resolve()), os.stat(p)) for p in found if os.path.isfile(p)]

@@ -72,8 +72,7 @@ COMMANDS = {  # names of files of the ground stand for their paths
         "--model model --pooling cls --train train.jsonl --corpus corpus.jsonl "
         "--queries queries.tsv --passages_per_query 2 --per_device_batch_size 2",
         "--model model --head sparse --train qrels.tsv --corpus corpus.jsonl "
-        "--queries queries.tsv --passages_per_query 1 --dev_queries queries.tsv "
-        "--dev_qrels qrels.tsv --dev_candidates run.trec",
+        "--queries queries.tsv --passages_per_query 1 --dev queries.tsv qrels.tsv run.trec",
     ],
     "pretrain_mae": [
         "--model model --corpus corpus.jsonl --max_length 16 --per_device_batch_size 2",
@@ -163,7 +162,7 @@ def wrong_value(draw: random.Random, field: dataclasses.Field, ground: Path) -> 
     if get_origin(field.type) is Literal:
         return [str(draw.choice([*kinds, "x", "", -1, 7]))]
     pool = [*WORDS, *map(str, ground.iterdir())]
-    if get_origin(field.type) is list:
+    if get_origin(field.type) in (list, tuple):
         return [draw.choice(pool) for _ in range(draw.randint(0, 3))]
     return [draw.choice(pool)]
 

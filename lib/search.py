@@ -39,19 +39,18 @@ DEVICE_QUERY_TILE, DEVICE_ROW_TILE = 2048, 65536  # on a GPU: 512 MB
 
 # keys
 def pack(scores: Tensor, rows: Tensor) -> Tensor:
-    """int64 keys of float32 scores and their rows; EMPTY where the row is -1. The greater key has
-    the better score or, at the same score, the lower row; no two are equal.
+    """int64 keys of float32 scores and their rows. The greater key has the better score or, at the
+    same score, the lower row; no two are equal.
 
     The high 32 bits are those of the score, which have the order of integers where it is positive
     and the opposite order where it is negative (so 31 of them are flipped there); the low 32 bits
     are ROW_MASK - row."""
     bits = (scores + 0.0).view(torch.int32).long()  # + 0.0 makes 0 of -0, which is an equal score
-    keys = (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) | (ROW_MASK - rows)
-    return keys.masked_fill_(rows < 0, EMPTY)
+    return (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) | (ROW_MASK - rows)
 
 
 def unpack(keys: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """keys -> (scores float32, rows int64); -inf and -1 for EMPTY."""
+    """-> (scores float32, rows int64); -inf and -1 for EMPTY."""
     high, empty = keys >> 32, keys == EMPTY
     scores = torch.where(high < 0, high ^ 0x7FFFFFFF, high).to(torch.int32).view(torch.float32)
     rows = (ROW_MASK - (keys & ROW_MASK)).masked_fill_(empty, -1)
@@ -226,10 +225,9 @@ class DenseIndex:
         first = self.corpus.first
         if first is None or not len(rows):
             return self.corpus.take(rows) @ query
-        counts = first[rows + 1] - first[rows]
-        starts = np.cumsum(counts) - counts
-        vectors = np.arange(counts.sum()) + np.repeat(first[rows] - starts, counts)
-        return np.maximum.reduceat(self.corpus.take(vectors) @ query, starts)
+        vectors = [np.arange(first[row], first[row + 1]) for row in rows]
+        starts = np.cumsum([0, *map(len, vectors[:-1])])
+        return np.maximum.reduceat(self.corpus.take(np.concatenate(vectors)) @ query, starts)
 
     def _blocks(self, size: int) -> Iterator[tuple[int, Tensor]]:
         """The blocks (n, D) of this process's vectors, float32, each with the number of its first.

@@ -22,7 +22,7 @@ from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
 from lib.files import UserError, map_array
-from lib.inverted import TILE, Inverted, Rows, open_folder, write
+from lib.inverted import TILE, Inverted, open_folder, write
 from lib.texts import Texts, id_hashes, places
 
 # Lucene's StandardTokenizer, as far as English needs it: a word is letters and digits. An
@@ -116,11 +116,12 @@ def open_bm25(texts: Texts, folder, how=Weighting()) -> Inverted:  # noqa: B008
     return Inverted(folder, partial(_queries, vocabulary=vocabulary))
 
 
-def _queries(queries: Sequence[str], vocabulary: np.ndarray) -> Rows:
-    """vocabulary: the hashes of the index's terms, ascending."""
+def _queries(queries: Sequence[str], vocabulary: np.ndarray) -> csr_matrix:
+    """(Q, V), a 1 for each time a term occurs. vocabulary (V,): the terms' hashes, ascending."""
     lists = [terms(query) for query in queries]
     at = places(id_hashes(stem for one in lists for stem in one), vocabulary)
     known = at >= 0
     before = np.concatenate([[0], np.cumsum(known)])  # known terms before each term
     starts = before[np.cumsum([0, *map(len, lists)])]
-    return Rows(starts, at[known].astype(np.int32), np.ones(known.sum(), dtype=np.float32))
+    weights = np.ones(known.sum(), dtype=np.float32)
+    return csr_matrix((weights, at[known], starts), shape=(len(queries), len(vocabulary)))

@@ -39,7 +39,7 @@ TILE = 1 << 15  # scores of 128 KB; at most 1 << 16, because `documents` are uin
 QUERIES = 256  # that a thread takes through all tiles together: they share the cache
 
 
-# numba's cache names the three classes: delete lib/__pycache__ after renaming one
+# numba's cache names the two classes: delete lib/__pycache__ after renaming one
 class Lists(NamedTuple):
     """The arrays of an index; each is a file, `documents.bin` and so on."""
 
@@ -59,18 +59,9 @@ class Tiling(NamedTuple):
     stop: int
 
 
-class Rows(NamedTuple):
-    """Queries: number q has terms[starts[q] : starts[q + 1]] and their weights."""
-
-    starts: np.ndarray  # int64 (Q + 1,)
-    terms: np.ndarray  # int32; the weights are added up in this order
-    weights: np.ndarray  # float32
-
-
 # the index: written
 def write(folder: Path, tiles: Iterable[csr_matrix]) -> None:
-    """Write the lists of tiles (TILE rows each, the last fewer; no entry twice). Needs the memory
-    of some copies of one tile."""
+    """Write the lists of tiles (TILE rows each, the last fewer; no entry twice)."""
     folder.mkdir(parents=True)
 
     def append(**arrays: np.ndarray) -> None:
@@ -129,7 +120,7 @@ def open_folder(folder, manifest: dict, build: Callable[[Path], None]) -> None:
 # the index: searched
 @numba.njit(nogil=True, cache=True)
 def _offer(totals, first_row, keys, count, bar):
-    """Offer the scores of the rows from first_row on to the list of a query; (count, bar) then."""
+    """`push` for the scores of the rows from first_row on; returns the new (count, bar)."""
     for start in range(0, len(totals), 64):
         line = totals[start : start + 64]
         hit = False
@@ -151,7 +142,9 @@ def _find(numbers, start, stop, number):
 
 @numba.njit(nogil=True, cache=True)
 def _scan_tiles(lists, tiling, queries, part, keys):
-    """Fill keys (Q, 2·k) of the queries part[0] ... part[1] - 1 with the best of some tiles."""
+    """Fill keys (Q, 2·k) of the queries part[0] ... part[1] - 1 with the best of some tiles.
+    queries: the arrays of a CSR matrix; weights are added up in their order."""
+    starts, terms, weights = queries
     totals = np.zeros(tiling.tile, dtype=np.float32)
     counts = np.zeros(part[1], dtype=np.int64)
     bars = np.zeros(part[1], dtype=np.float32)  # a document without a term scores 0: not above
@@ -159,42 +152,47 @@ def _scan_tiles(lists, tiling, queries, part, keys):
         here = totals[: min(tiling.tile, tiling.count - t * tiling.tile)]
         for q in range(part[0], part[1]):
             touched = False
-            for i in range(queries.starts[q], queries.starts[q + 1]):
-                at = _find(lists.terms, lists.tiles[t], lists.tiles[t + 1], queries.terms[i])
+            for i in range(starts[q], starts[q + 1]):
+                at = _find(lists.terms, lists.tiles[t], lists.tiles[t + 1], terms[i])
                 if at >= 0:
                     for j in range(lists.offsets[at], lists.offsets[at + 1]):
-                        here[lists.documents[j]] += queries.weights[i] * lists.weights[j]
+                        here[lists.documents[j]] += weights[i] * lists.weights[j]
                     touched = True
             if touched:
-                row = t * tiling.tile
-                counts[q], bars[q] = _offer(here, row, keys[q], counts[q], bars[q])
+                found = _offer(here, t * tiling.tile, keys[q], counts[q], bars[q])
+                counts[q], bars[q] = found
                 here[:] = 0
 
 
 @numba.njit(nogil=True, cache=True)
 def _score_rows(lists, tiling, queries, q, rows):
     """The scores of query q with given rows, added up in the order of _scan_tiles."""
+    starts, terms, weights = queries
     totals = np.zeros(len(rows), dtype=np.float32)
-    for i in range(queries.starts[q], queries.starts[q + 1]):
+    for i in range(starts[q], starts[q + 1]):
         t, at = -1, -1  # the tile of the row before, and the term's list there
         for r in range(len(rows)):
             if rows[r] // tiling.tile != t:
                 t = rows[r] // tiling.tile
-                at = _find(lists.terms, lists.tiles[t], lists.tiles[t + 1], queries.terms[i])
+                at = _find(lists.terms, lists.tiles[t], lists.tiles[t + 1], terms[i])
             if at >= 0:
                 start, stop = lists.offsets[at], lists.offsets[at + 1]
                 j = _find(lists.documents, start, stop, rows[r] % tiling.tile)
                 if j >= 0:
-                    totals[r] += queries.weights[i] * lists.weights[j]
+                    totals[r] += weights[i] * lists.weights[j]
     return totals
 
 
-class Inverted:
-    """An index of open_folder, and its search. as_rows(queries) makes Rows of what is asked:
-    texts, or a matrix (Q, V)."""
+def _arrays(queries: csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return queries.indptr.astype(np.int64), queries.indices.astype(np.int32), queries.data
 
-    def __init__(self, folder, as_rows: Callable[..., Rows]):
-        self.as_rows = as_rows
+
+class Inverted:
+    """An index of open_folder, and its search. as_matrix(queries) makes a matrix (Q, V) of what is
+    asked."""
+
+    def __init__(self, folder, as_matrix: Callable[..., csr_matrix]):
+        self.as_matrix = as_matrix
         meta = read_json(Path(folder) / "manifest.json")
         dtypes = Lists(np.uint16, np.float32, np.int64, np.int32, np.int64)
         parts = zip(Lists._fields, dtypes, strict=True)
@@ -204,29 +202,26 @@ class Inverted:
 
     def search(self, queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Q queries -> (scores (Q, k), rows (Q, k)), the same on every process."""
-        asked = self.as_rows(queries)
-
-        def best(part: slice) -> Tensor:
-            return self._best(asked._replace(starts=asked.starts[part.start : part.stop + 1]), k)
-
-        return search_in_parts(best, len(asked.starts) - 1, k)
+        asked = self.as_matrix(queries)
+        return search_in_parts(lambda part: self._best(asked[part], k), asked.shape[0], k)
 
     def score(self, queries, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The scores of given rows, 0 without a common term: Q queries and Q arrays of rows -> Q
         float32 arrays."""
-        asked = self.as_rows(queries)
+        asked = _arrays(self.as_matrix(queries))
         lists = [np.asarray(some, dtype=np.int64) for some in rows]
         return [_score_rows(self.lists, self.tiling, asked, q, r) for q, r in enumerate(lists)]
 
-    def _best(self, queries: Rows, k: int) -> Tensor:
+    def _best(self, queries: csr_matrix, k: int) -> Tensor:
         """The best keys (Q, k) in the tiles of this process."""
-        number, threads = len(queries.starts) - 1, torch.get_num_threads()
+        number, threads = queries.shape[0], torch.get_num_threads()
+        arrays = _arrays(queries)
         keys = np.full((number, 2 * min(k, self.tiling.count)), EMPTY)
         size = max(min(QUERIES, -(-number // threads)), 1)
 
         def scan(start: int) -> None:
             part = start, min(start + size, number)
-            _scan_tiles(self.lists, self.tiling, queries, part, keys)
+            _scan_tiles(self.lists, self.tiling, arrays, part, keys)
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(scan, range(0, number, size)))
@@ -246,10 +241,9 @@ def open_sparse(corpus: Embeddings, folder) -> Inverted:
     return Inverted(folder, partial(_queries, terms=corpus.dim))
 
 
-def _queries(queries: csr_matrix, terms: int) -> Rows:
+def _queries(queries: csr_matrix, terms: int) -> csr_matrix:
     assert queries.shape[1] == terms, "queries and passages are of different checkpoints"
-    queries = _clean(csr_matrix(queries, dtype=np.float32, copy=True), "the queries")
-    return Rows(queries.indptr.astype(np.int64), queries.indices.astype(np.int32), queries.data)
+    return _clean(csr_matrix(queries, dtype=np.float32, copy=True), "the queries")
 
 
 def _tiles(corpus: Embeddings) -> Iterator[csr_matrix]:

@@ -139,8 +139,8 @@ def test_ranges_of_rows_are_merged_to_the_same_bits(tmp_path, tiles, monkeypatch
     parts = []
     for rank in range(world):
         monkeypatch.setattr(search, "world", lambda rank=rank: (rank, world))
-        part = Inverted(tmp_path / "index", whole.as_rows)
-        parts.append(part._best(whole.as_rows(queries), 40))
+        part = Inverted(tmp_path / "index", whole.as_matrix)
+        parts.append(part._best(queries, 40))
     monkeypatch.setattr(search, "all_gather", lambda keys: torch.cat(parts))
     monkeypatch.setattr(search.dist, "get_backend", lambda: "gloo")
     merged = search.unpack(search.merge(parts[0], 40))

@@ -58,8 +58,8 @@ class Weighting(NamedTuple):
 
 
 def _weights(flat: np.ndarray, lengths: np.ndarray, how: Weighting) -> Iterator[csr_matrix]:
-    """The weights (TILE, V) of the terms of each document, tile by tile. flat: the terms of all
-    documents, one after the other; lengths (N,): how many a document has."""
+    """The weights (TILE, V), tile by tile. flat: the terms of all documents, one after the other;
+    lengths (N,): how many a document has."""
     ends = np.concatenate([[0], np.cumsum(lengths)])
     number = int(flat.max()) + 1
 

@@ -95,10 +95,7 @@ def end_with_parent(_worker: int = 0) -> None:
 
 
 def make_accelerator(
-    gradient_accumulation_steps: int = 1,
-    report_to: str = "none",
-    output_dir=None,
-    deterministic: bool = False,
+    accumulation: int = 1, report_to: str = "none", output_dir=None, deterministic: bool = False
 ) -> Accelerator:
     """UserError for what would silently be something else: FSDP, DeepSpeed, fp16 on a CPU,
     processes that do not see each other, a tracker that is not installed."""
@@ -107,10 +104,9 @@ def make_accelerator(
         torch.use_deterministic_algorithms(True)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
-        gradient_accumulation_steps=gradient_accumulation_steps,
+        gradient_accumulation_steps=accumulation,
         log_with=None if report_to == "none" else report_to,
         project_dir=output_dir,
-        step_scheduler_with_optimizer=False,
         kwargs_handlers=[ddp],
     )
     if report_to != "none" and not accelerator.log_with:  # Accelerate warns and goes on

@@ -148,7 +148,7 @@ class Blocks:
         self.texts = texts
         self.cut = cut
         path = texts.folder / f"blocks-{cut.key()}.int32"
-        make_once(path, partial(write_table, texts=texts, cut=cut), others="blocks-*")
+        make_once(path, partial(write_table, texts=texts, cut=cut))
         self.table = map_array(path, np.int32).reshape(-1, 3)  # (N, 3): row, first character, end
         if cut.span_tokens:
             # (M,) first line of each document in the table, and the number of its spans

@@ -4,14 +4,14 @@ line with `file:line: what is wrong — what to do`."""
 
 import contextlib
 import fcntl
-import glob
 import json
 import os
+import platform
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 
@@ -61,40 +61,56 @@ def atomic(path) -> Iterator[Path]:
         _remove(temporary)
 
 
-def make_once(path, make: Callable[[Path], None], others: str = "") -> None:
+def make_once(path, make: Callable[[Path], None]) -> None:
     """Make a file or folder by make(temporary name), unless it exists. One process does it; those
-    that come meanwhile wait. What killed processes left beside `path` is removed: of `path`, and
-    of what the pattern `others` names. UserError: the folder cannot be written, or is full."""
+    that come meanwhile wait, and remove what one that was killed has left. UserError: the folder
+    cannot be written, or is full."""
     path = Path(path)
-    for leftover in path.parent.glob(f".tmp-*-{others or glob.escape(path.name)}"):
-        target = leftover.with_name(leftover.name.split("-", 2)[2])
-        with contextlib.suppress(OSError), _locked(target, wait=False):
-            if not leftover.name.startswith(".tmp-lock-"):  # _locked removes it
-                _remove(leftover)
     remedy = "change that, or choose another folder (for the cache: ISTHMUS_CACHE)"
     with one_line(f"{path}: cannot be written", remedy, OSError):
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path):
-                if not path.exists():
-                    with atomic(path) as temporary:
-                        make(temporary)
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = lock(path.with_name(f".lock-{path.name}"), wait=True)
+        try:
+            for leftover in path.parent.glob(".tmp-*"):
+                if leftover.name.split("-", 2)[2:] == [path.name]:
+                    _remove(leftover)
+            if not path.exists():
+                with atomic(path) as temporary:
+                    make(temporary)
+        finally:
+            unlock(held)
 
 
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a path, a file beside it. The lock ends with its process. BlockingIOError:
-    another process holds it, and `wait` is false."""
-    lock = path.with_name(f".tmp-lock-{path.name}")
+def lock(path: Path, wait: bool) -> TextIO:
+    """The lock file, locked: give it to `unlock`. The lock ends with its process, and forks do not
+    inherit it. UserError: another process holds it, and `wait` is false."""
     while True:
-        with open(lock, "ab") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(stream.fileno()).st_nlink:  # else its last holder has removed the file
-                try:
-                    yield
-                finally:
-                    lock.unlink(missing_ok=True)
-                return
+        file = open(path, "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            holder = f"{path.parent}: {file.read()} is writing to it"
+            raise UserError(f"{holder} — wait for its end, or stop it") from error
+        except OSError as error:
+            wrong = f"note: {path.parent} cannot be locked ({error})"
+            print(f"{wrong} — let no other run write to it")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                break
+        file.close()  # the process before has removed this one meanwhile
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    return file
+
+
+def unlock(file: TextIO) -> None:
+    """Remove a lock file, and give up its lock."""
+    with contextlib.suppress(OSError):
+        os.remove(file.name)
+    file.close()
 
 
 def _remove(path: Path) -> None:

@@ -174,7 +174,7 @@ def open_texts(source) -> "Texts":
     key = xxhash.xxh3_64_hexdigest(json.dumps([TEXTS_VERSION, stamp]).encode())
     cache = Path(os.environ.get("ISTHMUS_CACHE") or Path(HF_HOME) / "isthmus")
     folder = cache / f"texts-{key}"
-    make_once(folder, partial(_build_texts, source=source), others="texts-*")
+    make_once(folder, partial(_build_texts, source=source))
     damaged = f"{folder}: the copy of {source} is damaged"
     with one_line(damaged, "remove it", (OSError, ValueError)):
         return Texts(folder)

@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from scipy.sparse import csr_matrix, save_npz, vstack
 
@@ -24,6 +26,7 @@ from lib.texts import find_rows, id_hashes
 
 IDS = ".ids.txt"
 AGAIN = "remove the folder and encode again"
+IDS_AT_ONCE = 1 << 16
 SAMPLE = 1 << 16  # bytes of the beginning and of the end of a file that a fingerprint takes
 
 
@@ -47,11 +50,6 @@ def write_shard(folder, index: int, array: np.ndarray | csr_matrix, ids: list[st
 
 def finish_embeddings(folder, meta: dict) -> None:
     write_json(Path(folder) / "meta.json", meta)
-
-
-def _opens(ids: np.ndarray) -> np.ndarray:
-    """(n,) ids of vectors -> (n,) bool, True for the first vector of a text."""
-    return np.append(True, ids[1:] != ids[:-1])
 
 
 def _readable(path) -> contextlib.AbstractContextManager:
@@ -84,12 +82,11 @@ class Embeddings:
         rows = [self._rows_of(path) for path in self.paths]
         self.starts = np.cumsum([0, *rows])  # first vector of each shard, the end
         self.num_vectors = int(self.starts[-1])
-        self.text_starts, self.first, self.text_of = self.starts, None, None
-        self._ids = {}
+        self.first, self.text_of = None, None
         if self.max_chunks > 1:
-            opens = [_opens(self._vector_ids(shard)) for shard in range(len(self.paths))]
-            self.text_starts = np.cumsum([0, *(part.sum() for part in opens)])
-            self.first = np.flatnonzero(np.concatenate([*opens, [True]]))
+            ids = self._vector_ids()
+            new = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
+            self.first = np.flatnonzero(np.concatenate([[True], new, [True]]))
             self.text_of = np.repeat(np.arange(len(self), dtype=np.int32), np.diff(self.first))
         if not self.paths or (len(self), self.num_vectors) != stated:
             wrong = f"{folder}: the shards do not hold what meta.json states"
@@ -141,36 +138,35 @@ class Embeddings:
             raise UserError(f"{wrong} — {AGAIN}")
 
     def __len__(self) -> int:
-        return int(self.text_starts[-1])
+        return self.num_vectors if self.first is None else len(self.first) - 1
 
-    def _vector_ids(self, shard: int) -> np.ndarray:
-        path = self.paths[shard].with_suffix(IDS)
-        ids = np.array([line for _, line in lines(path)])
-        wanted = self.starts[shard + 1] - self.starts[shard]
-        if len(ids) != wanted:
-            raise UserError(f"{path}: {len(ids)} ids of {wanted} vectors — {AGAIN}")
-        return ids
+    def _vector_ids(self) -> pa.LargeStringArray:
+        parts = [pa.array([], pa.large_string())]
+        for path, wanted in zip(self.paths, np.diff(self.starts), strict=True):
+            path = path.with_suffix(IDS)
+            ids = pa.array((line for _, line in lines(path)), pa.large_string())
+            if len(ids) != wanted:
+                raise UserError(f"{path}: {len(ids)} ids of {wanted} vectors — {AGAIN}")
+            parts.append(ids)
+        return pa.concat_arrays(parts)
 
-    def _shard_ids(self, shard: int) -> np.ndarray:
-        """The ids of the texts of a shard."""
-        if shard not in self._ids:
-            ids = self._vector_ids(shard)
-            self._ids[shard] = ids if self.first is None else ids[_opens(ids)]
-        return self._ids[shard]
-
-    def ids(self, rows) -> list[str]:
-        rows = np.asarray(rows, dtype=np.int64)
-        shards = np.searchsorted(self.text_starts, rows, side="right") - 1
-        places = zip(shards, rows - self.text_starts[shards], strict=True)
-        return [str(self._shard_ids(shard)[at]) for shard, at in places]
+    @cached_property
+    def _ids(self) -> pa.LargeStringArray:
+        """(len(self),) ids of the texts."""
+        ids = self._vector_ids()
+        return ids if self.first is None else ids.take(self.first[:-1])
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
         """The sorted hashes of all ids, and their rows."""
-        parts = [self._shard_ids(shard).tolist() for shard in range(len(self.paths))]
-        hashes = np.concatenate([id_hashes(part) for part in parts])
+        starts = range(0, len(self), IDS_AT_ONCE)
+        parts = [id_hashes(self._ids[at : at + IDS_AT_ONCE].to_pylist()) for at in starts]
+        hashes = np.concatenate(parts)
         order = np.argsort(hashes, kind="stable")
         return hashes[order], order
+
+    def ids(self, rows) -> list[str]:
+        return self._ids.take(np.asarray(rows, dtype=np.int64)).to_pylist()
 
     def rows(self, ids: Iterable[str]) -> np.ndarray:
         """(len(ids),) int64 rows, -1 for an unknown id."""

@@ -43,9 +43,6 @@ class Cut:
     title: str = "space"  # how it is joined to the text; it begins the first block
     span_tokens: int = 0  # 0 cuts into blocks; another number is the longest span in tokens
 
-    def join(self, titles: tuple[str, ...], text: str) -> str:
-        return join_title(titles, text, self.title, self.tokenizer)
-
     def key(self) -> str:
         """Hash of everything that decides where a text is cut."""
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
@@ -55,16 +52,15 @@ class Cut:
 
     def pieces(self, string: str, offsets: list[tuple[int, int]], row: int) -> list:
         """(first character, end) of each block or span of a text whose tokens have these offsets.
-
-        A text that fits into a block stays whole. Spans follow COCO-DR: a text of one sentence or
-        span, or with a first span of at most two tokens, has none. Their draws depend on the row.
-        """
+        Spans follow COCO-DR: a text of one sentence or span, or with a first span of at most two
+        tokens, has none. Their draws depend on the row."""
         room = self.max_length - self.tokenizer.num_special_tokens_to_add()
         if not offsets:
             return []
         if not self.span_tokens:
-            fits = len(offsets) <= room
-            return [(0, len(string))] if fits else split(string, offsets, room, room)
+            if len(offsets) <= room:  # the whole text, with white space at its ends
+                return [(0, len(string))]
+            return split(string, offsets, room, room)
         end = len(string.rstrip())
         if len(offsets) < 3 or not any(m.end() < end for m in SENTENCE_END.finditer(string)):
             return []
@@ -117,7 +113,7 @@ def split(text: str, offsets: list, room: int, size: int, draw=None) -> list[tup
 def cut_texts(texts: Texts, cut: Cut, first: int) -> np.ndarray:
     """(n, 3) int32 (row, first character, end) of the pieces of AT_ONCE texts from row `first`."""
     rows = texts.stream(first, first + AT_ONCE)
-    strings = [cut.join(titles, text) for _, titles, text in rows]
+    strings = [join_title(*row[1:], cut.title, cut.tokenizer) for row in rows]
     backend = cut.tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -166,8 +162,7 @@ class Blocks:
 
     def whole(self, row: int) -> str:
         """A text of the corpus, uncut."""
-        titles, text = self.texts[row]
-        return self.cut.join(titles, text)
+        return join_title(*self.texts[row], self.cut.title, self.cut.tokenizer)
 
     def string(self, line: int) -> str:
         row, start, end = self.table[line].tolist()
@@ -235,7 +230,7 @@ class Corpora(Dataset):
         return [part.id(index) for part, index in map(self.place, examples)]
 
     def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, list[str], int, int]:
-        """(example, micro-step, row) of StepSampler -> (example, its strings, the rest)."""
+        """(example, micro-step, row) of step_batches -> (example, its strings, the rest)."""
         example, micro_step, row = place
         part, index = self.place(example)
         strings = part.strings(index, step_seed(self.seed, 6, micro_step, row))

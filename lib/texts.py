@@ -21,8 +21,8 @@ from lib.lines import entries, id_of, one_line, value_of
 ID_KEYS = ("_id", "pid", "docid", "id", "qid", "doc_id", "query_id", "passage_id")
 TEXT_KEYS = ("text", "contents", "body", "passage", "segment", "query")
 FIELDS = (ID_KEYS, ("url", ""), ("title", ""), TEXT_KEYS)  # of a TSV; "" = may be absent
-ROWS_PER_BATCH = 1024  # rows of one Arrow record batch: the unit of a sequential read
-TEXTS_VERSION = 3  # part of the cache key: raise it when what _build_texts writes changes
+ROWS_PER_BATCH = 4096  # rows of one Arrow record batch: the unit of a sequential read
+TEXTS_VERSION = 4  # part of the cache key: raise it when what _build_texts writes changes
 SCHEMA = pa.schema([("id", pa.string()), ("titles", pa.list_(pa.string())), ("text", pa.string())])
 
 Row = tuple[str, tuple[str, ...], str]  # id, titles, text
@@ -192,8 +192,8 @@ class Texts:
         self.text_keys = np.load(self.folder / "text_keys.npy", mmap_mode="r")  # (N,) int64
         self._hashes = np.load(self.folder / "id_hashes.npy", mmap_mode="r")
         self._rows = np.load(self.folder / "id_rows.npy", mmap_mode="r")
-        self._reader = pa.ipc.open_file(pa.memory_map(str(self.folder / "texts.arrow")))
-        self._batches = {}  # views into the mapped file, made on first use
+        mapped = pa.memory_map(str(self.folder / "texts.arrow"))
+        self._columns = pa.ipc.open_file(mapped).read_all().columns  # views into the mapped file
 
     def __reduce__(self):  # workers started by spawn open the files again
         return Texts, (self.folder,)
@@ -201,20 +201,15 @@ class Texts:
     def __len__(self) -> int:
         return self.count
 
-    def _cell(self, row: int, column: int):
-        batch, offset = divmod(int(row), ROWS_PER_BATCH)
-        if batch not in self._batches:
-            self._batches[batch] = self._reader.get_batch(batch)
-        return self._batches[batch].column(column)[offset].as_py()
-
     def __getitem__(self, row: int) -> tuple[tuple[str, ...], str]:
-        return tuple(self._cell(row, 1)), self._cell(row, 2)
+        _, titles, texts = self._columns
+        return tuple(titles[int(row)].as_py()), texts[int(row)].as_py()
 
     def id(self, row: int) -> str:
-        return self._cell(row, 0)
+        return self._columns[0][int(row)].as_py()
 
     def ids(self, rows) -> list[str]:
-        return [self._cell(row, 0) for row in rows]
+        return [self.id(row) for row in rows]
 
     def rows(self, ids: Iterable[str]) -> np.ndarray:
         """(len(ids),) int64 rows, -1 for an unknown id."""
@@ -226,9 +221,9 @@ class Texts:
         stop = self.count if stop is None else min(stop, self.count)
         with pa.OSFile(str(self.folder / "texts.arrow"), "rb") as source:
             reader = pa.ipc.open_file(source)
-            for number in range(start // ROWS_PER_BATCH, -(-stop // ROWS_PER_BATCH)):
-                low = number * ROWS_PER_BATCH
-                first, last = max(start - low, 0), min(stop - low, ROWS_PER_BATCH)
-                batch = reader.get_batch(number).slice(first, last - first)
-                ids, titles, texts = (batch.column(c).to_pylist() for c in range(3))
+            while start < stop:
+                number, first = divmod(start, ROWS_PER_BATCH)
+                batch = reader.get_batch(number).slice(first, stop - start)
+                ids, titles, texts = (column.to_pylist() for column in batch.columns)
                 yield from zip(ids, map(tuple, titles), texts, strict=True)
+                start += len(batch)

@@ -60,19 +60,13 @@ def remove_old_checkpoints(output_dir) -> None:
 
 
 def read_generations(folder) -> list[Generation]:
-    """The complete generations in a folder, ascending. UserError: one whose step is below that of
-    the one before."""
+    """The complete generations in a folder, ascending. UserError: one that states no step."""
     found = []
     for number, path in _numbered(Path(folder), "generation", "manifest.json"):
         manifest = read_json(path / "manifest.json")
         step = manifest.get("step") if isinstance(manifest, dict) else None
         if not isinstance(step, int):
             raise UserError(f"{path}/manifest.json: it states no step — remove the generation")
-        if found and step < found[-1].step:
-            raise UserError(
-                f"{path}: its step {step} is below {found[-1].step} of the generation before, so "
-                "two runs have written to this folder — give each run its own"
-            )
         found.append(Generation(number, step, path / "train.jsonl"))
     return found
 

@@ -8,7 +8,6 @@
 A text of several chunks (MaxP) has a vector for each, one after the other, with its id in each.
 """
 
-import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
-from scipy.sparse import csr_matrix, save_npz, vstack
+from scipy.sparse import csr_matrix, load_npz, save_npz, vstack
 
 from lib.files import UserError, atomic, read_json, write_json, write_lines
 from lib.lines import lines, one_line
@@ -30,30 +29,22 @@ IDS_AT_ONCE = 1 << 16
 SAMPLE = 1 << 16  # bytes of the beginning and of the end of a file that a fingerprint takes
 
 
-def shard_name(index: int) -> str:
-    return f"shard-{index:05d}"
-
-
 def shard_file(index: int, sparse: bool) -> str:
-    return f"{shard_name(index)}.{'npz' if sparse else 'npy'}"
+    return f"shard-{index:05d}.{'npz' if sparse else 'npy'}"
 
 
 def write_shard(folder, index: int, array: np.ndarray | csr_matrix, ids: list[str]) -> None:
     """Write one shard (n, D). The ids come first: a shard whose array exists is whole."""
     assert array.ndim == 2 and array.shape[0] == len(ids)
     sparse = isinstance(array, csr_matrix)
-    write_lines(Path(folder) / f"{shard_name(index)}{IDS}", ids)
-    with atomic(Path(folder) / shard_file(index, sparse)) as temporary:
-        with open(temporary, "wb") as stream:
-            save_npz(stream, array, compressed=False) if sparse else np.save(stream, array)
+    path = Path(folder) / shard_file(index, sparse)
+    write_lines(path.with_suffix(IDS), ids)
+    with atomic(path) as temporary, open(temporary, "wb") as stream:
+        save_npz(stream, array, compressed=False) if sparse else np.save(stream, array)
 
 
 def finish_embeddings(folder, meta: dict) -> None:
     write_json(Path(folder) / "meta.json", meta)
-
-
-def _readable(path) -> contextlib.AbstractContextManager:
-    return one_line(f"{path}: damaged", AGAIN)
 
 
 class Embeddings:
@@ -73,7 +64,7 @@ class Embeddings:
             raise UserError(f"{folder}: no such folder — encode.py writes it")
         if not (self.folder / "meta.json").is_file():
             raise UserError(f"{folder}: no meta.json, it is unfinished — run encode.py again")
-        with _readable(self.folder / "meta.json"):
+        with one_line(f"{folder}/meta.json: damaged", AGAIN):
             self.meta = read_json(self.folder / "meta.json")
             self.sparse = self.meta.get("head") == "sparse"
             self.dim, self.max_chunks = self.meta["dim"], int(self.meta.get("max_chunks", 1))
@@ -107,7 +98,7 @@ class Embeddings:
         return digest.hexdigest()
 
     def _rows_of(self, path: Path) -> int:
-        with _readable(path):
+        with one_line(f"{path}: damaged", AGAIN):
             if self.sparse:
                 with np.load(path) as parts:
                     rows, dim = parts["shape"].tolist()
@@ -123,10 +114,9 @@ class Embeddings:
     def _read(self, shard: int) -> np.ndarray | csr_matrix:
         if not self.sparse:
             return np.load(self.paths[shard], mmap_mode="r")
-        with _readable(self.paths[shard]), np.load(self.paths[shard]) as parts:
-            # to float32: scipy computes with no float16
-            arrays = parts["data"].astype(np.float32), parts["indices"], parts["indptr"]
-            matrix = csr_matrix(arrays, shape=tuple(parts["shape"]))
+        with one_line(f"{self.paths[shard]}: damaged", AGAIN):
+            matrix = load_npz(self.paths[shard])
+            matrix.data = matrix.data.astype(np.float32, copy=False)  # scipy knows no float16
             matrix.check_format(full_check=True)  # an index out of range would crash the process
         return matrix
 

@@ -9,6 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -61,8 +62,9 @@ def _whole_lines(path) -> Iterator[tuple[int, str]]:
         with open(path, "rb") as raw:
             start = raw.peek(4)
             if start.startswith(b"PAR1"):
-                for number, row in enumerate(_parquet_rows(path), 1):
-                    yield number, row
+                rows = pq.ParquetFile(path).iter_batches(1024)
+                for number, row in enumerate(chain.from_iterable(b.to_pylist() for b in rows), 1):
+                    yield number, json.dumps(row, ensure_ascii=False, default=lambda x: [repr(x)])
                 return
             stream = gzip.open(raw) if start.startswith(b"\x1f\x8b") else raw
             start = stream.peek(512)
@@ -83,12 +85,6 @@ def _whole_lines(path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{wrong} — check the file and its permissions") from error
 
 
-def _parquet_rows(path) -> Iterator[str]:
-    for batch in pq.ParquetFile(path).iter_batches(1024):
-        for row in batch.to_pylist():
-            yield json.dumps(row, ensure_ascii=False, default=lambda value: [repr(value)])
-
-
 def brief(error: Exception) -> str:
     """The message of a library's error as a part of one line, with the file of a system's error."""
     text = str(error)
@@ -99,15 +95,14 @@ def brief(error: Exception) -> str:
 
 @contextlib.contextmanager
 def one_line(wrong: str, remedy: str, kinds=Exception) -> Iterator[None]:
-    """A UserError for errors of these kinds; those of some libraries are of all kinds, and some
-    say nothing without their kind, such as a KeyError."""
+    """A UserError for errors of these kinds. Libraries raise errors of all kinds."""
     try:
         yield
     except UserError:
         raise
     except kinds as error:
-        plain = isinstance(error, OSError | ValueError)  # they speak for themselves
-        kind = "" if plain else f"{type(error).__name__}: "
+        # others, such as a KeyError, say little without their kind
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise UserError(f"{wrong} ({kind}{brief(error)}) — {remedy}") from error
 
 

@@ -1,5 +1,5 @@
 """The texts of pre-training: a corpus cut into blocks, or into the short spans that coCondenser
-pairs, both of whole sentences. Every draw is a function of (seed, step, row)."""
+pairs, both of whole sentences."""
 
 import json
 import os
@@ -85,12 +85,11 @@ class Cut:
 
 def split(text: str, offsets: list, room: int, size: int, draw=None) -> list[tuple[int, int]]:
     """(first character, end) of pieces that hold as many whole sentences as fit into `size` tokens,
-    but at least one. offsets: (start, end) of each token.
+    but at least one. A sentence longer than `room` is cut before the last word that begins in the
+    room, and its rest is packed with what follows. A piece begins where the previous one ended,
+    white space included, so that it has the same tokens as in its text.
 
-    A sentence longer than `room` is cut before the last word that begins in the room, and its rest
-    is packed with what follows. A piece begins where the previous one ended, white space included,
-    so that it has the same tokens as in its text.
-    draw: a random Generator that ends a piece early with probability SHORT"""
+    offsets: (start, end) of each token   draw: ends a piece early with probability SHORT"""
     starts, ends = np.array(offsets).T
     word = np.append(True, starts[1:] > ends[:-1])  # token i follows white space, so a word begins
     sentence_ends = [match.end() for match in SENTENCE_END.finditer(text)]
@@ -137,8 +136,8 @@ def write_table(path, texts: Texts, cut: Cut) -> None:
 
 class Blocks:
     """The examples of a corpus: its blocks, or two spans of a document, drawn anew at every visit.
-    Documents with fewer than two spans are left out. The corpus is cut once; the table is kept
-    beside its Arrow copy, for all processes. Call it under accelerator.main_process_first()."""
+    The corpus is cut once; the table is kept beside its Arrow copy, for all processes. Call it
+    under accelerator.main_process_first(). UserError: there is no example."""
 
     def __init__(self, texts: Texts, cut: Cut):
         self.texts = texts
@@ -175,17 +174,16 @@ class Blocks:
 
     def strings(self, index: int, seed: int) -> list[str]:
         """The block, or two spans of the document drawn by the seed."""
-        lines = [index]
-        if self.cut.span_tokens:
-            draw = np.random.default_rng(seed)
-            lines = self.first[index] + draw.choice(self.counts[index], 2, replace=False)
-        return [self.string(line) for line in lines]
+        if not self.cut.span_tokens:
+            return [self.string(index)]
+        two = np.random.default_rng(seed).choice(self.counts[index], 2, replace=False)
+        return [self.string(line) for line in self.first[index] + two]
 
 
 class Corpora(Dataset):
-    """The examples of one or several corpora, one after the other. A corpus of n_c examples has a
-    share ~ n_c ** (1 / temperature) of an epoch: 1 = proportional, large = equal. A small corpus
-    then repeats; a large one continues in the next epoch where it stopped."""
+    """The examples of one or several corpora, one after the other. A corpus of n examples has a
+    share ~ n ** (1 / temperature) of an epoch: a small corpus then repeats; a large one continues
+    in the next epoch where it stopped."""
 
     def __init__(self, parts: list[Blocks], seed: int, temperature: float = 1.0):
         self.parts = parts
@@ -215,9 +213,9 @@ class Corpora(Dataset):
     def shares(self) -> dict[str, str]:
         """One line for each corpus, shown at the start of a run."""
         facts = {}
-        for part, quota in zip(self.parts, self.quotas, strict=True):
-            examples = f"{len(part)} examples, {quota / len(self):.1%} of a batch"
-            facts[f"corpus {part.texts.source}"] = f"{len(part.texts)} texts, {examples}"
+        for part, share in zip(self.parts, self.quotas / len(self), strict=True):
+            counts = f"{len(part.texts)} texts, {len(part)} examples"
+            facts[f"corpus {part.texts.source}"] = f"{counts}, {share:.1%} of a batch"
         return facts
 
     def place(self, example: int) -> tuple[Blocks, int]:

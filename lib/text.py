@@ -24,10 +24,9 @@ def step_seed(seed: int, *parts: int) -> int:
 class TextFormat:
     """How a checkpoint wants its texts; stored with it, read by every later stage.
 
-    With max_chunks > 1 a passage is cut into chunks, which are encoded apart; its score is the
-    highest of its chunks (ANCE's MaxP, arXiv 2007.00808). Deliberate deviation: each chunk has
-    special tokens of its own. The official code folds one sequence of 2048 tokens, of which only
-    the first chunk begins with [CLS]."""
+    With max_chunks > 1 the score of a passage is the highest of its chunks (ANCE's MaxP, arXiv
+    2007.00808). Deliberate deviation: each chunk has special tokens of its own. The official code
+    folds one sequence of 2048 tokens, of which only the first chunk begins with [CLS]."""
 
     title: Literal["none", "space", "sep"] = "space"  # no title | title + " " | title + [SEP]
     query_prompt: str = ""
@@ -110,9 +109,8 @@ def pad(ids: Sequence[Sequence[int]], tokenizer, width: int = 0) -> dict[str, Te
 
 def token_batches(lengths: np.ndarray, budget: int, limit: int) -> list[tuple[np.ndarray, int]]:
     """(rows, width) of batches, longest first: rows x width <= budget (or one row). Few shapes
-    occur, because the libraries below keep code and memory for each: the width is rounded up to one
-    of eight steps between two powers of two (`limit` tokens at most), and the rows at the end of a
-    window are split by powers of two."""
+    occur, because libraries keep code and memory for each: the width is rounded up to one of eight
+    steps between two powers of two (at most `limit`); the last rows are split by powers of two."""
     order = np.argsort(-lengths, kind="stable")
     batches = []
     while len(order):

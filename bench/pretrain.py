@@ -203,7 +203,7 @@ def run_one(args) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - began)
-        tokens.append(batch["tokens"])
+        tokens.append(int(batch["attention_mask"].sum()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {"seconds": seconds, "waits": waits, "losses": losses, "tokens": tokens}
     found["peak"] = (peak - before) / (2**20 if sys.platform == "darwin" else 2**10)

@@ -71,7 +71,7 @@ class Cut:
     def collate(self, items: list[tuple[int, list[str], int, int]]) -> dict:
         """Items of Corpora -> input_ids, attention_mask (B, L); rows (B,), the strings' numbers in
         the batch of all processes; examples (B,), or (B / 2,) if each has two strings, which then
-        are rows 2i and 2i + 1; micro_step and tokens, ints."""
+        are rows 2i and 2i + 1; micro_step, an int."""
         examples, strings, micro_steps, rows = zip(*items, strict=True)
         each = len(strings[0])
         ids = to_ids(sum(strings, []), self.tokenizer, self.max_length)
@@ -79,7 +79,6 @@ class Cut:
             "rows": torch.tensor([each * row + number for row in rows for number in range(each)]),
             "examples": torch.tensor(examples),
             "micro_step": micro_steps[0],
-            "tokens": sum(map(len, ids)),
         }
 
 

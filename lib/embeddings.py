@@ -51,9 +51,8 @@ class Embeddings:
     """A finished folder. Dense shards are memory-mapped; sparse ones are read when their rows are
     asked for, and given as float32 CSR matrices.
 
-    Rows count through all shards. They are texts in len, ids and rows, and in what searches
-    return; blocks and take count vectors. The two differ only with max_chunks > 1. Such a folder
-    has in memory, and others have as None:
+    Rows count through all shards: texts in len, ids and rows, and in what searches return; vectors
+    in blocks and take. The two differ only with max_chunks > 1; else these are None:
         first     (N + 1,) int64, the first vector of each text; last, the number of vectors
         text_of   (num_vectors,) int32, the text that each vector belongs to"""
 
@@ -86,7 +85,7 @@ class Embeddings:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of meta.json (without two names, which may change) and of the size, beginning and
-        end of every file: of all that another encoding would change."""
+        end of every file."""
         made = {**self.meta, "model": None, "input": None}
         digest = xxhash.xxh3_64(json.dumps(made, sort_keys=True).encode())
         for path in (file for shard in self.paths for file in (shard, shard.with_suffix(IDS))):

@@ -18,7 +18,7 @@ from lib.loader import load, permutation
 from lib.text import join_title, pad, step_seed, to_ids
 from lib.texts import Texts
 
-AT_ONCE = 2000  # texts that are cut at a time
+AT_ONCE = 2048  # texts that are cut at a time
 BLOCKS_VERSION = 3  # part of the cache key: raise it when the code below cuts differently
 SHORT = 0.1  # probability that a span of COCO-DR ends before the next sentence although it fits
 

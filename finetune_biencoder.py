@@ -43,7 +43,7 @@ from lib.files import UserError
 from lib.generations import Generations, checkpoint_path, remove_old_checkpoints
 from lib.gradcache import contrastive_backward
 from lib.groups import GroupCollator, Groups, TrainingFile
-from lib.loader import StepSampler, load
+from lib.loader import load, step_batches
 from lib.masking import DROPOUT
 from lib.optim import descend, lr_at, make_optimizer, recompute_activations, steps_of
 from lib.query_table import use_query_table
@@ -267,7 +267,7 @@ def main():
             renewed = data.renew(step - step % args.log_every, accelerator)
             if batches is None or renewed:  # optimizer and schedule go on
                 collate.groups = data.groups
-                sampler = StepSampler(data.groups, B, accelerator.process_index, W, micro_step)
+                sampler = step_batches(data.groups, B, accelerator.process_index, W, micro_step)
                 batches = load(data.groups, collate, sampler, args.num_workers, accelerator.device)
         # ------------------------------------------------------------------- one training step
         batch = send_to_device(means.next(batches), accelerator.device, non_blocking=True)

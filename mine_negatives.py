@@ -110,7 +110,7 @@ class Lists:
         entries, self.lists, scored = read_run(path), {}, False
         for qid in qids:
             entry = entries.pop(qid, NO_LIST)
-            rows = require_rows(corpus, entry.pids, path, "passage", qid)
+            rows = require_rows(corpus, entry.pids, path, "passage")
             best = np.argsort(-entry.scores, kind="stable")
             self.lists[qid] = scores, _ = entry.scores[best], rows[best]
             scored |= bool((scores != -np.arange(1, len(scores) + 1)).any())

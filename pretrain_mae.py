@@ -58,7 +58,7 @@ from lib.blocks import Blocks, Corpora, Cut
 from lib.cpu import speed_up_attention
 from lib.encoder import positions
 from lib.files import UserError, read_json
-from lib.loader import StepSampler, load
+from lib.loader import load, step_batches
 from lib.masking import DROPOUT
 from lib.objectives import OBJECTIVES, OPTIONS
 from lib.optim import descend, lr_at, parameter_groups, recompute_activations, steps_of
@@ -254,7 +254,7 @@ def main():
     lm.train(args.encoder_dropout)
     if probe and not step:
         write_probe()
-    sampler = StepSampler(blocks, B, rank, W, micro_step)
+    sampler = step_batches(blocks, B, rank, W, micro_step)
     batches = load(blocks, cut.collate, sampler, args.num_workers, device)
     while step < max_steps:
         # ------------------------------------------------------------------- one training step

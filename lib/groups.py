@@ -192,8 +192,8 @@ class Groups(Dataset):
         return np.concatenate([rest[:missing], batches.ravel(), rest[missing:]])
 
     def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, np.ndarray, np.ndarray]:
-        """(example, micro-step, global row) of StepSampler -> (query of the file, (P,) corpus rows,
-        the positive first, (P,) teacher scores, 0 where there is none)."""
+        """(example, micro-step, global row), see step_batches -> (query of the file, (P,) rows of
+        the corpus, the positive first, (P,) teacher scores, 0 where there is none)."""
         example, micro_step, global_row = place
         file = self.file
         query = int(self.query_of[example])

@@ -3,7 +3,6 @@ state."""
 
 import contextlib
 import errno
-import fcntl
 import functools
 import json
 import multiprocessing
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from lib.cpu import onednn
 from lib.dist import all_gather, from_main
-from lib.files import UserError, atomic, lines, read_json, write_json, write_lines
+from lib.files import UserError, atomic, lines, lock, read_json, unlock, write_json, write_lines
 from lib.lines import one_line
 
 PACKAGES = "torch transformers tokenizers accelerate datasets faiss-cpu faiss-gpu numpy".split()
@@ -186,7 +185,8 @@ def _claim(folder: Path, made: dict, last_file: str, resume: bool) -> bool:
         if not resume:
             wrong = f"{folder}: it holds an unfinished run"
             raise UserError(f"{wrong} — add --resume to continue, or remove it")
-    _own(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    owned.append(lock(folder / ".lock", wait=False))
     for leftover in leftovers:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     command = [sys.executable, *sys.argv]
@@ -194,35 +194,10 @@ def _claim(folder: Path, made: dict, last_file: str, resume: bool) -> bool:
     return False
 
 
-def _own(folder: Path) -> None:
-    """Lock a folder for this process. The lock is of the kind that forks do not inherit."""
-    path = folder / ".lock"
-    folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        lock = open(path, "a+")
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            lock.seek(0)
-            holder = f"{lock.read()} is writing to it"
-            raise UserError(f"{folder}: {holder} — wait for its end, or stop it") from error
-        except OSError as error:
-            print(f"note: {folder} cannot be locked ({error}) — let no other run write to it")
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(lock.fileno())):
-                break  # else the run before removed it meanwhile
-    lock.truncate(0)
-    print(f"process {os.getpid()} on {platform.node()}", end="", file=lock, flush=True)
-    owned.append(lock)
-
-
 def release_output() -> None:
     """Give up the lock of this process, and remove its file."""
-    for lock in owned:
-        with contextlib.suppress(OSError):
-            os.remove(lock.name)
-        lock.close()
-    owned.clear()
+    while owned:
+        unlock(owned.pop())
 
 
 def echo(accelerator, heading: str, facts: dict) -> None:

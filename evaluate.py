@@ -32,7 +32,6 @@ from pathlib import Path
 import numpy as np
 
 from lib.arguments import arg, identity, parse_args
-from lib.bm25 import Weighting
 from lib.files import (
     RunList,
     UserError,
@@ -234,7 +233,7 @@ def main():
             check_identical_ids(path, positives(qrels))
     out = Path(args.output_dir)
     index = open_index(
-        bm25=Weighting(args.k1, args.b) if args.bm25 else None,
+        bm25=(args.k1, args.b) if args.bm25 else None,
         run=bool(args.run),
         texts=(args.queries, args.corpus),
         embeddings=(args.queries_embeddings, args.corpus_embeddings),

@@ -37,7 +37,6 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.arguments import arg, identity, parse_args
-from lib.bm25 import Weighting
 from lib.files import (
     RunList,
     TrainingRow,
@@ -147,7 +146,7 @@ def main():
     accelerator = make_accelerator()
     out = Path(args.output_dir)
     index = open_index(
-        bm25=Weighting(args.k1, args.b) if args.bm25 else None,
+        bm25=(args.k1, args.b) if args.bm25 else None,
         run=bool(args.run),
         texts=(args.queries, args.corpus),
         embeddings=(args.queries_embeddings, args.corpus_embeddings),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import PartialState
 
-from lib.bm25 import Weighting, open_bm25
+from lib.bm25 import open_bm25
 from lib.embeddings import Embeddings
 from lib.files import UserError
 from lib.inverted import Inverted, open_sparse
@@ -70,7 +70,7 @@ class Index:
 
 def open_index(
     *,
-    bm25: Weighting | None,
+    bm25: tuple[float, float] | None,
     run: bool,
     texts: tuple[str | None, str | None],
     embeddings: tuple[str | None, str | None],
@@ -78,6 +78,7 @@ def open_index(
 ) -> Index | None:
     """What a script searches: BM25 over texts, embeddings, or nothing where it reads a run.
 
+    bm25                k1 and b
     texts, embeddings   (of queries, of passages)
     folder              of the inverted lists of BM25 or of sparse vectors; the first search builds
                         them if they are absent
@@ -91,9 +92,10 @@ def open_index(
         if not all(texts):
             raise UserError("--bm25 searches texts — give --queries and --corpus")
         queries, corpus = map(open_texts, texts)
-        name = f"BM25, k1 {bm25.k1}, b {bm25.b} (Lucene's variant)"
+        k1, b = bm25
+        name = f"BM25, k1 {k1}, b {b} (Lucene's variant)"
         inputs = {"queries": queries.fingerprint, "corpus": corpus.fingerprint}
-        build = partial(open_bm25, corpus, folder, bm25)
+        build = partial(open_bm25, corpus, folder, k1, b)
         return Index(queries, corpus, name, inputs, build)
     queries, corpus = map(Embeddings, embeddings)
     check_pair(queries, corpus)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib import search
-from lib.bm25 import Weighting, open_bm25
+from lib.bm25 import open_bm25
 from lib.bm25 import terms as index_terms
 from lib.embeddings import Embeddings, finish_embeddings, write_shard
 from lib.files import UserError
@@ -94,7 +94,7 @@ def texts(tmp_path, monkeypatch):
 
 def test_bm25_is_the_formula_of_lucene(tmp_path, texts):
     terms = [["cat", "sat", "mat"], ["mat", "mat", "mat", "dog"], ["dog", "run"], []]
-    found = open_bm25(texts, tmp_path / "index", Weighting(k1=0.9, b=0.4))
+    found = open_bm25(texts, tmp_path / "index", k1=0.9, b=0.4)
     assert [index_terms(" ".join([*t, x])) for _, t, x in TEXTS] == terms
     average = sum(map(len, terms)) / 4
 
@@ -129,7 +129,7 @@ def test_bm25_is_saved_without_pickles_and_not_mixed_up(tmp_path, texts):
     )
     assert {p.suffix for p in (tmp_path / "index").iterdir()} == {".bin", ".json"}
     with pytest.raises(UserError, match="an index with k1 0.9, not 1.2"):
-        open_bm25(texts, tmp_path / "index", Weighting(k1=1.2))
+        open_bm25(texts, tmp_path / "index", k1=1.2)
     write_texts(tmp_path / "other.jsonl", TEXTS[:2])
     with pytest.raises(UserError, match="an index with fingerprint"):
         open_bm25(open_texts(tmp_path / "other.jsonl"), tmp_path / "index")

@@ -27,6 +27,8 @@ CPU toy   python mine_negatives.py --bm25 --queries queries.jsonl --corpus corpu
 N GPUs    accelerate launch --multi_gpu --num_processes 8 mine_negatives.py ...
 """
 
+import resource
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,12 +50,13 @@ from lib.files import (
     write_json,
     write_training_file,
 )
-from lib.index import Source, check_identical_ids, file_fingerprint, open_index
+from lib.index import Index, Source, check_identical_ids, file_fingerprint, open_index
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
 from lib.text import step_seed
 from lib.texts import Texts, open_texts, require_rows
 
 QUERIES_AT_A_TIME = 4096
+SAMPLE = 256, 1 << 15  # queries and vectors with which a dry run measures the search
 NO_LIST = RunList([], np.zeros(0, dtype=np.float32))
 
 
@@ -101,6 +104,9 @@ class Args:
     )
     ignore_identical_ids: bool = arg(False, help="drop passages whose id is that of the query")
     seed: int = arg(42, least=0, help="seed of --sample uniform and of faiss' training")
+    dry_run: bool = arg(
+        False, group="runtime", help="show the inputs, estimate memory and time, then stop"
+    )
 
 
 class Lists:
@@ -144,6 +150,51 @@ class Lists:
         return found
 
 
+def preview(args: Args, corpus: Texts, positives: dict[str, list[str]]) -> dict[str, str]:
+    """What a dry run shows of the inputs: the first query, and the texts of its positives."""
+    qid, pids = next(iter(positives.items()))
+    text = "its text is not read here (--queries)"
+    if args.queries:
+        queries = open_texts(args.queries)
+        text = queries[require_rows(queries, [qid], args.qrels, "query")[0]][1]
+    facts = {"judged pairs": sum(map(len, positives.values()))}
+    facts["first query"] = f"{qid}: {text[:90]}"
+    for pid, row in zip(pids[:2], corpus.rows(pids[:2]), strict=True):
+        titles, text = corpus[row]
+        facts[f"positive {pid}"] = " | ".join([*titles, text])[:90]
+    return facts
+
+
+def estimate(args: Args, index: Index, asked: np.ndarray) -> dict[str, str]:
+    """What a dry run says of memory and time. Time is measured with a part of the queries, and of
+    dense vectors with a part of the corpus too; not if this would write an index first."""
+    corpus, (queries, vectors) = index.corpus, SAMPLE
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # with all inputs open
+    share = 1.0  # of the corpus in the measurement
+    if args.bm25 or corpus.sparse:
+        ready = index.folder.is_dir()
+        if args.bm25 and not ready:  # two numbers of 4 bytes for each word, while it is built
+            words = [len(corpus[row][1].split()) for row in range(min(len(corpus), 1000))]
+            memory += 8 * np.mean(words) * len(corpus)
+    else:
+        ready = not args.index
+        memory += min(len(asked), QUERIES_AT_A_TIME) * args.depth * corpus.max_chunks * 16
+        memory += 4 * corpus.dim * (vectors if ready else corpus.num_vectors)
+    facts = {"memory": f"about {memory / 1e9:.1f} GB for each process"}
+    if not ready:
+        return facts | {"time": "unknown, because an index must be built first"}
+    engine = index.engine
+    if not (args.bm25 or corpus.sparse):
+        whole = engine.stop - engine.start
+        engine.stop = min(engine.stop, engine.start + vectors)
+        share = (engine.stop - engine.start) / whole
+    index.search(asked[:1], args.depth)  # compiles
+    began = time.perf_counter()
+    index.search(asked[:queries], args.depth)
+    seconds = (time.perf_counter() - began) * len(asked) / min(len(asked), queries) / share
+    return facts | {"time": f"about {seconds:.0f} s for the search"}
+
+
 def main():
     # ---- setup
     args = parse_args(Args)
@@ -182,13 +233,20 @@ def main():
     if args.corpus_embeddings and index.corpus.meta.get("input_fingerprint") != corpus.fingerprint:
         problem = f"{args.corpus_embeddings}: not the embeddings of {args.corpus}"
         raise UserError(f"{problem} — encode it")
-    if claim_output(accelerator, args.output_dir, identity(args, inputs), "audit.json"):
-        return
     facts = {
         "candidates": f"the first {args.depth} of {index.name}",
         "queries": len(qids),
         "passages": len(corpus),
     }
+    if args.dry_run:
+        facts |= preview(args, corpus, positives)
+        if args.run:
+            facts["queries with a list"] = sum(len(rows) > 0 for _, rows in index.lists.values())
+        else:
+            facts |= estimate(args, index, asked)
+        return echo(accelerator, "dry run: mining", facts)
+    if claim_output(accelerator, args.output_dir, identity(args, inputs), "audit.json"):
+        return
     echo(accelerator, "mining", {**facts, "running on": describe(accelerator)})
 
     # ---- mine

@@ -28,6 +28,7 @@ N GPUs    accelerate launch --multi_gpu --num_processes 8 mine_negatives.py ...
 """
 
 import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -56,7 +57,8 @@ from lib.text import step_seed
 from lib.texts import Texts, open_texts, require_rows
 
 QUERIES_AT_A_TIME = 4096
-SAMPLE = 256, 1 << 15  # queries and vectors with which a dry run measures the search
+SAMPLE_QUERIES = 256  # with which a dry run measures the search
+SAMPLE_VECTORS = 1 << 15
 NO_LIST = RunList([], np.zeros(0, dtype=np.float32))
 
 
@@ -153,7 +155,7 @@ class Lists:
 def preview(args: Args, corpus: Texts, positives: dict[str, list[str]]) -> dict[str, str]:
     """What a dry run shows of the inputs: the first query, and the texts of its positives."""
     qid, pids = next(iter(positives.items()))
-    text = "its text is not read here (--queries)"
+    text = "(add --queries to see its text)"
     if args.queries:
         queries = open_texts(args.queries)
         text = queries[require_rows(queries, [qid], args.qrels, "query")[0]][1]
@@ -165,34 +167,41 @@ def preview(args: Args, corpus: Texts, positives: dict[str, list[str]]) -> dict[
     return facts
 
 
-def estimate(args: Args, index: Index, asked: np.ndarray) -> dict[str, str]:
-    """What a dry run says of memory and time. Time is measured with a part of the queries, and of
+def estimate(args: Args, index: Index | Lists, asked: Sequence) -> dict[str, str]:
+    """What a dry run says of time and memory. Time is measured with a part of the queries, and of
     dense vectors with a part of the corpus too; not if this would write an index first."""
-    corpus, (queries, vectors) = index.corpus, SAMPLE
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # with all inputs open
-    share = 1.0  # of the corpus in the measurement
-    if args.bm25 or corpus.sparse:
-        ready = index.folder.is_dir()
-        if args.bm25 and not ready:  # two numbers of 4 bytes for each word, while it is built
-            words = [len(corpus[row][1].split()) for row in range(min(len(corpus), 1000))]
-            memory += 8 * np.mean(words) * len(corpus)
-    else:
-        ready = not args.index
-        memory += min(len(asked), QUERIES_AT_A_TIME) * args.depth * corpus.max_chunks * 16
-        memory += 4 * corpus.dim * (vectors if ready else corpus.num_vectors)
-    facts = {"memory": f"about {memory / 1e9:.1f} GB for each process"}
-    if not ready:
-        return facts | {"time": "unknown, because an index must be built first"}
-    engine = index.engine
-    if not (args.bm25 or corpus.sparse):
-        whole = engine.stop - engine.start
-        engine.stop = min(engine.stop, engine.start + vectors)
-        share = (engine.stop - engine.start) / whole
-    index.search(asked[:1], args.depth)  # compiles
-    began = time.perf_counter()
-    index.search(asked[:queries], args.depth)
-    seconds = (time.perf_counter() - began) * len(asked) / min(len(asked), queries) / share
-    return facts | {"time": f"about {seconds:.0f} s for the search"}
+    if args.run:
+        listed = sum(len(rows) > 0 for _, rows in index.lists.values())
+        return {"queries with a list": listed, "memory": memory_text(0)}
+    corpus = index.corpus
+    dense = not (args.bm25 or corpus.sparse)
+    ready = not args.index if dense else index.folder.is_dir()
+    wanted = 0
+    duration = "unknown, because an index must be built first"
+    if dense:  # keys of the best passages, and faiss' index
+        wanted = min(len(asked), QUERIES_AT_A_TIME) * args.depth * corpus.max_chunks * 16
+        wanted += 0 if ready else 4 * corpus.dim * corpus.num_vectors
+    elif args.bm25 and not ready:  # two numbers of 4 bytes for each word, while it is built
+        words = [len(corpus[row][1].split()) for row in range(min(len(corpus), 1000))]
+        wanted = 8 * np.mean(words) * len(corpus)
+    if ready:
+        times = max(1, len(asked) / SAMPLE_QUERIES)
+        if dense:
+            part = index.engine.stop - index.engine.start
+            times *= max(1, part / SAMPLE_VECTORS)
+            index.engine.stop = index.engine.start + min(part, SAMPLE_VECTORS)
+        index.search(asked[:1], args.depth)  # compiles
+        began = time.perf_counter()
+        index.search(asked[:SAMPLE_QUERIES], args.depth)
+        duration = f"about {(time.perf_counter() - began) * times:.1f} s for the search"
+    return {"time": duration, "memory": memory_text(wanted)}
+
+
+def memory_text(more: float) -> str:
+    """The largest memory of this process until now, and `more` bytes."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    used *= 1 if sys.platform == "darwin" else 1024
+    return f"about {(used + more) / 1e9:.1f} GB for each process"
 
 
 def main():
@@ -233,17 +242,11 @@ def main():
     if args.corpus_embeddings and index.corpus.meta.get("input_fingerprint") != corpus.fingerprint:
         problem = f"{args.corpus_embeddings}: not the embeddings of {args.corpus}"
         raise UserError(f"{problem} — encode it")
-    facts = {
-        "candidates": f"the first {args.depth} of {index.name}",
-        "queries": len(qids),
-        "passages": len(corpus),
-    }
+    facts = {"candidates": f"the first {args.depth} of {index.name}", "queries": len(qids)}
+    facts["passages"] = len(corpus)
     if args.dry_run:
         facts |= preview(args, corpus, positives)
-        if args.run:
-            facts["queries with a list"] = sum(len(rows) > 0 for _, rows in index.lists.values())
-        else:
-            facts |= estimate(args, index, asked)
+        facts |= estimate(args, index, asked)
         return echo(accelerator, "dry run: mining", facts)
     if claim_output(accelerator, args.output_dir, identity(args, inputs), "audit.json"):
         return

@@ -4,7 +4,7 @@ nothing, and neither do the numbers that a recipe prints for them.
 
 A passage is about two things of a subject, and a query asks about two things. The passage about
 both is the answer. In the sets of TREC it has the grade 2, and the passages of the same subject
-about one of them have the grade 1. Every eighth document has four chunks.
+about one of them have the grade 1. Every sixteenth document has four chunks.
 
 Writes  --output_dir, the same each time:
         msmarco/               as recipes/get_msmarco.sh leaves it if it is given all its flags
@@ -62,7 +62,7 @@ QUALITIES = "tall quiet heavy narrow warm pale rough damp".split()
 TIMES = "in spring", "after rain", "at night", "for many years", "once a day", "in the north"
 PAIRS = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7), (7, 0)]  # of a subject's words
 SETS = {"train": 2, "dev": 2, "dl19": 2, "dl20": 2}  # queries of a subject, one for each pair
-LONG = 240  # sentences of every eighth document
+LONG = 240  # sentences of every sixteenth document
 
 
 @dataclass(kw_only=True)
@@ -186,7 +186,7 @@ def write_documents(folder: Path, passages: list[Passage], sets: dict[str, list[
     documents = folder / "documents"
     rows = []
     for number, p in enumerate(passages):
-        count = LONG if number % 8 == 0 else 6
+        count = LONG if number % 16 == 0 else 6
         body = write_about(p.subject, p.words, count, number)
         rows.append((p.pid, f"http://{p.subject}.org/{number}", p.title, body))
     write_tsv(documents / "corpus.tsv", rows)

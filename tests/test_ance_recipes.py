@@ -122,8 +122,8 @@ def test_ance_on_documents(recipe, data, tiny_data, tmp_path):
         (out / part / "corpus" / "shard-00000.ids.txt").read_text().split()
         for part in ("documents", "maxp")
     ]
-    assert len(ids[0]) == len(set(ids[1])) == 80  # of which 10 have four chunks
-    assert len(ids[1]) == 80 + 10 * 3
+    assert len(ids[0]) == len(set(ids[1])) == 80  # of which 5 have four chunks
+    assert len(ids[1]) == 80 + 5 * 3
 
 
 def test_seed_encoder(recipe, data, tmp_path):

@@ -221,7 +221,8 @@ def problem_of(name: str, words: list[str], ground: Path, seconds: float) -> str
     line = said[max(said.find(f"{name}.py: "), 0) :].rstrip()  # all from the message on
     if stamps(ground) != before:
         return f"it changed what it was given\n{said}"
-    finished = [path for path in Path().rglob(LAST_FILES[name]) if path.parent.name != "best"]
+    last = "run.trec" if name == "evaluate" and "--qrels" not in words else LAST_FILES[name]
+    finished = [path for path in Path().rglob(last) if path.parent.name != "best"]
     if status == 0:
         nothing = "--dry_run" in words or "--help" in words or "is complete" in out.getvalue()
         return None if finished or nothing else f"status 0 without its last file\n{said}"

@@ -1,11 +1,12 @@
-"""The end of the quickstart: how well BM25, stage 1 and stage 2 find the passage of each test
-query, three examples.
+"""The end of the quickstart: how well BM25, stage 1, stage 2, and stage 2 fused with BM25 find the
+passage of each test query, three examples.
 
 Reads   --folder, as recipes/quickstart.sh leaves it
 
     python -m recipes.quickstart_report --folder runs/quickstart
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from lib.metrics import p_text
 from lib.texts import open_texts
 
 METRICS = "RR@10", "nDCG@10", "R@100"
-STAGES = {"bm25": "BM25", "stage1": "stage 1", "stage2": "stage 2"}
+STAGES = {"bm25": "BM25", "stage1": "stage 1", "stage2": "stage 2", "fused": "stage 2 + BM25"}
 
 
 @dataclass(kw_only=True)
@@ -70,13 +71,16 @@ def main():
         print(f"   {str(out / name):<48} {what}")
 
     print(f"\n{results['bm25']['queries']} test queries against {len(corpus)} passages")
-    print(f"{'':<10}{'MRR@10':>10}{'nDCG@10':>10}{'Recall@100':>12}")
+    print(f"{'':<14}{'MRR@10':>10}{'nDCG@10':>10}{'Recall@100':>12}")
     for stage, name in STAGES.items():
         values = [results[stage]["metrics"][metric] for metric in METRICS]
-        print(f"{name:<10}{values[0]:>10.4f}{values[1]:>10.4f}{values[2]:>12.4f}")
+        print(f"{name:<14}{values[0]:>10.4f}{values[1]:>10.4f}{values[2]:>12.4f}")
     print(verdict("stage 2", "stage 1", result(out, "gain")))
     print(verdict("stage 2", "BM25", results["stage2"]))
+    print(verdict("stage 2 + BM25", "BM25", results["fused"]))
     print("(stage 2 continues stage 1: twice the steps, and negatives that stage 1 finds hard)")
+    print("\nask it yourself (an empty line ends):")
+    print(f"   python -m recipes.search {shlex.quote(str(out))} --bm25")
 
 
 if __name__ == "__main__":

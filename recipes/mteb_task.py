@@ -8,7 +8,7 @@ and qrels/SPLIT.tsv, each plain or .gz. Differences from evaluate.py:
 
 Writes  --output_dir: what MTEB writes, in its layout; the scores also to the terminal
 
-    pip install mteb sentence-transformers
+    pip install -r requirements-mteb.txt
     python -m recipes.mteb_task --model model --collection data --output_dir mteb-results
 
 docs/use.md has the call for the public benchmark, which needs a network.
@@ -103,7 +103,7 @@ def main():
         import mteb
         from sentence_transformers import SentenceTransformer, SparseEncoder
     except ImportError as error:
-        raise UserError(f"{error} — pip install mteb sentence-transformers") from error
+        raise UserError(f"{error} — pip install -r requirements-mteb.txt") from error
     folder = checkpoint_folder(args.model)
     ours = load_encoder(folder)
     if not ours.portable:

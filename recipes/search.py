@@ -82,16 +82,15 @@ class Vectors:
         if meta.get("model_hash") not in (None, model_hash(checkpoint)):
             wrong = f"{folder}: made by another checkpoint than {checkpoint}"
             raise UserError(f"{wrong} — give theirs with --model, or encode again")
-        head = Head(kind="sparse")
-        if not sparse:
-            head = Head(meta.get("pooling"), "dense", normalize=meta.get("normalized", False))
+        head = Head(meta.get("pooling"), "dense", normalize=meta.get("normalized", False))
+        head = Head(kind="sparse") if sparse else head
         encoder = load_encoder(checkpoint, head, {"query_prompt": args.query_prompt})
         self.encoder = encoder.to(accelerator.device)
         if encoder.dim != self.corpus.dim:
             sizes = f"{self.corpus.dim} dimensions, and {checkpoint} has {encoder.dim}"
             raise UserError(f"{folder}: vectors of {sizes} — give their checkpoint with --model")
-        lists = texts.folder.parent / f"sparse-{self.corpus.fingerprint}"
         if sparse:
+            lists = texts.folder.parent / f"sparse-{self.corpus.fingerprint}"
             self.engine = open_sparse(self.corpus, lists)
         else:
             self.engine = DenseIndex(self.corpus, accelerator.device, args.index)
@@ -180,6 +179,8 @@ def open_all(args: Args, accelerator) -> tuple[list[Vectors | BM25], Texts]:
     texts = open_texts(corpus or stated(folders[0], "corpus", None))
     pairs = zip(folders, models, strict=True)
     found = [Vectors(folder, model, texts, args, accelerator) for folder, model in pairs]
+    if args.index and all(one.corpus.sparse for one in found):
+        raise UserError("--index is for dense vectors — leave it out")
     return [*found, BM25(texts)] if args.bm25 else found, texts
 
 
@@ -260,6 +261,8 @@ def main():
         sys.argv.insert(1, "--folders")
     args = parse_args(Args)
     accelerator = make_accelerator()
+    if accelerator.num_processes > 1:
+        raise UserError("several processes cannot share a terminal — start it with python alone")
     retrievers, texts = open_all(args, accelerator)
     typed = sys.stdin.isatty() and sys.stdout.isatty()
     if typed and args.query is None:

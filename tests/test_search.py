@@ -170,6 +170,8 @@ def test_mistakes(made, tiny_collection, script, tmp_path):
         ([made / "dense-corpus", "--model", "a", "b"], "with --model, one for each folder"),
         ([made / "dense"], "no meta.json, it is unfinished"),
         ([made / "dense-corpus", "--top", 0], "--top 0"),
+        ([made / "sparse-corpus", "--index", "Flat"], "--index is for dense vectors"),
+        ([made / "dense-corpus", "--index", "Flut"], "--index Flut: faiss cannot do this"),
     ]
     for flags, message in cases:
         status, shown, error = script("recipes.search", *flags, "--query", "ants")
@@ -177,6 +179,8 @@ def test_mistakes(made, tiny_collection, script, tmp_path):
         assert shown == ""
     flags = ["--corpus", tiny_collection.corpus, "--model", made / "dense", "--query", "ants"]
     assert script("recipes.search", bare, *flags)[0] == 0
+    flags += ["--index", "Flat"]
+    assert script("recipes.search", made / "dense-corpus", "--bm25", *flags)[0] == 0
 
 
 def test_ctrl_c_ends_in_one_line(tiny_collection, script, monkeypatch):

@@ -127,8 +127,8 @@ def plan(args: Args, index: Index, qids: list[str], device: torch.device) -> dic
     }
     source, texts = "", queries
     if not args.bm25:
-        kind = "sparse, terms" if corpus.sparse else "dense, dimensions"
-        facts["vectors"] = f"{corpus.num_vectors} {kind}: {corpus.dim}"
+        kind, unit = ("sparse", "terms") if corpus.sparse else ("dense", "dimensions")
+        facts["vectors"] = f"{corpus.num_vectors} {kind} vectors of {corpus.dim} {unit}"
         source, texts = queries.meta.get("input") or "", None
         if not (corpus.sparse or args.index or args.candidates):
             block = torch.rand(4096, corpus.dim, device=device)

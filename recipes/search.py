@@ -25,7 +25,6 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 
@@ -237,22 +236,27 @@ def search(retrievers: list, texts: Texts, query: str, top: int) -> tuple[list[d
     return records, seconds
 
 
-def show(retrievers: list, records: list[dict]) -> None:
-    """Print what was found, with the terms marked: bold on a terminal, else between asterisks."""
+def marked(text: str, retrievers: list, terms: dict[str, dict]) -> str:
+    """The beginning of a text with its terms marked: bold on a terminal, else by asterisks."""
+    text = " ".join(CONTROL.sub(" ", text).split())
+    text = text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    places = (one.places(text, terms.get(one.name, ())) for one in retrievers)
+    inside = {at for place in chain(*places) for at in range(*place)}
     mark = "\033[1m{}\033[0m" if sys.stdout.isatty() else "**{}**"
+    shown = ""
+    for is_term, run_of in groupby(range(len(text)), inside.__contains__):
+        part = "".join(text[at] for at in run_of)
+        shown += mark.format(part) if is_term else part
+    return shown
+
+
+def show(retrievers: list, records: list[dict]) -> None:
     for record in records:
-        title, text = (" ".join(CONTROL.sub(" ", record[key]).split()) for key in ("title", "text"))
-        text = text if len(text) <= SHOWN else text[:SHOWN].rpartition(" ")[0] + " ..."
-        known = record["terms"]
-        places = (one.places(text, known.get(one.name, ())) for one in retrievers)
-        marked = {at for place in chain(*places) for at in range(*place)}
-        runs = groupby(range(len(text)), marked.__contains__)
-        parts = ((inside, "".join(text[at] for at in run)) for inside, run in runs)
-        shown = "".join(mark.format(part) if inside else part for inside, part in parts)
+        title, text = (marked(record[k], retrievers, record["terms"]) for k in ("title", "text"))
+        heading = f"{record['rank']:>3}  {record['score']:<9.4f} {record['id']}   {title}"
         ranks = ", ".join(f"{name} {rank}" for name, rank in record["ranks"].items())
-        heading = f"{record['score']:<10.4f} {record['id']}   {title}"
-        print(f"{record['rank']:>3}  {heading}", f"({ranks})" if len(retrievers) > 1 else "")
-        print(f"     {shown}")
+        print(heading, f"({ranks})" if len(retrievers) > 1 else "")
+        print(f"     {text}")
 
 
 def main():
@@ -264,12 +268,14 @@ def main():
     if accelerator.num_processes > 1:
         raise UserError("several processes cannot share a terminal — start it with python alone")
     retrievers, texts = open_all(args, accelerator)
+    if args.query is None:
+        search(retrievers, texts, "warm", 1)  # the first search waits for kernels and pages
     typed = sys.stdin.isatty() and sys.stdout.isatty()
     if typed and args.query is None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  lines can be edited and called back
         print(f"{len(texts)} passages of {texts.source}; an empty line ends")
-    queries = iter(partial(input, "query: " if typed else ""), "")
+    queries = iter(lambda: input("query: " if typed else "").strip(), "")
     with contextlib.suppress(EOFError):
         for query in queries if args.query is None else [args.query]:
             records, seconds = search(retrievers, texts, query, args.top)

@@ -470,7 +470,10 @@ def test_a_dry_run_shows_the_search_and_writes_nothing(embedded, tiny_collection
     finish_embeddings(embedded / "q", {**meta, "input": str(embedded / "q.tsv")})
     files.write_run("run", [("q1", ["d1"], [1])])
     cases = [
-        (vectors, ["3 of 3 in q", "q0: which point", "12 of p", "12 dense, dimensions: 2"]),
+        (
+            vectors,
+            ["3 of 3 in q", "q0: which point", "12 of p", "12 dense vectors of 2 dimensions"],
+        ),
         (vectors, ["exact search", "15 results", " s or more"]),
         ([*vectors, "--qrels", "test.tsv", "--index", "Flat"], ["m, Flat", "3 of 3 in q"]),
         (texts, ["20 of 20 in ", "q0: what about colony", "40 of ", "BM25, k1 0.9", "800 results"]),

@@ -277,7 +277,7 @@ def _write_router(model: SparseBiEncoder, folder: Path, documents: dict[str, str
 
 CODE = """
 ```python
-{imports}
+{faiss}from sentence_transformers import {library}
 
 corpus = [("Ants", "They live in colonies."), ("", "Lava is molten rock.")]  # titles, texts
 model = {library}({name!r})
@@ -287,7 +287,7 @@ queries = model.encode_query(["who lives in colonies?"])
 ```
 
 `mteb.evaluate(model, mteb.get_tasks(["SciFact"]))` is MTEB's evaluation{titles}."""
-JOINED = {"none": "text or title", "space": '" ".join(filter(None, (title, text)))'}
+SIMILARITY = "scores, rows = model.similarity(queries, passages).topk(2)"
 FAISS = """index = faiss.IndexFlatIP(passages.shape[1])
 index.add(passages)
 scores, rows = index.search(queries, 2)"""
@@ -304,18 +304,16 @@ def model_card(model: BiEncoder, name: str, card: dict) -> Iterator[str]:
     kind = "Sparse" if sparse else "Dense"
     yield f"{kind} retriever: {head}, {model.dim} dimensions, compared by dot product."
     if model.portable:
-        library = "SparseEncoder" if sparse else "SentenceTransformer"
-        imports = f"from sentence_transformers import {library}"
+        separator = {"space": " ", "sep": model.tokenizer.sep_token}.get(title)
+        joined = "text or title"
+        if separator:
+            joined = f"{separator!r}.join(filter(None, (title, text)))"
         yield CODE.format(
-            imports=imports if sparse else f"import faiss\n{imports}",
-            library=library,
+            faiss="" if sparse else "import faiss\n",
+            library="SparseEncoder" if sparse else "SentenceTransformer",
             name=name,
-            joined=JOINED.get(
-                title, f"{model.tokenizer.sep_token!r}.join(filter(None, (title, text)))"
-            ),
-            search="scores, rows = model.similarity(queries, passages).topk(2)"
-            if sparse
-            else FAISS,
+            joined=joined,
+            search=SIMILARITY if sparse else FAISS,
             titles="" if title == "space" else "; it joins titles by a space, not as above",
         )
     yield ""

@@ -55,6 +55,7 @@ COMMANDS = {  # names of files of the ground stand for their paths
         "--queries_embeddings dense_q --corpus_embeddings dense_p --qrels qrels.tsv",
         "--queries_embeddings sparse_q --corpus_embeddings sparse_p --qrels qrels.tsv --bits 8",
         "--run run.trec lists.tsv --compare lists.tsv --qrels qrels.tsv",
+        "--queries_embeddings dense_q --corpus_embeddings dense_p",
         "--bm25 --queries queries.tsv --corpus corpus.jsonl --qrels qrels.tsv "
         "--candidates lists.tsv",
     ],

@@ -139,7 +139,8 @@ def test_all_of_it_on_a_small_collection(recipe, script, tmp_path):
     judged = read_qrels(tmp_path / "out/collection/qrels/test.tsv")
     assert read_run(tmp_path / "out/evaluation-fused/run.trec").keys() == judged.keys()
     command = done.stdout.rstrip().splitlines()[-1].split()
-    assert command == ["python", "-m", "recipes.search", str(tmp_path / "out"), "--bm25"]
+    assert command[0].endswith("python")
+    assert command[1:] == ["-m", "recipes.search", str(tmp_path / "out"), "--bm25"]
     status, shown, error = script(*command[2:], "--query", "read a file", "--top", 3)
     assert status == 0 and "3 of 400 passages" in shown, error
     assert (tmp_path / "out" / "stage2" / "modules.json").is_file()

@@ -222,8 +222,11 @@ def problem_of(name: str, words: list[str], ground: Path, seconds: float) -> str
     line = said[max(said.find(f"{name}.py: "), 0) :].rstrip()  # all from the message on
     if stamps(ground) != before:
         return f"it changed what it was given\n{said}"
-    last = "run.trec" if name == "evaluate" and "--qrels" not in words else LAST_FILES[name]
-    finished = [path for path in Path().rglob(last) if path.parent.name != "best"]
+    last = [LAST_FILES[name]]
+    if name == "evaluate" and "--qrels" not in words:
+        last.append("run.trec")
+    found = (path for file in last for path in Path().rglob(file))
+    finished = [path for path in found if path.parent.name != "best"]
     if status == 0:
         nothing = "--dry_run" in words or "--help" in words or "is complete" in out.getvalue()
         return None if finished or nothing else f"status 0 without its last file\n{said}"

@@ -43,9 +43,9 @@ def made(folder, tiny_collection, script):
             text = getattr(tiny_collection, what)
             flags = ["--model", folder / name, "--input", text, "--kind", kind, "--num_workers", 0]
             commands[f"{name}-{what}"] = ["encode", *flags]
-        vectors = [f"--queries_embeddings {name}-queries --corpus_embeddings {name}-corpus"]
-        words = " ".join(vectors).replace(f" {name}", f" {folder}/{name}").split()
-        commands[f"{name}-run"] = ["evaluate", *words]
+        vectors = ["--queries_embeddings", folder / f"{name}-queries"]
+        vectors += ["--corpus_embeddings", folder / f"{name}-corpus"]
+        commands[f"{name}-run"] = ["evaluate", *vectors]
     texts = ["--queries", tiny_collection.queries, "--corpus", tiny_collection.corpus]
     commands["bm25-run"] = ["evaluate", "--bm25", *texts]
     commands["two-run"] = ["evaluate", "--run", runs["dense"], runs["bm25"]]
@@ -80,24 +80,23 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_a_query_has_the_ranking_of_evaluate(made, tiny_collection, ask, name):
+def test_a_query_has_the_ranking_of_evaluate(made, tiny_collection, ask):
     queries = open_texts(tiny_collection.queries)
     corpus = open_texts(tiny_collection.corpus)
-    run = read_run(made / f"{name}-run" / "run.trec")
     places = {f"{one}-corpus": str(made / f"{one}-corpus") for one in NAMES}
     places["CORPUS"] = str(tiny_collection.corpus)
-    flags = [places.get(word, word) for word in SOURCES[name].split()]
-    qids = queries.ids(range(20))
-    records = ask([queries[row][1] for row in range(20)], *flags, "--top", 30)
-    for row, qid in enumerate(qids):
-        found = [one for one in records if one["query"] == queries[row][1]]
-        assert [one["id"] for one in found] == run[qid].pids[:30]
-        assert [one["score"] for one in found] == pytest.approx(run[qid].scores[:30], rel=1e-5)
-        assert [one["rank"] for one in found] == list(range(1, len(found) + 1))
-    titles, text = corpus[corpus.rows([records[0]["id"]])[0]]
-    assert records[0]["text"] == text and records[0]["title"] == " ".join(titles)
-    assert len(records[0]["ranks"]) == {"two": 2, "three": 3}.get(name, 1)
+    for name, words in SOURCES.items():
+        run = read_run(made / f"{name}-run" / "run.trec")
+        flags = [places.get(word, word) for word in words.split()]
+        records = ask([queries[row][1] for row in range(20)], *flags, "--top", 30)
+        for row, qid in enumerate(queries.ids(range(20))):
+            found = [one for one in records if one["query"] == queries[row][1]]
+            assert [one["id"] for one in found] == run[qid].pids[:30], name
+            assert [one["score"] for one in found] == pytest.approx(run[qid].scores[:30], rel=1e-5)
+            assert [one["rank"] for one in found] == list(range(1, len(found) + 1))
+        titles, text = corpus[corpus.rows([records[0]["id"]])[0]]
+        assert records[0]["text"] == text and records[0]["title"] == " ".join(titles)
+        assert len(records[0]["ranks"]) == {"two": 2, "three": 3}.get(name, 1)
 
 
 @pytest.mark.parametrize("name", ["sparse", "bm25"])

@@ -275,24 +275,47 @@ def _write_router(model: SparseBiEncoder, folder: Path, documents: dict[str, str
     write_json(path, read_json(path) | length)
 
 
+CODE = """
+```python
+{faiss}from sentence_transformers import {library}
+
+corpus = [("Ants", "They live in colonies."), ("", "Lava is molten rock.")]  # titles, texts
+model = {library}({name!r})
+passages = model.encode_document([{joined} for title, text in corpus])
+queries = model.encode_query(["who lives in colonies?"])
+{search}  # the best two for each query
+```
+
+`mteb.evaluate(model, mteb.get_tasks(["SciFact"]))` is MTEB's evaluation{titles}."""
+SIMILARITY = "scores, rows = model.similarity(queries, passages).topk(2)"
+FAISS = """index = faiss.IndexFlatIP(passages.shape[1])
+index.add(passages)
+scores, rows = index.search(queries, 2)"""
+
+
 def model_card(model: BiEncoder, name: str, card: dict) -> Iterator[str]:
     """Lines of README.md."""
-    kind, library = "Dense", "SentenceTransformer"
+    sparse, title = isinstance(model, SparseBiEncoder), model.format.title
     head = " + ".join([f"{model.pooling} pooling", *(type(part).__name__ for part in model.head)])
-    if isinstance(model, SparseBiEncoder):
-        kind, library = "Sparse", "SparseEncoder"
+    if sparse:
         over = "without special tokens" if model.exclude_special_tokens else "all positions"
         head = f"log(1 + relu(max of the LM's logits over {over}))"
     yield from ("---", "pipeline_tag: sentence-similarity", "---", "", f"# {name}", "")
+    kind = "Sparse" if sparse else "Dense"
     yield f"{kind} retriever: {head}, {model.dim} dimensions, compared by dot product."
     if model.portable:
-        separator = {"space": " ", "sep": "{model.tokenizer.sep_token}"}.get(model.format.title)
-        text = f'f"{{title}}{separator}{{text}}" if title else text' if separator else "text"
-        yield from ("", "```python", f"from sentence_transformers import {library}", "")
-        yield f"model = {library}({name!r})"
-        yield "queries = model.encode_query(['what is it?'])"
-        yield f"passages = model.encode_document([{text} for title, text in corpus])"
-        yield "```"
+        separator = {"space": " ", "sep": model.tokenizer.sep_token}.get(title)
+        joined = "text or title"
+        if separator:
+            joined = f"{separator!r}.join(filter(None, (title, text)))"
+        yield CODE.format(
+            faiss="" if sparse else "import faiss\n",
+            library="SparseEncoder" if sparse else "SentenceTransformer",
+            name=name,
+            joined=joined,
+            search=SIMILARITY if sparse else FAISS,
+            titles="" if title == "space" else "; it joins titles by a space, not as above",
+        )
     yield ""
     yield from card_facts(asdict(model.format) | card)
 

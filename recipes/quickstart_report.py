@@ -7,6 +7,8 @@ Reads   --folder, as recipes/quickstart.sh or, with --table, recipes/two_stages.
     python -m recipes.quickstart_report --folder runs/quickstart
 """
 
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +105,10 @@ def main():
     print(verdict("stage 2", "BM25", results["stage2"]))
     print(verdict("stage 2 + BM25", "BM25", results["fused"]))
     print("(stage 2 continues stage 1: twice the steps, and negatives that stage 1 finds hard)")
+    print("\nask it yourself (an empty line ends):")
+    python, here = Path(sys.executable), Path.cwd()
+    python = python.relative_to(here) if python.is_relative_to(here) else "python"  # .venv is here
+    print(f"   {python} -m recipes.search {shlex.quote(str(out))} --bm25")
 
 
 if __name__ == "__main__":

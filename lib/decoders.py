@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from lib import architectures
-from lib.architectures import bert_config
 from lib.cpu import attention
 
 
@@ -28,7 +27,6 @@ def own_positions(config) -> nn.Embedding | None:
     the decoder reads would not tell one position from another."""
     if architectures.of(config).positions:
         return None
-    config = bert_config(config)
     positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
     nn.init.normal_(positions.weight, std=config.initializer_range)
     return positions
@@ -151,17 +149,3 @@ class CausalLayer(Layer):
         value = self.bottleneck_value(h).view(len(h), 1, self.heads, -1)
         x = x + self.dropout(self.bottleneck_output((kept * value).flatten(2)))
         return x + self.feed_forward(self.output_norm(x))
-
-
-class Transform(nn.Module):
-    """The part of BERT's LM head before its output layer: dense, activation, norm."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.activation = ACT2FN[config.hidden_act]
-        initialize(self, config.initializer_range)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.activation(self.dense(x)))

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig
 
-
 SIZES = """hidden_size num_attention_heads intermediate_size max_position_embeddings hidden_act
     hidden_dropout_prob attention_probs_dropout_prob layer_norm_eps initializer_range""".split()
 

@@ -39,7 +39,7 @@ from transformers import (
 
 from lib.architectures import ARCHITECTURES
 from lib.dist import world
-from lib.encoder import BiEncoder, Head, SparseBiEncoder, extend, lower_bias, positions
+from lib.encoder import AS_STATED, BiEncoder, SparseBiEncoder, extend, lower_bias, positions
 from lib.files import UserError, atomic, read_json, write_json, write_lines
 from lib.lines import one_line
 from lib.sentence_files import (
@@ -55,6 +55,7 @@ from lib.text import TextFormat, format_texts, pad, to_ids
 
 VERSION = 1  # of isthmus.json
 
+CUT = ("max_chunks", "max_characters")  # how passages are cut, in isthmus.json
 REHEARSAL = ".tmp-rehearsal"  # the folder of check_checkpoint
 
 # the files of a checkpoint that decide its vectors
@@ -91,21 +92,16 @@ def _door(load: Callable) -> Callable:
 
 @_door
 def load_encoder(
-    model,
-    head: Head | None = None,
-    overrides: dict | None = None,
-    strict: bool = False,
-    trust_remote_code: bool = False,
+    model, head=AS_STATED, overrides: dict | None = None, strict=False, trust_remote_code=False
 ) -> BiEncoder:
     """A bi-encoder in fp32 and eval mode from our folder, a sentence-transformers folder of these
-    two kinds, a Hugging Face folder if `head` has a pooling or is sparse, or a name on the hub. New
-    weights are drawn from torch's generator.
+    two kinds, a Hugging Face folder if the Head has a pooling or is sparse, or a name on the hub.
+    New weights are drawn from torch's generator.
 
     overrides   fields of TextFormat in place of what the checkpoint states; None = as it states
     strict      what contradicts the checkpoint is an error, as in a stage that only uses it"""
     folder = checkpoint_folder(model)
     private = private_settings(folder)
-    head = head or Head()
     base, pooling, layers = read_head(folder)
     own = "sparse" if pooling == "max" else "dense"
     kind = (head.kind or own).removeprefix("new_")
@@ -132,9 +128,7 @@ def load_encoder(
         stated = stated_format(folder, base, own == "sparse", tokenizer, limit)
     if private:
         stated = {"query_prompt": "", "passage_prompt": "", **stated, "title": private["title"]}
-        if pooling:
-            stated["max_chunks"] = private.get("max_chunks", 1)
-            stated["max_characters"] = private.get("max_characters", 0)
+        stated |= {name: private[name] for name in CUT if name in private}
         saved = private["tokenizer"]
         if saved["ids"] != fingerprint(tokenizer):
             what = "the tokenizer gives other ids than when the checkpoint was saved"
@@ -281,8 +275,7 @@ def save_encoder(model: BiEncoder, folder, card: dict) -> None:
     For the main process alone. card: what the model card says (base, data, metrics). A folder that
     also holds other things, such as a log, keeps them. UserError: the folder, read again, does not
     give the same vectors; what was written is kept as FOLDER.refused."""
-    form = model.format
-    private = {"max_chunks": form.max_chunks, "max_characters": form.max_characters}
+    private = {name: getattr(model.format, name) for name in CUT}
     if isinstance(model, SparseBiEncoder):
         private["exclude_special_tokens"] = model.exclude_special_tokens
 
@@ -292,7 +285,7 @@ def save_encoder(model: BiEncoder, folder, card: dict) -> None:
 
     with _taking_place_of(Path(folder), is_same) as temporary:
         write_head(model, temporary)
-        _write(temporary, model.backbone, model.tokenizer, form.title, private)
+        _write(temporary, model.backbone, model.tokenizer, model.format.title, private)
         write_lines(temporary / "README.md", model_card(model, Path(folder).name, card))
 
 
@@ -343,9 +336,8 @@ def _write(folder: Path, model: nn.Module, tokenizer, title: str, private: dict)
 
 @contextlib.contextmanager
 def _taking_place_of(folder: Path, is_same: Callable[[Path], bool]) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well and is_same(it); or, if
-    `folder` holds more than a checkpoint, whose entries take the place of the old ones in it.
-    OSError: the block could not write."""
+    """A temporary folder that becomes `folder` when the block ends well and is_same(it). If
+    `folder` holds more than a checkpoint, its entries take the place of the old ones there."""
     old = {path.parts[0] for path in checkpoint_files(folder)} | {"README.md"}
     more = folder.is_dir() and not {path.name for path in folder.iterdir()} <= old
     staged = folder / ".tmp-checkpoint" if more else folder
@@ -354,31 +346,26 @@ def _taking_place_of(folder: Path, is_same: Callable[[Path], bool]) -> Iterator[
         try:
             yield temporary
         except Exception as error:
-            if type(error) not in (SafetensorError, Exception):  # so the Rust libraries say it
-                raise
-            raise OSError(f"{folder}: cannot be written ({error})") from error
-        _require_same(temporary, folder, is_same)
+            if type(error) in (SafetensorError, Exception):  # so Rust says that the disk is full
+                raise OSError(f"{folder}: cannot be written ({error})") from error
+            raise
+        try:
+            wrong = "" if is_same(temporary) else "is another model when it is read back"
+        except UserError as error:
+            wrong = f"cannot be read back ({error})"
+        if wrong:  # it is moved to a name of its own, which no later run removes
+            place = (folder.parent if folder.name == REHEARSAL else folder).absolute()
+            names = (f"{place.name}.refused{number or ''}" for number in count())
+            refused = next(path for path in map(place.with_name, names) if not path.exists())
+            os.replace(temporary, refused)
+            remedy = "look for NaN in training, or for code whose effect no file states"
+            raise UserError(f"{place}: the checkpoint {wrong}; it is in {refused} — {remedy}")
     if more:
         for path in checkpoint_files(folder):
             (folder / path).unlink()
         for path in staged.iterdir():
             os.replace(path, folder / path.name)
         staged.rmdir()
-
-
-def _require_same(temporary: Path, folder: Path, is_same: Callable[[Path], bool]) -> None:
-    """Else what was written is moved to a name of its own, which no later run removes."""
-    try:
-        wrong = "" if is_same(temporary) else "is another model when it is read back"
-    except UserError as error:
-        wrong = f"cannot be read back ({error})"
-    if wrong:
-        place = (folder.parent if folder.name == REHEARSAL else folder).absolute()
-        names = (f"{place.name}.refused{number or ''}" for number in count())
-        refused = next(path for path in map(place.with_name, names) if not path.exists())
-        os.replace(temporary, refused)
-        remedy = "look for NaN in training, or for code whose effect no file states"
-        raise UserError(f"{place}: the checkpoint {wrong}; it is in {refused} — {remedy}")
 
 
 def checkpoint_files(folder) -> list[Path]:

@@ -147,7 +147,8 @@ def naive_lexmae(model, ids, logits, decoder_ids, decoder_mask):
     x = slot_layers(model.decoder["layers"].layers, x)
     head = model.decoder["head"]
     scores = (
-        head.LayerNorm(F.gelu(head.dense(x))) @ lm.get_output_embeddings().weight.T + model.decoder.bias
+        head.LayerNorm(F.gelu(head.dense(x))) @ lm.get_output_embeddings().weight.T
+        + model.decoder.bias
     )
     return [nll(scores[i], ids[i]) for i in range(length) if decoder_mask[i]]
 

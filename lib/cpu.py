@@ -1,6 +1,6 @@
-"""What makes a run on a CPU fast. Nothing here is used on a GPU, and without it results differ only
-by rounding and by the dropout that is drawn. oneDNN keeps half a megabyte of code for each number
-of rows that it meets: give it few different ones, or memory grows."""
+"""What makes a run on a CPU fast. Without it results differ only by rounding and by the dropout
+that is drawn. oneDNN keeps half a megabyte of code for each number of rows that it meets: give it
+few different ones, or memory grows."""
 
 from collections.abc import Callable
 
@@ -47,9 +47,9 @@ def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """scaled_dot_product_attention of (B, H, L, d), (B, H, S, d), (B, H, S, d) -> (B, H, L, d).
 
-    mask: bool, True = visible, or floats to add; broadcast over (B, H, L, S). dropout: 0 when not
-    training; its seed comes from torch's generator. With dropout on a CPU, PyTorch's own function
-    keeps all probabilities for the backward pass; here they are computed again, piece by piece."""
+    mask: bool, True = visible, of four dimensions that broadcast. dropout: 0 when not training; its
+    seed comes from torch's generator. With dropout on a CPU, PyTorch's own function keeps all
+    probabilities for the backward pass; here they are computed again, piece by piece."""
     if q.device.type != "cpu" or not dropout:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return _Attention.apply(q, k, v, mask, dropout)
@@ -93,11 +93,9 @@ def _pieces(q, k, mask, dropout, seed):
     for start in range(0, B, texts):
         part = slice(start, start + texts)
         scores = ((q[part] * d**-0.5) @ k[part].transpose(-1, -2)).float()
-        here = mask[part] if mask is not None and mask.ndim == 4 and len(mask) > 1 else mask
-        if here is not None and here.dtype == torch.bool:
-            scores = scores.masked_fill_(~here, torch.finfo(scores.dtype).min)
-        elif here is not None:
-            scores = scores + here
+        if mask is not None:
+            hidden = ~mask.expand(B, -1, -1, -1)[part]
+            scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
         words = torch.empty(-(-scores.numel() // 4), dtype=torch.int64)
         words.random_(-(2**63), None, generator=generator)  # four draws of 16 bits in each
         draws = words.view(torch.int16)[: scores.numel()].view(scores.shape)
@@ -115,7 +113,8 @@ def speed_up_attention(model: nn.Module) -> None:
 
 def _forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """As transformers calls an attention: (B, H, L, d) -> ((B, L, H, d), None)."""
-    if dropout and query.device.type == "cpu" and scaling in (None, query.shape[-1] ** -0.5):
+    plain = scaling in (None, query.shape[-1] ** -0.5) and query.shape[1] == key.shape[1]
+    if dropout and query.device.type == "cpu" and plain and not getattr(module, "is_causal", True):
         out = attention(query, key, value, attention_mask, dropout)
         return out.transpose(1, 2).contiguous(), None
     kwargs |= {"dropout": dropout, "scaling": scaling}

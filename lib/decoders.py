@@ -1,8 +1,7 @@
 """The weak decoders: each rebuilds a text from the bottleneck vector h and little context.
 
 B texts, L tokens of the longest, T positions of a shifted text, D hidden size, n positions with a
-label. `places` (n,) are these as indices of the flat (B·L): nothing else is computed.
-"""
+label. `places` (n,) are these as indices of the flat (B·L): nothing else is computed."""
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,8 @@ def initialize(module: nn.Module, std: float) -> None:
 
 
 def own_positions(config) -> nn.Embedding | None:
-    """Positions for a decoder, None if the encoder has learned ones. Where they are rotary, what
-    the decoder reads would not tell one position from another."""
+    """Positions for a decoder, None if the encoder has learned ones: where they are rotary, what a
+    decoder reads would not tell one from another."""
     if architectures.of(config).positions:
         return None
     positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
@@ -53,7 +52,7 @@ class Layer(nn.Module):
         self.output_norm = nn.LayerNorm(D, eps=eps)
 
     def attend(self, queries: Tensor, keys: Tensor, view: Tensor) -> Tensor:
-        """queries, keys: (B, L, D)   view: bool, True = visible, for (B, heads, L, L)"""
+        """queries, keys: (B, L, D)   view: bool, True = visible, broadcast to (B, heads, L, L)"""
         projected = self.query(queries), self.key(keys), self.value(keys)
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in projected)
         dropout = self.attention_dropout if self.training else 0.0
@@ -124,7 +123,7 @@ class CausalDecoder(nn.Module):
         Needs no padding mask: padding is to the right, in no window of a token."""
         T = embeddings.shape[1]
         x = self.dropout(self.embedding_norm(embeddings + self.positions.weight[:T]))
-        view = self.view(T, x.device)
+        view = self.view(T, x.device)[None, None]
         for layer in self.layers:
             x = layer(x, h, view)
         return self.final_norm(x.flatten(0, 1)[places])
@@ -141,7 +140,7 @@ class CausalLayer(Layer):
         super().__init__(config, "bottleneck_value", "bottleneck_output")
 
     def forward(self, x: Tensor, h: Tensor, view: Tensor) -> Tensor:
-        """x: (B, T, D)   h: (B, D)   view: (T, T) bool, True = visible   ->   (B, T, D)"""
+        """x: (B, T, D)   h: (B, D)   view: (1, 1, T, T) bool, True = visible   ->   (B, T, D)"""
         normed = self.attention_norm(x)
         x = x + self.dropout(self.attention_output(self.attend(normed, normed, view)))
         kept = torch.ones(*x.shape[:2], self.heads, 1, device=x.device)

@@ -1,6 +1,4 @@
-"""The only door for model folders: bi-encoders, masked LMs with their decoder, cross-encoders;
-load, save, read back.
-
+"""The only door for the folders of bi-encoders, masked LMs with their decoder, and cross-encoders.
 A checkpoint is a Hugging Face folder and a sentence-transformers folder (lib/sentence_files.py):
 
     config.json, model.safetensors,    the backbone and its tokenizer; of a masked LM or a sparse

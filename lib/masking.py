@@ -58,8 +58,8 @@ def word_index(ids: Tensor, attention_mask: Tensor, starts: Tensor, special: Ten
     starts, special: (V,) bool, word_start_table and special_table
 
     The token after a special one opens a word too: byte-level BPE does not mark a text's first.
-    A word of more than LONGEST_WORD tokens is cut into several: to SentencePiece, a sentence of
-    Chinese or Thai is one word, which no budget would ever hide."""
+    After LONGEST_WORD tokens another word begins: to SentencePiece, a sentence of Chinese or Thai
+    is one word, which no budget would ever hide."""
     ordinary = attention_mask.bool() & ~special[ids]
     after_special = F.pad(~ordinary[:, :-1], (1, 0), value=True)
     opens = ordinary & (starts[ids] | after_special)

@@ -36,8 +36,6 @@ UNPORTABLE = "isthmus.NotExpressibleHere"  # several chunks, cut characters, spe
 SPARSE = (["MLMTransformer", "SpladePooling"], ["Transformer", "SpladePooling"])
 TABLE = "query_0_SparseStaticEmbedding"
 
-TITLES = get_args(get_type_hints(TextFormat)["title"])
-
 # the only value of a setting that gives the vectors we give, file by file
 SPLADE_POOLING = {"pooling_strategy": "max", "activation_function": "relu"}
 POOLING = {"include_prompt": True}
@@ -150,8 +148,7 @@ def stated_format(folder: Path, base: Path, sparse: bool, tokenizer, limit: int)
     limit: tokens that the backbone (in the folder `base`) can take"""
     kind = {"model_type": "SparseEncoder" if sparse else "SentenceTransformer"}
     config = _settings(folder / "config_sentence_transformers.json", GENERAL | kind)
-    # sentence-transformers 6 adds an empty "document" prompt, which hides the others there: take
-    # the first not empty
+    # version 6 adds an empty "document" prompt, which hides the others there: an empty one is none
     prompts, default = config.get("prompts") or {}, config.get("default_prompt_name")
     query = prompts.get("query") or prompts.get(default) or ""
     passage = next(filter(None, map(prompts.get, ("document", "passage", "corpus", default))), "")
@@ -187,10 +184,11 @@ def text_format(folder, stated: dict, overrides: dict, strict: bool, limit: int)
             what = f"{folder}: {name} {value}, but the model has {limit} positions"
             raise UserError(f"{what} — lower it")
     form = TextFormat(**stated | given)
+    titles = get_args(get_type_hints(TextFormat)["title"])
     least = {"max_query_length": 3, "max_passage_length": 3, "max_chunks": 1, "max_characters": 0}
     for name, value in asdict(form).items():
         right = type(value) is type(getattr(TextFormat, name))
-        if not right or value < least.get(name, value) or form.title not in TITLES:
+        if not right or value < least.get(name, value) or form.title not in titles:
             raise UserError(f"{folder}: its {name} is {value!r} — correct the checkpoint's files")
     form.max_query_length = min(form.max_query_length, limit)
     form.max_passage_length = min(form.max_passage_length, limit)
@@ -266,12 +264,9 @@ def _write_router(model: SparseBiEncoder, folder: Path, documents: dict[str, str
 
 def model_card(model: BiEncoder, name: str, card: dict) -> Iterator[str]:
     """Lines of README.md."""
-    kind, library = "Dense", "SentenceTransformer"
+    sparse = isinstance(model, SparseBiEncoder)
+    kind, library = ("Sparse", "SparseEncoder") if sparse else ("Dense", "SentenceTransformer")
     head = " + ".join([f"{model.pooling} pooling", *(type(part).__name__ for part in model.head)])
-    if isinstance(model, SparseBiEncoder):
-        kind, library = "Sparse", "SparseEncoder"
-        over = "without special tokens" if model.exclude_special_tokens else "all positions"
-        head = f"log(1 + relu(max of the LM's logits over {over}))"
     yield from ("---", "pipeline_tag: sentence-similarity", "---", "", f"# {name}", "")
     yield f"{kind} retriever: {head}, {model.dim} dimensions, compared by dot product."
     if model.portable:

@@ -12,13 +12,14 @@ from lib import architectures
 from lib.cpu import attention
 
 
-def initialize(module: nn.Module, std: float) -> None:
-    """New weights as BERT's: N(0, std), biases 0. (Norms are 1 and 0 already.)"""
+def initialize(module: nn.Module, config) -> nn.Module:
+    """The module with new weights as BERT's: normal, biases 0. (Norms are 1 and 0 already.)"""
     for name, parameter in module.named_parameters():
         if parameter.ndim == 2:
-            nn.init.normal_(parameter, std=std)
+            nn.init.normal_(parameter, std=config.initializer_range)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
+    return module
 
 
 def own_positions(config) -> nn.Embedding | None:
@@ -26,13 +27,13 @@ def own_positions(config) -> nn.Embedding | None:
     decoder reads would not tell one from another."""
     if architectures.of(config).positions:
         return None
-    positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-    nn.init.normal_(positions.weight, std=config.initializer_range)
-    return positions
+    return initialize(nn.Embedding(config.max_position_embeddings, config.hidden_size), config)
 
 
 class Layer(nn.Module):
-    """Multi-head attention and feed-forward. more: names of further linear maps (D, D)"""
+    """A BERT layer whose queries and keys may come from different streams. The residual is on the
+    QUERY stream: on the other, a token would reach its own prediction past RetroMAE's mask.
+    more: names of further linear maps (D, D)"""
 
     eps: float | None = None  # of the norms; None: as in the encoder
 
@@ -61,15 +62,6 @@ class Layer(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.down(self.activation(self.up(x))))
 
-
-class TwoStreamLayer(Layer):
-    """A BERT layer whose queries and keys may come from different streams. The residual is on the
-    QUERY stream: on the other, a token would reach its own prediction past RetroMAE's mask."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        initialize(self, config.initializer_range)
-
     def forward(self, queries: Tensor, keys: Tensor, view: Tensor, places: Tensor) -> Tensor:
         """queries, keys: (B, L, D)   view: (B, L or 1, L) bool, True = visible   -> (n, D)"""
         x = self.attend(queries, keys, view[:, None]).flatten(0, 1)[places]
@@ -83,7 +75,7 @@ class SlotDecoder(nn.Module):
 
     def __init__(self, config, num_layers: int):
         super().__init__()
-        self.layers = nn.ModuleList(TwoStreamLayer(config) for _ in range(num_layers))
+        self.layers = nn.ModuleList(initialize(Layer(config), config) for _ in range(num_layers))
 
     def forward(self, slot: Tensor, rest: Tensor, mask: Tensor, places: Tensor) -> Tensor:
         """slot: (B, D)   rest: (B, L, D), position 0 is not read   mask: (B, L), 1 = keep
@@ -98,8 +90,7 @@ class SlotDecoder(nn.Module):
 
 class CausalDecoder(nn.Module):
     """SEED-Encoder's weak decoder (arXiv 2102.09206; `TransformerDecoder` of the repository): each
-    position reads h, the token in slot 0, and `window` tokens that end with its own. Pre-LN layers,
-    positions of its own."""
+    position reads h, the token in slot 0, and `window` tokens that end with its own."""
 
     def __init__(self, config, num_layers: int, window: int):
         super().__init__()
@@ -110,7 +101,7 @@ class CausalDecoder(nn.Module):
         self.embedding_norm = nn.LayerNorm(D, eps=eps)
         self.layers = nn.ModuleList(CausalLayer(config) for _ in range(num_layers))
         self.final_norm = nn.LayerNorm(D, eps=eps)
-        initialize(self, config.initializer_range)
+        initialize(self, config)
 
     def view(self, T: int, device=None) -> Tensor:
         """(T, T) bool, True = visible: with a window of 2, row 4 sees columns 0, 3 and 4."""

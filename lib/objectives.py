@@ -16,7 +16,7 @@ from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 
 from lib import architectures, masking
 from lib.architectures import bert_config, head_transform
-from lib.decoders import CausalDecoder, SlotDecoder, TwoStreamLayer, initialize, own_positions
+from lib.decoders import CausalDecoder, Layer, SlotDecoder, initialize, own_positions
 from lib.files import UserError
 from lib.lm_head import Term, bag_of_words, linear_cross_entropy, max_pooled_logits
 from lib.masking import DECODER_MASK, DECODER_ROW, ENCODER_MASK
@@ -227,7 +227,8 @@ class RetroMAE(MLM):
 
     def __init__(self, lm: nn.Module, tokenizer, **options):
         super().__init__(lm, tokenizer, **options)
-        self.decoder = TwoStreamLayer(bert_config(lm.config))
+        config = bert_config(lm.config)
+        self.decoder = initialize(Layer(config), config)
         self.decoder.positions = own_positions(lm.config)
 
     @torch.no_grad()
@@ -298,8 +299,7 @@ class LexMAE(MLM):
         self.more = (ratio - rate) / (1 - rate)  # share that is hidden from the decoder alone
         config = bert_config(lm.config)
         layers = SlotDecoder(config, self.options["decoder_layers"])
-        head = BertPredictionHeadTransform(config)
-        initialize(head, config.initializer_range)
+        head = initialize(BertPredictionHeadTransform(config), config)
         self.decoder = nn.ModuleDict({"layers": layers, "head": head})
         self.decoder.register_parameter("bias", nn.Parameter(torch.zeros(lm.config.vocab_size)))
         self.decoder.add_module("positions", own_positions(lm.config))

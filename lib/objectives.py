@@ -65,7 +65,7 @@ class MLM(nn.Module):
     name = "mlm"
     decoder_of = "mlm"  # the objective whose decoder this one continues
     weight = 1.0  # of the losses of encoder and decoder
-    middle = 0  # the layer whose states the decoder reads; 0 = none
+    middle = None  # the number of the layer whose states the decoder reads
 
     def __init__(self, lm: nn.Module, tokenizer, **options):
         """options: those of OPTIONS that differ from their defaults."""
@@ -135,9 +135,11 @@ class MLM(nn.Module):
     def encode(self, ids: Tensor, batch: dict) -> tuple[Tensor, Tensor | None]:
         """(B, L, D) states after the last layer, and after layer `middle` if there is one."""
         inputs = {"input_ids": ids, "attention_mask": batch["attention_mask"]}
-        found = self.lm.base_model(**inputs, output_hidden_states=bool(self.middle))
-        middle = found.hidden_states[self.middle] if self.middle else None
-        if self.middle and self.architecture.final_norm:
+        if self.middle is None:
+            return self.lm.base_model(**inputs).last_hidden_state, None
+        found = self.lm.base_model(**inputs, output_hidden_states=True)
+        middle = found.hidden_states[self.middle]
+        if self.architecture.final_norm:
             middle = self.lm.base_model.get_submodule(self.architecture.final_norm)(middle)
         return found.last_hidden_state, middle
 
@@ -190,7 +192,7 @@ class MLM(nn.Module):
         h_only = torch.arange(ids.shape[1], device=ids.device) == 0
         view = View(ids.masked_fill(ordinary, self.mask_id), flat(ordinary), h_only[None, None])
         h = self.bottleneck(self.encode(ids, batch)[0], batch)
-        middle = self.encode(view.ids, batch)[1] if self.middle else None
+        middle = None if self.middle is None else self.encode(view.ids, batch)[1]
         return self.decode(h, view, middle, batch)
 
     def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
@@ -198,9 +200,11 @@ class MLM(nn.Module):
         corrupted, mask = self.corrupt(batch, seed)
         shown = {"first text": batch["input_ids"], "encoder reads": corrupted}
         if view := self.view(batch, mask, seed):
-            row = int(batch["attention_mask"][0].sum()) // 2
-            seen = mask | True if view.rows is None else view.rows[:, row]
-            shown["decoder sees h and"] = view.ids.where(seen, self.mask_id)
+            seen = view.ids
+            if view.rows is not None:
+                row = int(batch["attention_mask"][0].sum()) // 2
+                seen = seen.where(view.rows[:, row], self.mask_id)
+            shown["decoder sees h and"] = seen
         return shown
 
 

@@ -444,6 +444,10 @@ def test_condenser_head_reads_late_cls_and_middle_states(tokenizer):
     )
     assert not torch.allclose(before, model.decoder(late[:, 0] + 0.1, middle, keep, places))
     assert not torch.allclose(before, model.decoder(late[:, 0], middle + 0.1, keep, places))
+    shallow = tiny_config("bert", tokenizer, num_hidden_layers=1)
+    shallow = Condenser(AutoModelForMaskedLM.from_config(shallow), tokenizer)
+    embeddings = shallow.lm.base_model.embeddings(batch["input_ids"])
+    assert torch.equal(shallow.encode(batch["input_ids"], batch)[1], embeddings)
 
 
 def test_span_partners_are_their_own_inverse():

@@ -174,8 +174,8 @@ def main():
 
     # ---- model
     torch.manual_seed(args.seed)  # of new weights
-    asked = {name: getattr(args, name) for name in ("pooling", "projection", "normalize")}
-    head = Head(kind=args.head, exclude_special_tokens=args.exclude_special_tokens, **asked)
+    flags = ("pooling", "projection", "normalize", "exclude_special_tokens")
+    head = Head(kind=args.head, **{name: getattr(args, name) for name in flags})
     texts = {name: getattr(args, name) for name in TextFormat.__dataclass_fields__}
     model = checkpoint.load_encoder(args.model, head, texts)
     form, dim = model.format, model.dim

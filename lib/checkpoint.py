@@ -115,7 +115,7 @@ def load_encoder(
         raise UserError(f"{folder}: states no pooling — add --pooling cls, mean or last_token")
 
     auto = AutoModelForMaskedLM if kind == "sparse" else AutoModel
-    backbone, tokenizer, new_head = _load(base, auto, trust_remote_code)
+    backbone, tokenizer, new_head = _load(base, auto, trust_remote_code=trust_remote_code)
     if new_head and head.kind != "new_sparse":
         raise UserError(f"{base}: no LM head for --head sparse — train one by --head new_sparse")
     if new_head:
@@ -178,9 +178,9 @@ def loading(place, remedy: str = "give the folder of a complete checkpoint"):
     return one_line(f"{place}: cannot be loaded", remedy)
 
 
-def _load(folder: Path, auto, trust_remote_code: bool = False) -> tuple[nn.Module, object, bool]:
+def _load(folder: Path, auto, *needed: str, trust_remote_code: bool = False) -> tuple:
     """(model in fp32, tokenizer, whether the weights of its head are new). auto: AutoModel, which
-    gives a backbone without its pooler, or a class with a head."""
+    gives a backbone without its pooler, or a class with a head; needed: see _check_fit"""
     remote = {"trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(folder, **remote)
     # of T5 the encoder alone; one that was saved alone says so in its `architectures`
@@ -203,7 +203,7 @@ def _load(folder: Path, auto, trust_remote_code: bool = False) -> tuple[nn.Modul
     # not aligned as those of several processes are, and MKL would add in another order.
     for weight in model.parameters():
         weight.data = weight.data.clone()
-    _check_fit(folder, model, tokenizer, "pad_token")
+    _check_fit(folder, model, tokenizer, "pad_token", *needed)
     return model, tokenizer, bool(missing) and not headless
 
 
@@ -414,12 +414,11 @@ def load_cross_encoder(folder: Path, form: TextFormat) -> tuple[nn.Module, objec
     """(sequence classifier in fp32 and eval mode, tokenizer). form: title, max_query_length, and in
     max_passage_length the tokens of a pair. UserError: no trained head of one or two labels, a
     tokenizer that is not fast, lengths that leave no room for the passage."""
-    classifier, tokenizer, new_head = _load(folder, AutoModelForSequenceClassification)
+    needed = ("is_fast", "sep_token") if form.title == "sep" else ("is_fast",)
+    classifier, tokenizer, new_head = _load(folder, AutoModelForSequenceClassification, *needed)
     if new_head or classifier.config.num_labels > 2:
         what = "it has no trained head of one or two labels, so it is no cross-encoder"
         raise UserError(f"{folder}: {what} — train one with recipes/train_cross_encoder.py")
-    needed = ("is_fast", "sep_token") if form.title == "sep" else ("is_fast",)
-    _check_fit(folder, classifier, tokenizer, *needed)
     query, pair, limit = form.max_query_length, form.max_passage_length, positions(classifier)
     if query + tokenizer.num_special_tokens_to_add(pair=True) >= pair or pair > limit:
         what = f"--max_query_length {query} in --max_length {pair} of {limit} positions"

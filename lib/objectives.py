@@ -124,7 +124,7 @@ class MLM(nn.Module):
         ids, words = batch["input_ids"], self.words(batch)
         noise = self.noise(batch, seed, ENCODER_MASK, 3, ids.shape[1])
         budget = self.budget(words, batch["attention_mask"])
-        mask = masking.whole_word_mask(words, budget, noise[:, 0])
+        mask = masking.whole_word_mask(words, budget, noise[:, :1])[:, 0]
         return masking.corrupt(ids, mask, noise[:, 1:], self.mask_id, self.ordinary_ids), mask
 
     def view(self, batch: dict, mask: Tensor, seed: int) -> View | None:

@@ -312,7 +312,8 @@ def main():
 
     # ---- save
     save(out)
-    log.finish(describe_best(out / "best", dev_scores) if dev else "")
+    note = describe_best(out / "best", dev_scores) if dev else ""
+    log.finish(f"python encode.py --model {out / 'best' if dev else out} --kind passage", note)
 
 
 if __name__ == "__main__":

@@ -294,7 +294,7 @@ def main():
         base = args.model or args.model_config
         card = {"base": base, "data": args.corpus, "metrics": {"steps": step, **values}}
         checkpoint.save_checkpoint(objective, tokenizer, out, title, card)
-    log.finish()
+    log.finish(f"python finetune_biencoder.py --model {out}")
 
 
 if __name__ == "__main__":

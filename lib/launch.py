@@ -246,12 +246,14 @@ class RunLog:
             shown = (f"{name} {text}" for name, text in texts.items())
             self.bar.write(f"step {step:>6}  {'  '.join(shown)}")
 
-    def finish(self, note: str = "") -> None:
-        """The note, `done`, trackers closed. (Not by end_training(), which would destroy the
-        process group under the model: see run.)"""
+    def finish(self, command: str, note: str = "") -> None:
+        """The last thing of a run: the note, the command that uses the model, `done`, trackers
+        closed. (Not end_training(), which would destroy the process group under the model: see
+        run.)"""
         self.bar.close()
         if self.accelerator.is_main_process:
             print(note, end="\n" if note else "")
+            print(f"{self.path.parent} is complete; next: {command} ...")
             write_lines(self.path.with_name("done"), [])
         for tracker in self.accelerator.trackers:
             tracker.finish()

@@ -92,7 +92,8 @@ class Line(NamedTuple):
 
 class Panel(NamedTuple):
     """One pair of axes. form: lines, steps (y holds until the next x), points (one value a line,
-    with its interval) or bars (of width 1). log: the axes that are logarithmic."""
+    with its interval) or bars (of width 1; equal neighbours are one bar). log: the axes that are
+    logarithmic."""
 
     title: str
     x: str
@@ -344,14 +345,16 @@ def draw(panels: list[Panel], shared: bool):
 def draw_panel(axes, panel: Panel) -> None:
     axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
     axes.tick_params(labelbottom=True)  # where panels share an axis, only the lowest would have it
+    axes.locator_params(nbins=5)
     for name, x, y, style, interval in panel.lines:
         look = {"label": name, "color": COLOURS[style % len(COLOURS)]}
         marked = look | {"marker": MARKERS[style % len(MARKERS)]}
         if style == GREY:
             axes.plot(x, y, color="#bbbbbb", linewidth=0.8, zorder=1)
         elif panel.form == "bars":
-            edges = np.arange(len(x) + 1) + (x[0] - 0.5 if x else 0.0)
-            axes.stairs(y, edges, fill=True, **look)
+            bars = [(value, len([*same])) for value, same in groupby(y)]
+            edges = np.cumsum([x[0] - 0.5 if x else 0.0, *(width for _, width in bars)])
+            axes.stairs([value for value, _ in bars], edges, fill=True, **look)
         elif panel.form == "points":
             sides = [[x[0] - interval[0]], [interval[1] - x[0]]]
             axes.errorbar(x, y, xerr=sides, capsize=3, **marked)
@@ -366,7 +369,6 @@ def draw_panel(axes, panel: Panel) -> None:
     if panel.form == "points":
         names = [f"{line.name}: {line.x[0]:.4f}" for line in panel.lines]
         axes.set_yticks([line.y[0] for line in panel.lines], names)
-        axes.locator_params(axis="x", nbins=5)
         axes.margins(y=0.3)
         axes.invert_yaxis()
     for letter in panel.log:

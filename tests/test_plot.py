@@ -258,8 +258,10 @@ def test_the_axes_hold_these_numbers(script, figures, logs, evaluations, growing
         for axes, panel in zip(figures[-1].axes, panels, strict=True):
             assert axes.get_title() == panel["title"] and f">{panel['title']}<" in text
             if panel["form"] == "bars":
-                drawn = [patch.get_data().values.tolist() for patch in axes.patches]
-                assert drawn == [line["y"] for line in panel["lines"]]
+                for patch, line in zip(axes.patches, panel["lines"], strict=True):
+                    values, edges, _ = patch.get_data()
+                    assert np.repeat(values, np.diff(edges).astype(int)).tolist() == line["y"]
+                    assert not line["x"] or edges[0] == line["x"][0] - 0.5
                 continue
             drawn = [[*map(list, line.get_data())] for line in axes.get_lines()]
             for line in panel["lines"]:

@@ -304,9 +304,9 @@ KINDS = {  # what draws it, its file in the folder of a run, the flag that it ha
 
 def run_names(paths: list[Path], file: str) -> list[str]:
     """What tells paths apart: their parts without those at both ends that all of them have."""
-    if len(paths) == 1:
-        return [paths[0].parent.name if paths[0].name == file else paths[0].name]
     parts = [path.resolve().parts for path in paths]
+    if len(parts) == 1:
+        return [parts[0][-2 if parts[0][-1] == file else -1]]
     for end, rest in ((-1, slice(None, -1)), (0, slice(1, None))):
         while len({names[end] for names in parts}) == 1 and min(map(len, parts)) > 1:
             parts = [names[rest] for names in parts]
@@ -357,6 +357,7 @@ def draw_panel(axes, panel: Panel) -> None:
             axes.stairs([value for value, _ in bars], edges, fill=True, **look)
         elif panel.form == "points":
             sides = [[x[0] - interval[0]], [interval[1] - x[0]]]
+            sides = np.maximum(sides, 0)  # the last bits of equal values may cross
             axes.errorbar(x, y, xerr=sides, capsize=3, **marked)
         else:
             spread = np.geomspace if "x" in panel.log else np.linspace

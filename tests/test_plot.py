@@ -288,6 +288,14 @@ def test_a_picture_is_the_same_each_time(script, figures, logs, tmp_path):
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_interval_of_equal_values_is_drawn():
+    """The mean of a sample of them may differ from theirs in the last bit."""
+    pytest.importorskip("matplotlib")
+    line = plot.Line("run", [0.1], [0], 0, (0.1 + 2e-17, 0.1))
+    (axes,) = plot.draw([plot.Panel("AP", "", "", [line], "points")], shared=False).axes
+    assert axes.get_yticklabels()[0].get_text() == "run: 0.1000"
+
+
 def test_runs_differ_in_more_than_colour():
     looks = [
         (n % len(plot.DASHES), n % len(plot.MARKERS))

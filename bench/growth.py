@@ -10,8 +10,9 @@ is drawn in proportion to 1 / (r + 50), so that none is as frequent as a stopwor
 words of one passage, its only positive. The dense model is a small random BERT, so its speed says
 nothing about real ones, but its exponent does. Sparse vectors are those of bench/search_sparse.py.
 
-Every stage is a process of its own, on all cores. Seconds are those beyond its imports; memory is
-its peak beyond what it has after them, with the pages of mapped files; disk is what it leaves.
+Every stage is a process of its own, on all cores. Seconds are those beyond its imports, by the
+clock, and those of all cores together, which are steadier on a busy machine; memory is its peak
+beyond what it has after them, with the pages of mapped files; disk is what it leaves.
 What does not depend on the corpus (loading a model, printing) lowers the exponents of small sizes.
 The same searches are made in each corpus. Exact search of dense vectors has no index to build.
 
@@ -48,7 +49,12 @@ MEAN, SPREAD, QUERY = 56, 0.39, 6  # words
 WARM_UP = 2_000  # passages of a first round, which compiles kernels; it is not reported
 DEPTH = 1_000
 BEFORE = "encode, queries"  # a stage that does not depend on the corpus, and is not reported
-COSTS = {"seconds": "s", "memory_mb": "MB beyond imports", "disk_mb": "MB on disk"}
+COSTS = {
+    "seconds": "s",
+    "cpu_seconds": "CPU s",
+    "memory_mb": "MB beyond imports",
+    "disk_mb": "MB on disk",
+}
 
 
 def prepare(folder: Path, passages: int, queries: int) -> None:
@@ -150,13 +156,13 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     """The costs of a stage in this process."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
-    began = time.perf_counter()
+    began = np.array([time.perf_counter(), time.process_time()])
     stage = STAGES.get(name) or partial(encode_texts, "query", "queries.tsv")
     stage(folder, folder / name)
-    seconds = time.perf_counter() - began
+    seconds = np.array([time.perf_counter(), time.process_time()]) - began
     files = [path for path in (folder / name).rglob("*") if path.is_file()]
     disk = sum(path.stat().st_size for path in files) / 1e6
-    costs = seconds, memory("VmHWM") - before, disk
+    costs = [*seconds.tolist(), memory("VmHWM") - before, disk]
     return dict(zip(COSTS, costs, strict=True))
 
 

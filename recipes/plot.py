@@ -46,6 +46,7 @@ UNITS = {  # of a quantity by the end of its name; panels of a log stand in this
     ("terms",): "terms per text",
     ("lr",): "learning rate",
     ("grad_norm",): "L2 norm",
+    ("seconds",): "s",
     ("memory_mb", "disk_mb"): "MB",
     ("",): "",
 }
@@ -317,9 +318,10 @@ def draw(panels: list[Panel], shared: bool):
     """-> a matplotlib Figure, 8 inches wide. shared: one legend for all panels."""
     from matplotlib.figure import Figure
 
-    columns = min(len(panels), 2)
+    crowded = not shared and max(len(panel.lines) for panel in panels) > 4
+    columns = 1 if crowded else min(len(panels), 2)
     rows = math.ceil(len(panels) / columns)
-    height = 2.5 if columns == 2 else 4.0
+    height = 2.5 if columns == 2 else 3.5
     if panels[0].form == "points":
         height = 0.9 + 0.25 * max(len(panel.lines) for panel in panels)
     figure = Figure(figsize=(8, height * rows + 0.4 * shared), layout="constrained")
@@ -331,7 +333,8 @@ def draw(panels: list[Panel], shared: bool):
         artists, names = axes.get_legend_handles_labels()
         handles |= dict(zip(names, artists, strict=True))
         if not shared and panel.form != "points":
-            axes.legend(fontsize=8)
+            beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if crowded else {}
+            axes.legend(fontsize=8, **beside)
     for axes in every[len(panels) :]:
         axes.remove()
     if shared:

@@ -139,6 +139,7 @@ def _mask(attention_mask=None, mask_function=None, **options):
     return sdpa_mask(attention_mask=attention_mask, mask_function=mask_function, **options)
 
 
+@torch.compiler.disable  # torch.compile cannot follow numba
 def max_over_positions(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """(maxima (B, T) fp32, first position of each (B, T) int32) of logits (B, L, T) where mask
     (B, L) is True; -inf and 0 without a position. Twenty times as fast as torch.max."""

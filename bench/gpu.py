@@ -31,9 +31,10 @@ import transformers
 NO_CUDA = "no CUDA device here — run it where there is one, or add --device cpu --tiny"
 
 
-def prepare(device: str) -> None:
+def prepare() -> None:
     """Settings of this process. They must be made before CUDA starts."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # --deterministic needs it
+    # one GPU: some peers would take all
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     transformers.logging.set_verbosity_error()
@@ -90,11 +91,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8, help="begin no timing later")
     parser.add_argument("--folder", help="where the temporary folder is made")
     args = parser.parse_args()
+    prepare()
     deadline = time.monotonic() + 60 * args.minutes
     if args.device == "cuda" and not torch.cuda.is_available():
         print(NO_CUDA)
         sys.exit(2 if args.require else 0)
-    prepare(args.device)
     wrong = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         os.environ["ISTHMUS_CACHE"] = f"{folder}/cache"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from bench.gpu_data import Collection, Writer, write_collection, write_model
-from bench.gpu_scripts import call, log_of, without_rehearsal
+from bench.gpu_scripts import call, forget_accelerator, log_of, without_rehearsal
 from bench.gpu_sizes import MSMARCO, SHAPES, layers_flops, peaks_of, pretraining_flops, sizes_for
 from bench.search_sparse import generated, generated_queries
 from lib.embeddings import Embeddings, finish_embeddings, write_shard
@@ -95,6 +95,8 @@ class Fast:
         return flops / (self.peak * 1e12) if self.peak else None
 
     def start(self) -> None:
+        """Forget what the last measurement has left."""
+        torch.compiler.reset()
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -208,6 +210,7 @@ class Fast:
                         torch.cuda.synchronize()
                     moments.append(time.perf_counter())
 
+        forget_accelerator()
         steps = self.window * WINDOWS
         columns = self.columns(steps * sizes.queries)
         encoder = st.SentenceTransformer(str(model), device=self.device)
@@ -369,8 +372,14 @@ class Fast:
             yield f"{name}, torch.compile", lambda name=name: [self.pretraining(name, True)]
 
     def timings(self, deadline: float) -> Iterator[Timing]:
-        """All of them, as they are done. After the deadline (of time.monotonic) the rest is named
-        and left out."""
+        """All of them, as they are done; one that fails says why. After the deadline (of
+        time.monotonic) the rest is named and left out."""
         for name, measure in self.tasks():
-            late = time.monotonic() > deadline
-            yield from [Timing(name, "left out: no time")] if late else measure()
+            if time.monotonic() > deadline:
+                yield Timing(name, "left out: no time")
+                continue
+            try:
+                yield from measure()
+            except Exception as error:
+                last = str(error).strip().rpartition("\n")[2].replace("|", "/")
+                yield Timing(name, f"failed: {type(error).__name__}: {last}")

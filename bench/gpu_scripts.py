@@ -43,11 +43,16 @@ def environment_of(device: str, precision: str) -> dict[str, str]:
     }
 
 
+def forget_accelerator() -> None:
+    """What Accelerate knows of this process; else the next Accelerator would be as the last."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def call(script: str, flags: dict, device: str, precision: str = "no", **environment) -> str:
     """Run main() of a script in this process; returns what it printed. RuntimeError: it stopped
     with an error."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerator()
     output = io.StringIO()
     argv = [f"{script}.py", *words_of(flags)]
     main = importlib.import_module(script).main
@@ -115,14 +120,14 @@ def recording(steps: int) -> Iterator[Recorded]:
 
 
 def fp16(make: Callable, device: str, scale: float) -> Callable:
-    """lib/launch.make_accelerator with fp16 and a loss scale that begins at `scale`; 1/2^20 of it
+    """lib/launch.make_accelerator with fp16 and a loss scale that begins at `scale`; 1/2^30 of it
     after an overflow. On a CPU, for which Accelerate has no fp16, autocast emulates it."""
 
     def made(*args, **options) -> Accelerator:
         accelerator = make(*args, **options)
         accelerator.state._mixed_precision = "fp16"
         accelerator.native_amp = True
-        accelerator.scaler = torch.amp.GradScaler(device, init_scale=scale, backoff_factor=2.0**-20)
+        accelerator.scaler = torch.amp.GradScaler(device, init_scale=scale, backoff_factor=2.0**-30)
         made.accelerator = accelerator
         return accelerator
 

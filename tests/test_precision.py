@@ -46,18 +46,17 @@ def weights_before_each_step():
 
 @pytest.mark.parametrize("name", OVERFLOWS)
 def test_fp16_passes_over_an_overflow_and_trains_on(right, name):
-    flags = OVERFLOWS[name] | {"max_steps": 4}
+    flags = OVERFLOWS[name] | {"max_steps": 3}
     script = "pretrain_mae" if "objective" in flags else "finetune_biencoder"
     flags = right.pretraining(**flags) if "objective" in flags else right.finetuning(**flags)
     with weights_before_each_step() as weights, fp16_from("cpu", 2.0**40) as made:
         call(script, flags, "cpu")
     log = log_of(flags["output_dir"])
-    skipped = sum(not np.isfinite(line["grad_norm"]) for line in log)
-    assert 1 <= skipped <= 2 and np.isfinite([line["grad_norm"] for line in log[skipped:]]).all()
+    assert [bool(np.isfinite(line["grad_norm"])) for line in log] == [False, True, True]
     assert all(np.isfinite(line["loss"]) for line in log)
-    assert made.accelerator.scaler.get_scale() == 2.0 ** (40 - 20 * skipped)
-    assert all(torch.equal(weights[0], same) for same in weights[1 : skipped + 1])
-    assert not torch.equal(weights[skipped], weights[skipped + 1])
+    assert made.accelerator.scaler.get_scale() == 2.0**10  # from 2.0**40, by one overflow
+    first, second, third = weights
+    assert torch.equal(first, second) and not torch.equal(second, third)
     saved = load_file(flags["output_dir"] / "model.safetensors").values()
     assert all(weight.isfinite().all() for weight in saved)
 
@@ -72,13 +71,15 @@ def test_on_another_device_nothing_is_left_on_the_cpu(tmp_path):
     *checks, forgetful = map(json.loads, done.stdout.splitlines())
     assert len(checks) > len(OBJECTIVES) + len(FINETUNING)
     assert [one["name"] for one in checks if not one["right"]] == []
-    assert forgetful["name"] == "forgetful" and "is on the CPU" in forgetful["found"]
+    assert forgetful["name"] == "forgetful, fp32" and not forgetful["right"]
+    assert "a tensor of (1,) is on the CPU" in forgetful["found"]
 
 
 def run_bench(monkeypatch, capsys, *flags):
     """(exit status, stdout) of bench/gpu.py in this process."""
     monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
-    monkeypatch.setenv("ISTHMUS_CACHE", os.environ["ISTHMUS_CACHE"])  # it is put back
+    for name in ("ISTHMUS_CACHE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))  # they are put back
     try:
         gpu.main()
         status = 0
@@ -88,11 +89,11 @@ def run_bench(monkeypatch, capsys, *flags):
 
 
 def test_bench_at_toy_sizes(monkeypatch, capsys):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     status, printed = run_bench(monkeypatch, capsys, "--device", "cpu", "--tiny")
     rows = [line for line in printed.splitlines() if line.startswith("|")]
     checks = [row for row in rows if row.endswith("right |")]
-    assert status == 0 and "wrong" not in printed and "left out" not in printed
+    assert status == 0 and "wrong" not in printed
+    assert "left out" not in printed and "failed" not in printed
     for name in (*OBJECTIVES, *FINETUNING):
         assert sum(row.startswith(f"| {name}, f") for row in checks) >= 2, name
     for name in OBJECTIVES:

@@ -65,7 +65,9 @@ def call(script: str, flags: dict, device: str, precision: str = "no", **environ
         try:
             main()
         except (UserError, SystemExit) as error:
-            raise RuntimeError(f"{' '.join(argv)}: {error}\n{output.getvalue()}") from error
+            raise RuntimeError(f"{output.getvalue()}\n{argv[0]}: {error}") from error
+        finally:
+            launch.release_output()
     return output.getvalue()
 
 

@@ -5,13 +5,11 @@ shard, windows of WINDOW texts (the first is shorter) are tokenised by loader wo
 length, and encoded in batches of at most --tokens_per_batch tokens; rows keep the order of the
 input. Neither windows nor batches cross a shard, so any number of processes writes the same bytes
 as one (on the same machine, with the same number of threads each), and memory does not grow with
-the corpus. The same command finishes a run that was killed: shards that exist are kept, if model,
-input and settings are the same.
+the corpus. The same command finishes a run that was killed: it makes the shards that are missing.
 
-A sparse checkpoint gives CSR shards: one column per term of the vocabulary. --max_terms and
---min_weight prune them. With --max_chunks, a passage gives a vector for each of its chunks (MaxP,
-see lib/text.py), side by side in its shard, each with its id. A chunk of padding alone is never
-encoded (ANCE indexes them).
+A sparse checkpoint gives CSR shards: one column per term of the vocabulary. With --max_chunks, a
+passage gives a vector for each of its chunks (MaxP, see lib/text.py), side by side in its shard,
+each with its id. A chunk of padding alone is never encoded (ANCE indexes them).
 
 How texts are read (head, pooling, titles, prompts, lengths) belongs to the checkpoint. A flag that
 contradicts it stops the run, unless --override is given. A plain Hugging Face folder states
@@ -29,9 +27,7 @@ N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16
 """
 
 import math
-import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -96,9 +92,8 @@ class Args:
 @dataclass
 class Windows(Dataset):
     """Span [start, stop) of n texts, m chunks (one for each text, unless passages are cut) -> (the
-    id of each chunk's text, (n,) bool: full, so the text may go on, all tokens in one (T,) int32
-    array, (m,) lengths): arrays, because lists of lists would cost the main process more to receive
-    than to make."""
+    id of each chunk's text, (n,) bool: full, so the text may go on, (T,) int32 all tokens, (m,)
+    lengths): arrays, which the main process receives faster than lists of lists."""
 
     texts: Texts
     spans: list[tuple[int, int]]
@@ -134,9 +129,9 @@ def to_csr(reps: torch.Tensor | csr_matrix, min_weight: float, max_terms: int) -
     """(n, V) on any device, or CSR -> CSR of the weights above `min_weight`, at most `max_terms` of
     a row (0 = all). A NaN stays one."""
     if isinstance(reps, torch.Tensor):
-        row, term = (~(reps <= min_weight)).nonzero(as_tuple=True)
-        starts = np.cumsum([0, *np.bincount(row.cpu().numpy(), minlength=len(reps))])
-        parts = reps[row, term].cpu().numpy(), term.int().cpu().numpy(), starts
+        kept = ~(reps <= min_weight)
+        starts = np.cumsum([0, *kept.sum(1).tolist()])
+        parts = reps[kept].cpu().numpy(), kept.nonzero()[:, 1].int().cpu().numpy(), starts
         reps = csr_matrix(parts, shape=reps.shape)
     else:
         reps.data[reps.data <= min_weight] = 0
@@ -155,19 +150,26 @@ def prune(vectors: csr_matrix, max_terms: int) -> csr_matrix:
     return vectors
 
 
-def encode_window(model: BiEncoder, window: tuple, kind: str, budget: int, to_rows: Callable):
-    """The vectors of an item of Windows, in its order. to_rows: (B, D) on the device or as CSR ->
-    what is kept of a batch, a tensor or CSR."""
-    _, _, tokens, lengths = window
-    if kind == "query" and model.query_table is not None:
-        return to_rows(model.query_table.rows(tokens, lengths))
+def encode_window(model: BiEncoder, window: tuple, args: Args, budget: int, bar: tqdm):
+    """The vectors of an item of Windows, in its order. Batches come longest first; each moves the
+    bar by its share of the window's tokens."""
+    _, full, tokens, lengths = window
+    if args.kind == "query" and model.query_table is not None:
+        bar.update(len(full))
+        return to_csr(model.query_table.rows(tokens, lengths), args.min_weight, args.max_terms)
     texts = np.split(tokens, np.cumsum(lengths)[:-1])
-    batches = token_batches(lengths, budget, model.format.max_length(kind))
+    batches = token_batches(lengths, budget, model.format.max_length(args.kind))
+    cost = np.cumsum([len(rows) * width for rows, width in batches])
+    steps = np.diff(cost * len(full) // cost[-1], prepend=0)
     device = next(model.parameters()).device
     parts = []
-    for rows, width in batches:
+    for (rows, width), step in zip(batches, steps.tolist(), strict=True):
         batch = pad([texts[row] for row in rows], model.tokenizer, width)
-        parts.append(to_rows(model.encode(send_to_device(batch, device), kind)))
+        reps = model.encode(send_to_device(batch, device), args.kind)
+        if isinstance(model, SparseBiEncoder):  # a window of dense rows would be a gigabyte
+            reps = to_csr(reps, args.min_weight, args.max_terms)
+        parts.append(reps)
+        bar.update(step)
     order = np.argsort(np.concatenate([rows for rows, _ in batches]))
     if isinstance(parts[0], csr_matrix):
         return vstack(parts, "csr")[order]
@@ -197,8 +199,6 @@ def main():
     args = parse_args(Args)
     accelerator = make_accelerator()
     rank, W, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    if args.num_workers:  # threads of the tokenizer would compete with the workers
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
     budget = args.tokens_per_batch or (2048 if device.type == "cpu" else 65536)
 
     # ---- model and texts
@@ -206,19 +206,19 @@ def main():
     overrides = {name: getattr(args, name) for name in names}
     overrides[f"max_{args.kind}_length"] = args.max_length
     with accelerator.main_process_first():
-        folder = checkpoint_folder(args.model)
+        source = checkpoint_folder(args.model)
         texts = open_texts(args.input)
     head = Head(args.pooling, args.head, normalize=args.normalize)
     head.exclude_special_tokens = args.exclude_special_tokens
-    strict = not args.override
-    model = load_encoder(folder, head, overrides, strict, args.trust_remote_code).to(device)
+    model = load_encoder(source, head, overrides, not args.override, args.trust_remote_code)
+    model.to(device)
     form, tokenizer, sparse = model.format, model.tokenizer, isinstance(model, SparseBiEncoder)
     if not sparse and (args.max_terms or args.min_weight):
-        raise UserError(f"{folder}: a dense checkpoint — leave --max_terms and --min_weight out")
+        raise UserError(f"{source}: a dense checkpoint — leave --max_terms and --min_weight out")
     limit, chunks = form.max_length(args.kind), form.chunks(args.kind)
     dtype = args.dtype or ("float32" if sparse else "float16")
     inputs = {
-        "model_hash": model_hash(folder),
+        "model_hash": model_hash(source),
         "input_fingerprint": texts.fingerprint,
         "precision": accelerator.mixed_precision.replace("no", "fp32"),
         "tokens_per_batch": budget,
@@ -286,30 +286,24 @@ def main():
         pack_linears(model.backbone.base_model, packed)
         speed_up_attention(model.backbone)
 
-    def to_rows(reps):  # a window of dense rows of V numbers would be a gigabyte
-        return to_csr(reps, args.min_weight, args.max_terms) if sparse else reps
-
     limited, terms, clock = 0, 0, time.perf_counter()
     with torch.inference_mode(), accelerator.autocast():  # one context: weights are cast once
         for shard, parts in zip(mine, spans, strict=True):
             vectors, ids = [], []
             for window in islice(loader, len(parts)):
-                vectors.append(encode_window(model, window, args.kind, budget, to_rows))
+                vectors.append(encode_window(model, window, args, budget, bar))
                 ids += window[0]
                 limited += int(window[1].sum())
-                bar.update(len(window[1]))
             vectors = vstack(vectors, "csr") if sparse else np.concatenate(vectors)
             terms += vectors.nnz if sparse else 0
             write_shard(folder, shard, store_as(vectors, dtype, ids, args.input), ids)
-    seconds = time.perf_counter() - clock
     bar.close()
 
     # ---- done
-    done = gather_object([(total, limited, terms, seconds)])
-    accelerator.wait_for_everyone()
+    done = gather_object([(total, limited, terms)])  # when all have written their shards
     if accelerator.is_main_process:
-        texts_done, limited, terms, _ = map(sum, zip(*done, strict=True))
-        seconds = max(one[3] for one in done)
+        seconds = time.perf_counter() - clock
+        texts_done, limited, terms = map(sum, zip(*done, strict=True))
         if chunks > 1:
             paths = folder.glob("shard-*.npy")
             meta["vectors"] = sum(len(np.load(path, mmap_mode="r")) for path in paths)

@@ -1,10 +1,10 @@
 """Search, or take run files, and measure: full ranking, re-ranking of candidates, fusion of runs,
 significance of differences.
 
-A run comes from embeddings (exact search, or any faiss index), from BM25, or from files; several
-files are fused by reciprocal rank. Metrics are trec_eval's (through pytrec_eval), and trec_eval on
-the run.trec that is written here prints the same numbers. Deliberate deviations from the
-evaluation scripts of the papers:
+A run comes from embeddings by exact search, from BM25, or from files; several files are fused by
+reciprocal rank. Metrics are trec_eval's (through pytrec_eval), and trec_eval on the run.trec that
+is written here prints the same numbers. Deliberate deviations from the evaluation scripts of the
+papers:
   1. Queries without a result count 0 in every metric (beir and pytrec_eval drop them).
   2. R@k is the fraction of the relevant passages found (LexMAE's recall@k is Success@k here).
   3. --relevance_level applies to every binary metric, RR included (ANCE's notebook tests pid > 0
@@ -28,15 +28,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from lib.arguments import arg, identity, parse_args
-from lib.bm25 import Weighting
 from lib.files import (
     RunList,
     UserError,
+    file_fingerprint,
     positives,
     read_json,
     read_qrels,
@@ -45,7 +44,7 @@ from lib.files import (
     write_lines,
     write_run,
 )
-from lib.index import Index, Source, check_identical_ids, file_fingerprint, open_index
+from lib.index import Index, check_identical_ids, open_index
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
 from lib.metrics import (
     bootstrap_interval,
@@ -88,15 +87,11 @@ class Args:
         most=1_000_000,
         help="number of passages per query that are written and counted, also of --run",
     )
-    index: str | None = arg(
-        None, help="faiss factory string for dense vectors, as IVF4096,Flat; exact search without"
-    )
     k1: float = arg(0.9, least=0, help="parameter of BM25; the default is Anserini's for passages")
     b: float = arg(0.4, least=0, most=1, help="parameter of BM25; as k1")
     bm25_index: str | None = arg(
         None, help="folder of the index of BM25 or sparse vectors, built if absent; in --output_dir"
     )
-    bits: Literal[32, 16, 8] = arg(32, help="bits of a sparse weight in the index; 32 is exact")
 
     metrics: list[str] = arg(
         METRICS,
@@ -115,9 +110,7 @@ class Args:
     compare: str | None = arg(
         None, help="a second run file: differences from it, with a paired test and an interval"
     )
-    seed: int = arg(
-        0, least=0, help="seed of the bootstrap, of the randomisation test, of faiss' training"
-    )
+    seed: int = arg(0, least=0, help="seed of the bootstrap and of the randomisation test")
 
 
 def search(
@@ -136,9 +129,6 @@ def search(
         facts["candidates"] = f"{args.candidates}; {missing}"
         wanted = [np.sort(rows[rows >= 0]) for rows in wanted]
         lists = zip(index.score(asked, wanted), wanted, strict=True)
-    if index.folder.is_dir():
-        size = sum(path.stat().st_size for path in index.folder.iterdir())
-        facts["index"] = f"{size / 1e6:.1f} MB"
     found = {}
     for qid, (scores, rows) in zip(qids, lists, strict=True):
         best = np.argsort(-scores, kind="stable")  # ties stay in the order of corpus rows
@@ -242,18 +232,13 @@ def main():
         if args.ignore_identical_ids:
             check_identical_ids(path, positives(qrels))
     out = Path(args.output_dir)
-    source = Source(
-        bm25=args.bm25,
+    index = open_index(
+        bm25=(args.k1, args.b) if args.bm25 else None,
         run=bool(args.run),
         texts=(args.queries, args.corpus),
         embeddings=(args.queries_embeddings, args.corpus_embeddings),
         folder=Path(args.bm25_index or out / "index"),
-        weighting=Weighting(args.k1, args.b),
-        bits=args.bits,
-        faiss=None if args.candidates else args.index,  # candidates are scored exactly
-        seed=args.seed,
     )
-    index = open_index(source, accelerator)
     lost = check_judgments(args, splits, index) if index else 0
     qids = list(dict.fromkeys(qid for qrels in splits.values() for qid in qrels))
     runs = [read_run(path) for path in args.run]

@@ -36,14 +36,14 @@ from accelerate.utils import send_to_device
 from lib import checkpoint, launch, losses
 from lib.arguments import arg, identity, parse_args
 from lib.cpu import speed_up_attention
-from lib.dev import describe_best, open_dev_set
+from lib.dev import DevSet, describe_best
 from lib.dro import GroupGradients, GroupWeights, groups_of_rows
 from lib.encoder import Head
 from lib.files import UserError
 from lib.generations import Generations, checkpoint_path, remove_old_checkpoints
 from lib.gradcache import contrastive_backward
 from lib.groups import GroupCollator, Groups, TrainingFile
-from lib.loader import StepSampler, load
+from lib.loader import load, step_batches
 from lib.masking import DROPOUT
 from lib.optim import descend, lr_at, make_optimizer, recompute_activations, steps_of
 from lib.query_table import use_query_table
@@ -61,10 +61,8 @@ class Args:
     passages_per_query: int = arg(None, least=1, help="1 positive, the rest negatives (default: 8)")
     negatives_depth: int = arg(200, least=1, help="draw from the first N negatives of a query")
     batch_by: Literal["chance", "cluster"] = arg("chance", help="cluster: one per batch (TAS-B)")
-    dev_queries: str = arg(None, group="development set", help="its queries")
-    dev_qrels: str = arg(None, help="its judgments")
-    dev_candidates: str = arg(None, help="passages to re-rank for MRR@10: a run or top1000.dev")
-    eval_every: int = arg(None, least=1, help="evaluate every N steps (default: ten times in all)")
+    dev: tuple[str, str, str] = arg(None, help="development queries, judgments, run to re-rank")
+    eval_every: int = arg(None, least=1, help="MRR@10 of --dev every N steps (default: ten times)")
     query_prompt: str = arg(None, group="texts (default: as --model)", help="text before a query")
     passage_prompt: str = arg(None, help="text put before every passage")
     title: Literal["none", "space", "sep"] = arg(None, help="how title and text are joined")
@@ -85,12 +83,10 @@ class Args:
     kl_weight: float = arg(0.0, least=0, help="weight of KL(teacher, student) per query (LexMAE 1)")
     margin_mse_weight: float = arg(0.0, least=0, help="weight of the margin-MSE (SPLADE 1)")
     query_encoder: Literal["table", "idf"] = arg(
-        None, help="sparse: queries without the model, by a learned weight per term or its IDF"
+        None, help="sparse: queries by a weight per term, learned or IDF; --flops_queries is 0"
     )
     flops_passages: float = arg(0.002, least=0, help="sparse: FLOPS weight of passages (as LexMAE)")
-    flops_queries: float = arg(
-        None, least=0, help="sparse: FLOPS weight of queries (0.75 x passages; --query_encoder: 0)"
-    )
+    flops_queries: float = arg(None, least=0, help="sparse: weight of queries (0.75 x passages)")
     flops_warmup_steps: int = arg(0, least=0, help="sparse: steps in which the FLOPS weights grow")
     dro: bool = arg(False, help="weight the clusters of the training file")
     dro_alpha: float = arg(0.25, above=0, most=1, help="--dro: power of the losses (as COCO-DR)")
@@ -133,8 +129,8 @@ def check(args: Args, passages_per_query: int, processes: int) -> None:
     if args.dro and (in_batch or args.gradient_checkpointing):
         remedy = "give --loss triplet, no --chunk_size, no --gradient_checkpointing"
         raise UserError(f"--dro needs a loss of each query alone, of a whole batch — {remedy}")
-    if args.eval_every and not args.dev_queries:
-        raise UserError("--eval_every: the development set is incomplete — give --dev_queries")
+    if args.eval_every and not args.dev:
+        raise UserError("--eval_every: there is no development set — give --dev")
     if Path(args.train).is_dir() and not args.max_steps:
         raise UserError("--train with generations has no number of examples — give --max_steps")
 
@@ -146,16 +142,13 @@ def main():
     out = Path(args.output_dir)
     accelerator = launch.make_accelerator(accumulation, args.report_to, out, args.deterministic)
     W = accelerator.num_processes
-    device = accelerator.device
     B = args.per_device_batch_size
 
     # ---- data
-    with accelerator.main_process_first():
-        corpus = open_texts(args.corpus)
-        queries = open_texts(args.queries)
-        dev = open_dev_set(args.dev_queries, args.dev_qrels, args.dev_candidates, corpus)
+    corpus = open_texts(args.corpus)
+    queries = open_texts(args.queries)
+    dev = DevSet(*args.dev, corpus) if args.dev else None
     distilled = bool(args.kl_weight or args.margin_mse_weight)
-
     one_cluster = W * B if args.batch_by == "cluster" else 0
 
     def read(train):
@@ -167,10 +160,8 @@ def main():
     check(args, P, W)
     batch_size = W * B * accumulation
     max_steps = args.max_steps or math.ceil(args.num_epochs * len(groups) / batch_size)
-    epochs = max_steps * batch_size / len(groups)
     warmup_steps = steps_of(args.warmup_steps, max_steps)
     eval_every = args.eval_every or math.ceil(max_steps / 10)
-    flops_p = args.flops_passages
 
     # ---- model
     torch.manual_seed(args.seed)  # of new weights
@@ -181,8 +172,9 @@ def main():
     form, dim = model.format, model.dim
     if args.query_encoder:
         use_query_table(model, args.query_encoder, corpus)
-    flops_q = 0.0 if model.query_table is not None else 0.75 * flops_p
-    flops_q = flops_q if args.flops_queries is None else args.flops_queries
+    flops_p, flops_q = args.flops_passages, args.flops_queries
+    if flops_q is None:
+        flops_q = 0.0 if model.query_table is not None else 0.75 * flops_p
     temperature = args.temperature or (0.05 if model.normalized else 1.0)
     speed_up_attention(model.backbone)
     if args.gradient_checkpointing:
@@ -192,7 +184,7 @@ def main():
         dro = GroupWeights(clusters, args.dro_alpha, args.dro_ema, args.dro_rho, args.dro_eps)
         gradients = GroupGradients(model.backbone)
     chunked = 0 < args.chunk_size < B * P * form.max_chunks
-    at_a_time = args.chunk_size if chunked else 16 if device.type == "cpu" else 64
+    at_a_time = args.chunk_size if chunked else 16 if accelerator.device.type == "cpu" else 64
     collate = GroupCollator(groups, model.tokenizer, form, at_a_time)
     weights = sum(p.numel() for p in model.parameters())
     facts = {
@@ -200,11 +192,11 @@ def main():
         "texts": form,
         "running on": launch.describe(accelerator),
         "batch": f"{B} queries x {W} process(es) x {accumulation} accumulated = {batch_size}",
-        "GradCache": f"{args.chunk_size} texts at a time" if chunked else "no",
         "scores": f"{model.pooling}, {'cosine' if model.normalized else 'dot'} / {temperature}",
         **groups.notes,
         **(dev.notes(groups.file) if dev else {}),
-        "steps": f"{max_steps}, {warmup_steps} of warm-up; {epochs:.2f} epochs",
+        "steps": f"{max_steps}, {warmup_steps} of warm-up",
+        "epochs": f"{max_steps * batch_size / len(groups):.2f}",
         "disk": f"{(4 + bool(dev) + 2 * data.is_folder) * weights * 4 / 1e9:.2f} GB",  # 3 in state/
     }
     if args.dry_run:
@@ -257,7 +249,6 @@ def main():
             encoder = accelerator.unwrap_model(model, keep_torch_compile=False)
             checkpoint.save_encoder(encoder, folder, card)
             remove_old_checkpoints(out)
-        accelerator.wait_for_everyone()
 
     def evaluate():
         dev_scores[step] = dev.mrr(accelerator, model, collate)
@@ -277,28 +268,24 @@ def main():
             renewed = data.renew(step - step % args.log_every, accelerator)
             if batches is None or renewed:  # optimizer and schedule go on
                 collate.groups = data.groups
-                sampler = StepSampler(data.groups, B, accelerator.process_index, W, micro_step)
-                batches = load(data.groups, collate, sampler, args.num_workers, device)
+                sampler = step_batches(data.groups, B, accelerator.process_index, W, micro_step)
+                batches = load(data.groups, collate, sampler, args.num_workers, accelerator.device)
         # ------------------------------------------------------------------- one training step
-        batch = send_to_device(means.next(batches), device, non_blocking=True)
+        batch = send_to_device(means.next(batches), accelerator.device, non_blocking=True)
         dropout = step_seed(args.seed, DROPOUT, micro_step, accelerator.process_index)
         with accelerator.accumulate(model):
             if chunked:
                 loss, stats = contrastive_backward(accelerator, model, batch, loss_of, dropout)
             else:
                 torch.manual_seed(step_seed(dropout))
-                q_reps, p_reps = model(batch["query"], batch["passage"])
-                loss, stats = loss_of(batch, q_reps, p_reps)
+                loss, stats = loss_of(batch, *model(batch["query"], batch["passage"]))
                 accelerator.backward(loss)
             if args.dro:
                 dro.update(gradients.products(groups_of_rows(batch), dro.present))
             lr = lr_at(step, args.learning_rate, warmup_steps, max_steps)
-            loss = loss.detach()
             norm, finite = descend(accelerator, model, optimizer, loss, lr, args.max_grad_norm)
             if not finite:
-                qids = ", ".join(queries.ids(batch["query_rows"].tolist()))
-                wrong = f"step {step + 1}: the loss or gradient is not finite for queries {qids}"
-                raise UserError(f"{wrong} — lower --learning_rate")
+                launch.stop_not_finite(step + 1, queries.ids(batch["query_rows"].tolist()))
         # ------------------------------------------------- log, evaluate, save: once per step
         micro_step += 1
         means.add({"loss": loss, **stats})

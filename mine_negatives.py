@@ -37,18 +37,18 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.arguments import arg, identity, parse_args
-from lib.bm25 import Weighting
 from lib.files import (
     RunList,
     TrainingRow,
     UserError,
+    file_fingerprint,
     first_line,
     read_positives,
     read_run,
     write_json,
     write_training_file,
 )
-from lib.index import Source, check_identical_ids, file_fingerprint, open_index
+from lib.index import check_identical_ids, open_index
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
 from lib.text import step_seed
 from lib.texts import Texts, open_texts, require_rows
@@ -78,15 +78,11 @@ class Args:
         most=1_000_000,
         help="number of ranks to take (RetroMAE, ANCE 200; LexMAE 512)",
     )
-    index: str | None = arg(
-        None, help="faiss factory string for dense vectors, as IVF4096,Flat; exact search without"
-    )
     k1: float = arg(0.9, least=0, help="parameter of BM25; the default is Anserini's for passages")
     b: float = arg(0.4, least=0, most=1, help="parameter of BM25; as k1")
     bm25_index: str | None = arg(
         None, help="folder of the index of BM25 or sparse vectors, built if absent; in --output_dir"
     )
-    bits: Literal[32, 16, 8] = arg(32, help="bits of a sparse weight in the index; 32 is exact")
 
     num_negatives: int = arg(
         0, group="choice", least=0, help="negatives per query (ANCE 20, COCO-DR 30); 0 keeps all"
@@ -100,7 +96,7 @@ class Args:
         help="drop passages that score above the lowest positive of the query minus this",
     )
     ignore_identical_ids: bool = arg(False, help="drop passages whose id is that of the query")
-    seed: int = arg(42, least=0, help="seed of --sample uniform and of faiss' training")
+    seed: int = arg(42, least=0, help="seed of --sample uniform")
 
 
 class Lists:
@@ -113,7 +109,7 @@ class Lists:
         entries, self.lists, scored = read_run(path), {}, False
         for qid in qids:
             entry = entries.pop(qid, NO_LIST)
-            rows = require_rows(corpus, entry.pids, path, "passage", qid)
+            rows = require_rows(corpus, entry.pids, path, "passage")
             best = np.argsort(-entry.scores, kind="stable")
             self.lists[qid] = scores, _ = entry.scores[best], rows[best]
             scored |= bool((scores != -np.arange(1, len(scores) + 1)).any())
@@ -149,18 +145,13 @@ def main():
     args = parse_args(Args)
     accelerator = make_accelerator()
     out = Path(args.output_dir)
-    source = Source(
-        bm25=args.bm25,
+    index = open_index(
+        bm25=(args.k1, args.b) if args.bm25 else None,
         run=bool(args.run),
         texts=(args.queries, args.corpus),
         embeddings=(args.queries_embeddings, args.corpus_embeddings),
         folder=Path(args.bm25_index or out / "index"),
-        weighting=Weighting(args.k1, args.b),
-        bits=args.bits,
-        faiss=args.index,
-        seed=args.seed,
     )
-    index = open_index(source, accelerator)
     positives = read_positives(args.qrels)
     if args.ignore_identical_ids:
         check_identical_ids(args.qrels, positives)

@@ -58,7 +58,7 @@ from lib.blocks import Blocks, Corpora, Cut
 from lib.cpu import speed_up_attention
 from lib.encoder import positions
 from lib.files import UserError, read_json
-from lib.loader import StepSampler, load
+from lib.loader import load, step_batches
 from lib.masking import DROPOUT
 from lib.objectives import OBJECTIVES, OPTIONS
 from lib.optim import descend, lr_at, parameter_groups, recompute_activations, steps_of
@@ -254,7 +254,7 @@ def main():
     lm.train(args.encoder_dropout)
     if probe and not step:
         write_probe()
-    sampler = StepSampler(blocks, B, rank, W, micro_step)
+    sampler = step_batches(blocks, B, rank, W, micro_step)
     batches = load(blocks, cut.collate, sampler, args.num_workers, device)
     while step < max_steps:
         # ------------------------------------------------------------------- one training step
@@ -268,12 +268,9 @@ def main():
                 loss, stats = mean_loss(accelerator, model(batch, args.seed))
                 accelerator.backward(loss)
             lr = lr_at(step, args.learning_rate, warmup_steps, max_steps)
-            loss = loss.detach()
             norm, finite = descend(accelerator, model, optimizer, loss, lr, args.max_grad_norm)
             if not finite:
-                pids = ", ".join(blocks.ids(batch["examples"].tolist()))
-                wrong = f"step {step + 1}: the loss or gradient is not finite for texts {pids}"
-                raise UserError(f"{wrong} — lower --learning_rate")
+                launch.stop_not_finite(step + 1, blocks.ids(batch["examples"].tolist()))
         # ------------------------------------------------- log, probe, save: once per step
         micro_step += 1
         means.add({**stats, "tokens/s": batch["attention_mask"].sum()})

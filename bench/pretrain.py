@@ -35,7 +35,7 @@ from lib.blocks import Blocks, Corpora, Cut
 from lib.checkpoint import load_lm
 from lib.cpu import speed_up_attention
 from lib.files import read_json, write_json
-from lib.loader import StepSampler
+from lib.loader import step_batches
 from lib.objectives import OBJECTIVES
 from lib.optim import parameter_groups, recompute_activations
 from lib.spans import span_contrast
@@ -182,7 +182,7 @@ def run_one(args) -> None:
         collate = PlainCollator(cut, args.run, model.encoder_mask_ratio)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-4, fused=True)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
-    sampler = StepSampler(blocks, args.batch, 0, 1)
+    sampler = step_batches(blocks, args.batch, 0, 1)
     batches = iter(DataLoader(blocks, batch_sampler=sampler, collate_fn=collate, num_workers=2))
     seconds, waits, losses, tokens = [], [], [], []
     for step in range(args.steps):
@@ -203,7 +203,7 @@ def run_one(args) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
         seconds.append(time.perf_counter() - began)
-        tokens.append(batch["tokens"])
+        tokens.append(int(batch["attention_mask"].sum()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = {"seconds": seconds, "waits": waits, "losses": losses, "tokens": tokens}
     found["peak"] = (peak - before) / (2**20 if sys.platform == "darwin" else 2**10)

@@ -60,7 +60,7 @@ OURS = """
 from lib.inverted import open_sparse
 before = memory("VmHWM")
 began = clock()
-index = open_sparse(corpus, folder + "/index{bits}", {bits})
+index = open_sparse(corpus, folder + "/index")
 build, grown = (clock() - began)[0], memory("VmHWM") - before
 index.search(queries[:2], depth)  # compiles, or loads what an earlier run compiled
 # this also brings the pages of the index into memory, where the arrays of the others are
@@ -69,8 +69,7 @@ began = clock()
 scores, rows = index.search(queries, depth)
 """
 CONTESTANTS = {
-    "ours": OURS.format(bits=32),
-    "ours, 8 bits": OURS.format(bits=8),
+    "ours": OURS,
     "scipy, passages @ queries": """
 passages, queries = whole(), queries[:16]
 began = clock()
@@ -292,14 +291,12 @@ def main():
             f"{name:28} {wall:9.3f} ms per query ({wall / ours[0]:7.1f} x ours), "
             f"{cpu:9.3f} of all cores ({cpu / ours[1]:7.1f} x), {same:.4%} of the rows ours"
         )
-    for bits in (32, 8):
-        parts = {path.stem: path.stat().st_size for path in (folder / f"index{bits}").glob("*.bin")}
-        postings = parts["documents"] + parts["weights"]
-        lists = sum(parts.values()) - postings
-        print(
-            f"{bits} bits: {postings / stored:.2f} bytes per posting, "
-            f"and {lists / stored:.2f} for where lists begin"
-        )
+    parts = {path.stem: path.stat().st_size for path in (folder / "index").glob("*.bin")}
+    postings = parts["documents"] + parts["weights"]
+    lists = sum(parts.values()) - postings
+    print(
+        f"{postings / stored:.2f} bytes per posting, and {lists / stored:.2f} for where lists begin"
+    )
 
 
 if __name__ == "__main__":

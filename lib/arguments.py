@@ -29,21 +29,18 @@ LIMITS = {  # how a limit is checked, and how it is called
     "above": (operator.gt, "above"),
     "below": (operator.lt, "below"),
 }
-
-
 LARGEST = {int: 2**31 - 1, float: 1e38}  # so that products of two fit in 64 bits
 
 
 def arg(default: Any = REQUIRED, *, help: str, group: str | None = None, **limits: float) -> Any:
     """A field of a script's Args.
 
-    default   the value when the flag is not given; None means "not given"; a list is copied
+    default   the value when the flag is not given; None means "not given"; a list becomes a tuple
     group     heading in --help; it also holds for the fields that follow, until the next group
     limits    of a number: least, most (inclusive), above, below (exclusive)"""
     assert limits.keys() <= LIMITS.keys()
+    default = tuple(default) if isinstance(default, list) else default
     metadata = {"help": help, "group": group, "limits": limits}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -54,10 +51,8 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_args(cls: type):
     """The arguments of a script from its command line. --help shows the docstring of the script and
-    every flag.
-
-    UserError: an unknown, abbreviated or missing flag, a value of another type, a number out of its
-    range."""
+    every flag. UserError: an unknown, abbreviated or missing flag, a value of another type, a
+    number out of its range."""
     parser = _Parser(
         usage="%(prog)s [flags]",
         description=sys.modules["__main__"].__doc__,
@@ -82,9 +77,7 @@ def parse_args(cls: type):
 
 def _add(section, field: dataclasses.Field) -> str:
     """Add the flag of a field to a section of the parser; returns the flag."""
-    listed = field.default_factory is not dataclasses.MISSING
-    default = field.default_factory() if listed else field.default
-    kind = field.type
+    default, kind = field.default, field.type
     if get_origin(kind) in (Union, types.UnionType):  # int | None
         kind = next(kind for kind in get_args(kind) if kind is not type(None))
     options = {"dest": field.name, "default": default, "help": field.metadata["help"]}
@@ -96,13 +89,14 @@ def _add(section, field: dataclasses.Field) -> str:
     if default is REQUIRED:
         options["required"] = True
         options["help"] += " (required)"
-    elif default not in (None, [], ""):
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+    elif default not in (None, (), ""):
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         options["help"] += f" (default: {shown})"
     if get_origin(kind) is Literal:
         options |= {"choices": get_args(kind), "type": type(get_args(kind)[0])}
-    elif get_origin(kind) is list:
-        options |= {"nargs": "+", "type": get_args(kind)[0], "metavar": field.name.upper()}
+    elif get_origin(kind) in (list, tuple):
+        number = "+" if get_origin(kind) is list else len(get_args(kind))
+        options |= {"nargs": number, "type": get_args(kind)[0], "metavar": field.name.upper()}
     else:
         options |= {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
     section.add_argument(f"--{field.name}", **options)

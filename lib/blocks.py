@@ -1,5 +1,5 @@
 """The texts of pre-training: a corpus cut into blocks, or into the short spans that coCondenser
-pairs, both of whole sentences. Every draw is a function of (seed, step, row)."""
+pairs, both of whole sentences."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from lib.loader import load, permutation
 from lib.text import join_title, pad, step_seed, to_ids
 from lib.texts import Texts
 
-AT_ONCE = 2000  # texts that are cut at a time
+AT_ONCE = 2048  # texts that are cut at a time
 BLOCKS_VERSION = 3  # part of the cache key: raise it when the code below cuts differently
 SHORT = 0.1  # probability that a span of COCO-DR ends before the next sentence although it fits
 
@@ -43,9 +43,6 @@ class Cut:
     title: str = "space"  # how it is joined to the text; it begins the first block
     span_tokens: int = 0  # 0 cuts into blocks; another number is the longest span in tokens
 
-    def join(self, titles: tuple[str, ...], text: str) -> str:
-        return join_title(titles, text, self.title, self.tokenizer)
-
     def key(self) -> str:
         """Hash of everything that decides where a text is cut."""
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
@@ -55,16 +52,15 @@ class Cut:
 
     def pieces(self, string: str, offsets: list[tuple[int, int]], row: int) -> list:
         """(first character, end) of each block or span of a text whose tokens have these offsets.
-
-        A text that fits into a block stays whole. Spans follow COCO-DR: a text of one sentence or
-        span, or with a first span of at most two tokens, has none. Their draws depend on the row.
-        """
+        Spans follow COCO-DR: a text of one sentence or span, or with a first span of at most two
+        tokens, has none. Their draws depend on the row."""
         room = self.max_length - self.tokenizer.num_special_tokens_to_add()
         if not offsets:
             return []
         if not self.span_tokens:
-            fits = len(offsets) <= room
-            return [(0, len(string))] if fits else split(string, offsets, room, room)
+            if len(offsets) <= room:  # the whole text, with white space at its ends
+                return [(0, len(string))]
+            return split(string, offsets, room, room)
         end = len(string.rstrip())
         if len(offsets) < 3 or not any(m.end() < end for m in SENTENCE_END.finditer(string)):
             return []
@@ -75,7 +71,7 @@ class Cut:
     def collate(self, items: list[tuple[int, list[str], int, int]]) -> dict:
         """Items of Corpora -> input_ids, attention_mask (B, L); rows (B,), the strings' numbers in
         the batch of all processes; examples (B,), or (B / 2,) if each has two strings, which then
-        are rows 2i and 2i + 1; micro_step and tokens, ints."""
+        are rows 2i and 2i + 1; micro_step, an int."""
         examples, strings, micro_steps, rows = zip(*items, strict=True)
         each = len(strings[0])
         ids = to_ids(sum(strings, []), self.tokenizer, self.max_length)
@@ -83,18 +79,16 @@ class Cut:
             "rows": torch.tensor([each * row + number for row in rows for number in range(each)]),
             "examples": torch.tensor(examples),
             "micro_step": micro_steps[0],
-            "tokens": sum(map(len, ids)),
         }
 
 
 def split(text: str, offsets: list, room: int, size: int, draw=None) -> list[tuple[int, int]]:
     """(first character, end) of pieces that hold as many whole sentences as fit into `size` tokens,
-    but at least one. offsets: (start, end) of each token.
+    but at least one. A sentence longer than `room` is cut before the last word that begins in the
+    room, and its rest is packed with what follows. A piece begins where the previous one ended,
+    white space included, so that it has the same tokens as in its text.
 
-    A sentence longer than `room` is cut before the last word that begins in the room, and its rest
-    is packed with what follows. A piece begins where the previous one ended, white space included,
-    so that it has the same tokens as in its text.
-    draw: a random Generator that ends a piece early with probability SHORT"""
+    offsets: (start, end) of each token   draw: ends a piece early with probability SHORT"""
     starts, ends = np.array(offsets).T
     word = np.append(True, starts[1:] > ends[:-1])  # token i follows white space, so a word begins
     sentence_ends = [match.end() for match in SENTENCE_END.finditer(text)]
@@ -117,7 +111,7 @@ def split(text: str, offsets: list, room: int, size: int, draw=None) -> list[tup
 def cut_texts(texts: Texts, cut: Cut, first: int) -> np.ndarray:
     """(n, 3) int32 (row, first character, end) of the pieces of AT_ONCE texts from row `first`."""
     rows = texts.stream(first, first + AT_ONCE)
-    strings = [cut.join(titles, text) for _, titles, text in rows]
+    strings = [join_title(*row[1:], cut.title, cut.tokenizer) for row in rows]
     backend = cut.tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -141,14 +135,14 @@ def write_table(path, texts: Texts, cut: Cut) -> None:
 
 class Blocks:
     """The examples of a corpus: its blocks, or two spans of a document, drawn anew at every visit.
-    Documents with fewer than two spans are left out. The corpus is cut once; the table is kept
-    beside its Arrow copy, for all processes. Call it under accelerator.main_process_first()."""
+    The corpus is cut once; the table is kept beside its Arrow copy, for all processes. Call it
+    under accelerator.main_process_first(). UserError: there is no example."""
 
     def __init__(self, texts: Texts, cut: Cut):
         self.texts = texts
         self.cut = cut
         path = texts.folder / f"blocks-{cut.key()}.int32"
-        make_once(path, partial(write_table, texts=texts, cut=cut), others="blocks-*")
+        make_once(path, partial(write_table, texts=texts, cut=cut))
         self.table = map_array(path, np.int32).reshape(-1, 3)  # (N, 3): row, first character, end
         if cut.span_tokens:
             # (M,) first line of each document in the table, and the number of its spans
@@ -166,8 +160,7 @@ class Blocks:
 
     def whole(self, row: int) -> str:
         """A text of the corpus, uncut."""
-        titles, text = self.texts[row]
-        return self.cut.join(titles, text)
+        return join_title(*self.texts[row], self.cut.title, self.cut.tokenizer)
 
     def string(self, line: int) -> str:
         row, start, end = self.table[line].tolist()
@@ -180,17 +173,16 @@ class Blocks:
 
     def strings(self, index: int, seed: int) -> list[str]:
         """The block, or two spans of the document drawn by the seed."""
-        lines = [index]
-        if self.cut.span_tokens:
-            draw = np.random.default_rng(seed)
-            lines = self.first[index] + draw.choice(self.counts[index], 2, replace=False)
-        return [self.string(line) for line in lines]
+        if not self.cut.span_tokens:
+            return [self.string(index)]
+        two = np.random.default_rng(seed).choice(self.counts[index], 2, replace=False)
+        return [self.string(line) for line in self.first[index] + two]
 
 
 class Corpora(Dataset):
-    """The examples of one or several corpora, one after the other. A corpus of n_c examples has a
-    share ~ n_c ** (1 / temperature) of an epoch: 1 = proportional, large = equal. A small corpus
-    then repeats; a large one continues in the next epoch where it stopped."""
+    """The examples of one or several corpora, one after the other. A corpus of n examples has a
+    share ~ n ** (1 / temperature) of an epoch: a small corpus then repeats; a large one continues
+    in the next epoch where it stopped."""
 
     def __init__(self, parts: list[Blocks], seed: int, temperature: float = 1.0):
         self.parts = parts
@@ -220,9 +212,9 @@ class Corpora(Dataset):
     def shares(self) -> dict[str, str]:
         """One line for each corpus, shown at the start of a run."""
         facts = {}
-        for part, quota in zip(self.parts, self.quotas, strict=True):
-            examples = f"{len(part)} examples, {quota / len(self):.1%} of a batch"
-            facts[f"corpus {part.texts.source}"] = f"{len(part.texts)} texts, {examples}"
+        for part, share in zip(self.parts, self.quotas / len(self), strict=True):
+            counts = f"{len(part.texts)} texts, {len(part)} examples"
+            facts[f"corpus {part.texts.source}"] = f"{counts}, {share:.1%} of a batch"
         return facts
 
     def place(self, example: int) -> tuple[Blocks, int]:
@@ -235,7 +227,7 @@ class Corpora(Dataset):
         return [part.id(index) for part, index in map(self.place, examples)]
 
     def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, list[str], int, int]:
-        """(example, micro-step, row) of StepSampler -> (example, its strings, the rest)."""
+        """(example, micro-step, row) of step_batches -> (example, its strings, the rest)."""
         example, micro_step, row = place
         part, index = self.place(example)
         strings = part.strings(index, step_seed(self.seed, 6, micro_step, row))

@@ -14,7 +14,6 @@ from array import array
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import Stemmer
@@ -22,7 +21,7 @@ from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
 from lib.files import UserError, map_array
-from lib.inverted import TILE, Inverted, Rows, open_folder, write
+from lib.inverted import TILE, Inverted, open_folder, write
 from lib.texts import Texts, id_hashes, places
 
 # Lucene's StandardTokenizer, as far as English needs it: a word is letters and digits. An
@@ -50,16 +49,9 @@ def terms(text: str) -> list[str]:
     return [stem for stem in map(term, WORD.findall(text.lower())) if stem]
 
 
-class Weighting(NamedTuple):
-    """BM25's parameters; the defaults are Anserini's for passages."""
-
-    k1: float = 0.9
-    b: float = 0.4
-
-
-def _weights(flat: np.ndarray, lengths: np.ndarray, how: Weighting) -> Iterator[csr_matrix]:
-    """The weights (TILE, V) of the terms of each document, tile by tile. flat: the terms of all
-    documents, one after the other; lengths (N,): how many a document has."""
+def _weights(flat: np.ndarray, lengths: np.ndarray, k1: float, b: float) -> Iterator[csr_matrix]:
+    """The weights (TILE, V), tile by tile. flat: the terms of all documents, one after the other;
+    lengths (N,): how many a document has."""
     ends = np.concatenate([[0], np.cumsum(lengths)])
     number = int(flat.max()) + 1
 
@@ -75,7 +67,7 @@ def _weights(flat: np.ndarray, lengths: np.ndarray, how: Weighting) -> Iterator[
     df = sum(np.bincount(counts(first).indices, minlength=number) for first in starts)
     idf = [math.log(1 + (len(lengths) - n + 0.5) / (n + 0.5)) for n in df.tolist()]
     idf = np.float32(idf)
-    norms = how.k1 * ((1 - how.b) + how.b * lengths / lengths.mean())
+    norms = k1 * ((1 - b) + b * lengths / lengths.mean())
     for first in starts:
         tile = counts(first)
         norm = np.repeat(norms[first : first + TILE], np.diff(tile.indptr))
@@ -83,7 +75,7 @@ def _weights(flat: np.ndarray, lengths: np.ndarray, how: Weighting) -> Iterator[
         yield tile
 
 
-def _build(texts: Texts, how: Weighting, folder: Path) -> None:
+def _build(texts: Texts, k1: float, b: float, folder: Path) -> None:
     """Write the index of the texts; vocabulary.bin has the sorted hashes (uint64) of its terms."""
     term_of, stems = {}, {}  # term_of: word -> number of its stem, -1 for a stopword
     flat, lengths = array("i"), array("i")
@@ -102,25 +94,26 @@ def _build(texts: Texts, how: Weighting, folder: Path) -> None:
     order = np.argsort(hashes)
     place = np.argsort(order).astype(np.int32)  # a stem's number among the sorted hashes
     flat = place[np.frombuffer(flat, dtype=np.int32)]
-    write(folder, _weights(flat, np.frombuffer(lengths, dtype=np.int32), how), 32)
+    write(folder, _weights(flat, np.frombuffer(lengths, dtype=np.int32), k1, b))
     hashes[order].tofile(folder / "vocabulary.bin")
 
 
-def open_bm25(texts: Texts, folder, how=Weighting()) -> Inverted:  # noqa: B008
+def open_bm25(texts: Texts, folder, k1: float = 0.9, b: float = 0.4) -> Inverted:
     """The index of `texts` in `folder`, built if absent; its queries are strings. All processes
     call it. UserError: the folder holds an index of other texts or settings."""
-    manifest = {"fingerprint": texts.fingerprint, "count": len(texts), **how._asdict()}
+    manifest = {"fingerprint": texts.fingerprint, "count": len(texts), "k1": k1, "b": b}
     manifest |= {"analyzer": ANALYZER, "tile": TILE}
-    open_folder(folder, manifest, partial(_build, texts, how))
+    open_folder(folder, manifest, partial(_build, texts, k1, b))
     vocabulary = map_array(Path(folder) / "vocabulary.bin", np.uint64)
-    return Inverted(folder, partial(_queries, vocabulary=vocabulary), len(vocabulary))
+    return Inverted(folder, partial(_queries, vocabulary=vocabulary))
 
 
-def _queries(queries: Sequence[str], vocabulary: np.ndarray) -> Rows:
-    """vocabulary: the hashes of the index's terms, ascending."""
+def _queries(queries: Sequence[str], vocabulary: np.ndarray) -> csr_matrix:
+    """(Q, V), a 1 for each time a term occurs. vocabulary (V,): the terms' hashes, ascending."""
     lists = [terms(query) for query in queries]
     at = places(id_hashes(stem for one in lists for stem in one), vocabulary)
     known = at >= 0
     before = np.concatenate([[0], np.cumsum(known)])  # known terms before each term
     starts = before[np.cumsum([0, *map(len, lists)])]
-    return Rows(starts, at[known].astype(np.int32), np.ones(known.sum(), dtype=np.float32))
+    weights = np.ones(known.sum(), dtype=np.float32)
+    return csr_matrix((weights, at[known], starts), shape=(len(queries), len(vocabulary)))

@@ -19,17 +19,6 @@ from lib.texts import Texts, open_texts, require_rows
 NUMBERS = 2**25  # of the vectors held at a time, 128 MB
 
 
-def open_dev_set(queries_path, qrels_path, candidates_path, corpus: Texts) -> "DevSet | None":
-    """None if no file is given. UserError: some files are given, and others not."""
-    paths = [queries_path, qrels_path, candidates_path]
-    if not any(paths):
-        return None
-    if not all(paths):
-        remedy = "give --dev_queries, --dev_qrels and --dev_candidates"
-        raise UserError(f"the development set is incomplete — {remedy}")
-    return DevSet(queries_path, qrels_path, candidates_path, corpus)
-
-
 def describe_best(folder, scores: dict[int, float]) -> str:
     """What `folder` holds when training ends. scores: MRR@10 at each evaluated step; step 0 is the
     model as it came."""

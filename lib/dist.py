@@ -47,8 +47,8 @@ class _AllGather(torch.autograd.Function):
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:
-    """x (n, ...) of every process -> (W·n, ...) in the order of the ranks, differentiable; the
-    same n everywhere. Backward, x receives the sum of what the losses of all processes say of it.
+    """x (n, ...) of every process -> (W·n, ...) in the order of the ranks; the same n everywhere.
+    Backward, x receives the sum of what the losses of all processes say of it.
 
     No factor W is needed: process r holds L_r, the mean over its own B queries, and the loss of the
     whole batch is L = (1/W) sum_r L_r. Process r sends sum_s dL_s/d(reps of r) through its own

@@ -2,8 +2,7 @@
 groups' gradients.
 
 K groups, of which G are in the batch of all processes; B queries per device. Losses are per query
-and depend on the query's own passages alone. Everything a weight depends on is global, so that it
-is the same on every process."""
+and depend on its own passages alone. A weight is the same on every process."""
 
 from collections.abc import Iterator
 

@@ -8,15 +8,16 @@
 A text of several chunks (MaxP) has a vector for each, one after the other, with its id in each.
 """
 
-import contextlib
 import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
-from scipy.sparse import csr_matrix, save_npz, vstack
+from scipy.sparse import csr_matrix, load_npz, save_npz, vstack
 
 from lib.files import UserError, atomic, read_json, write_json, write_lines
 from lib.lines import lines, one_line
@@ -24,47 +25,34 @@ from lib.texts import find_rows, id_hashes
 
 IDS = ".ids.txt"
 AGAIN = "remove the folder and encode again"
+IDS_AT_ONCE = 1 << 16
 SAMPLE = 1 << 16  # bytes of the beginning and of the end of a file that a fingerprint takes
 
 
-def shard_name(index: int) -> str:
-    return f"shard-{index:05d}"
-
-
 def shard_file(index: int, sparse: bool) -> str:
-    return f"{shard_name(index)}.{'npz' if sparse else 'npy'}"
+    return f"shard-{index:05d}.{'npz' if sparse else 'npy'}"
 
 
 def write_shard(folder, index: int, array: np.ndarray | csr_matrix, ids: list[str]) -> None:
     """Write one shard (n, D). The ids come first: a shard whose array exists is whole."""
     assert array.ndim == 2 and array.shape[0] == len(ids)
     sparse = isinstance(array, csr_matrix)
-    write_lines(Path(folder) / f"{shard_name(index)}{IDS}", ids)
-    with atomic(Path(folder) / shard_file(index, sparse)) as temporary:
-        with open(temporary, "wb") as stream:
-            save_npz(stream, array, compressed=False) if sparse else np.save(stream, array)
+    path = Path(folder) / shard_file(index, sparse)
+    write_lines(path.with_suffix(IDS), ids)
+    with atomic(path) as temporary, open(temporary, "wb") as stream:
+        save_npz(stream, array, compressed=False) if sparse else np.save(stream, array)
 
 
 def finish_embeddings(folder, meta: dict) -> None:
     write_json(Path(folder) / "meta.json", meta)
 
 
-def _opens(ids: np.ndarray) -> np.ndarray:
-    """(n,) ids of vectors -> (n,) bool, True for the first vector of a text."""
-    return np.append(True, ids[1:] != ids[:-1])
-
-
-def _readable(path) -> contextlib.AbstractContextManager:
-    return one_line(f"{path}: damaged", AGAIN)
-
-
 class Embeddings:
     """A finished folder. Dense shards are memory-mapped; sparse ones are read when their rows are
     asked for, and given as float32 CSR matrices.
 
-    Rows count through all shards. They are texts in len, ids and rows, and in what searches
-    return; blocks and take count vectors. The two differ only with max_chunks > 1. Such a folder
-    has in memory, and others have as None:
+    Rows count through all shards: texts in len, ids and rows, and in what searches return; vectors
+    in blocks and take. The two differ only with max_chunks > 1; else these are None:
         first     (N + 1,) int64, the first vector of each text; last, the number of vectors
         text_of   (num_vectors,) int32, the text that each vector belongs to"""
 
@@ -75,7 +63,7 @@ class Embeddings:
             raise UserError(f"{folder}: no such folder — encode.py writes it")
         if not (self.folder / "meta.json").is_file():
             raise UserError(f"{folder}: no meta.json, it is unfinished — run encode.py again")
-        with _readable(self.folder / "meta.json"):
+        with one_line(f"{folder}/meta.json: damaged", AGAIN):
             self.meta = read_json(self.folder / "meta.json")
             self.sparse = self.meta.get("head") == "sparse"
             self.dim, self.max_chunks = self.meta["dim"], int(self.meta.get("max_chunks", 1))
@@ -84,12 +72,11 @@ class Embeddings:
         rows = [self._rows_of(path) for path in self.paths]
         self.starts = np.cumsum([0, *rows])  # first vector of each shard, the end
         self.num_vectors = int(self.starts[-1])
-        self.text_starts, self.first, self.text_of = self.starts, None, None
-        self._ids = {}
+        self.first, self.text_of = None, None
         if self.max_chunks > 1:
-            opens = [_opens(self._vector_ids(shard)) for shard in range(len(self.paths))]
-            self.text_starts = np.cumsum([0, *(part.sum() for part in opens)])
-            self.first = np.flatnonzero(np.concatenate([*opens, [True]]))
+            ids = self._vector_ids()
+            new = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
+            self.first = np.flatnonzero(np.concatenate([[True], new, [True]]))
             self.text_of = np.repeat(np.arange(len(self), dtype=np.int32), np.diff(self.first))
         if not self.paths or (len(self), self.num_vectors) != stated:
             wrong = f"{folder}: the shards do not hold what meta.json states"
@@ -98,7 +85,7 @@ class Embeddings:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of meta.json (without two names, which may change) and of the size, beginning and
-        end of every file: of all that another encoding would change."""
+        end of every file."""
         made = {**self.meta, "model": None, "input": None}
         digest = xxhash.xxh3_64(json.dumps(made, sort_keys=True).encode())
         for path in (file for shard in self.paths for file in (shard, shard.with_suffix(IDS))):
@@ -110,7 +97,7 @@ class Embeddings:
         return digest.hexdigest()
 
     def _rows_of(self, path: Path) -> int:
-        with _readable(path):
+        with one_line(f"{path}: damaged", AGAIN):
             if self.sparse:
                 with np.load(path) as parts:
                     rows, dim = parts["shape"].tolist()
@@ -126,10 +113,9 @@ class Embeddings:
     def _read(self, shard: int) -> np.ndarray | csr_matrix:
         if not self.sparse:
             return np.load(self.paths[shard], mmap_mode="r")
-        with _readable(self.paths[shard]), np.load(self.paths[shard]) as parts:
-            # to float32: scipy computes with no float16
-            arrays = parts["data"].astype(np.float32), parts["indices"], parts["indptr"]
-            matrix = csr_matrix(arrays, shape=tuple(parts["shape"]))
+        with one_line(f"{self.paths[shard]}: damaged", AGAIN):
+            matrix = load_npz(self.paths[shard])
+            matrix.data = matrix.data.astype(np.float32, copy=False)  # scipy knows no float16
             matrix.check_format(full_check=True)  # an index out of range would crash the process
         return matrix
 
@@ -141,36 +127,35 @@ class Embeddings:
             raise UserError(f"{wrong} — {AGAIN}")
 
     def __len__(self) -> int:
-        return int(self.text_starts[-1])
+        return self.num_vectors if self.first is None else len(self.first) - 1
 
-    def _vector_ids(self, shard: int) -> np.ndarray:
-        path = self.paths[shard].with_suffix(IDS)
-        ids = np.array([line for _, line in lines(path)])
-        wanted = self.starts[shard + 1] - self.starts[shard]
-        if len(ids) != wanted:
-            raise UserError(f"{path}: {len(ids)} ids of {wanted} vectors — {AGAIN}")
-        return ids
+    def _vector_ids(self) -> pa.LargeStringArray:
+        parts = [pa.array([], pa.large_string())]
+        for path, wanted in zip(self.paths, np.diff(self.starts), strict=True):
+            path = path.with_suffix(IDS)
+            ids = pa.array((line for _, line in lines(path)), pa.large_string())
+            if len(ids) != wanted:
+                raise UserError(f"{path}: {len(ids)} ids of {wanted} vectors — {AGAIN}")
+            parts.append(ids)
+        return pa.concat_arrays(parts)
 
-    def _shard_ids(self, shard: int) -> np.ndarray:
-        """The ids of the texts of a shard."""
-        if shard not in self._ids:
-            ids = self._vector_ids(shard)
-            self._ids[shard] = ids if self.first is None else ids[_opens(ids)]
-        return self._ids[shard]
-
-    def ids(self, rows) -> list[str]:
-        rows = np.asarray(rows, dtype=np.int64)
-        shards = np.searchsorted(self.text_starts, rows, side="right") - 1
-        places = zip(shards, rows - self.text_starts[shards], strict=True)
-        return [str(self._shard_ids(shard)[at]) for shard, at in places]
+    @cached_property
+    def _ids(self) -> pa.LargeStringArray:
+        """(len(self),) ids of the texts."""
+        ids = self._vector_ids()
+        return ids if self.first is None else ids.take(self.first[:-1])
 
     @cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
         """The sorted hashes of all ids, and their rows."""
-        parts = [self._shard_ids(shard).tolist() for shard in range(len(self.paths))]
-        hashes = np.concatenate([id_hashes(part) for part in parts])
+        starts = range(0, len(self), IDS_AT_ONCE)
+        parts = [id_hashes(self._ids[at : at + IDS_AT_ONCE].to_pylist()) for at in starts]
+        hashes = np.concatenate(parts)
         order = np.argsort(hashes, kind="stable")
         return hashes[order], order
+
+    def ids(self, rows) -> list[str]:
+        return self._ids.take(np.asarray(rows, dtype=np.int64)).to_pylist()
 
     def rows(self, ids: Iterable[str]) -> np.ndarray:
         """(len(ids),) int64 rows, -1 for an unknown id."""

@@ -1,19 +1,19 @@
-"""Plain files: everything but texts and embeddings is read and written here. The formats are in
-docs/formats.md. Every text file may be gzipped. Ids are strings. Readers stream, and stop at a bad
-line with `file:line: what is wrong — what to do`."""
+"""Plain files: everything but texts and embeddings is read and written here, in the formats of
+docs/formats.md. Readers stop at a bad line with a UserError."""
 
 import contextlib
 import fcntl
-import glob
 import json
 import os
+import platform
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
+import xxhash
 
 from lib.lines import (
     UserError,
@@ -43,8 +43,8 @@ QRELS_FIELDS = (
 
 @contextlib.contextmanager
 def atomic(path) -> Iterator[Path]:
-    """A temporary name beside `path` for a file or folder. It becomes `path` when the block ends
-    well, and is removed when the block fails."""
+    """A temporary name for a file or folder, which becomes `path` when the block ends well, and is
+    removed when it fails."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
@@ -61,40 +61,55 @@ def atomic(path) -> Iterator[Path]:
         _remove(temporary)
 
 
-def make_once(path, make: Callable[[Path], None], others: str = "") -> None:
-    """Make a file or folder by make(temporary name), unless it exists. One process does it; those
-    that come meanwhile wait. What killed processes left beside `path` is removed: of `path`, and
-    of what the pattern `others` names. UserError: the folder cannot be written, or is full."""
+def make_once(path, make: Callable[[Path], None]) -> None:
+    """Make a file or folder by make(temporary name), unless it exists. One process does it; others
+    wait, and remove what it has left if it was killed. UserError: it cannot be written."""
     path = Path(path)
-    for leftover in path.parent.glob(f".tmp-*-{others or glob.escape(path.name)}"):
-        target = leftover.with_name(leftover.name.split("-", 2)[2])
-        with contextlib.suppress(OSError), _locked(target, wait=False):
-            if not leftover.name.startswith(".tmp-lock-"):  # _locked removes it
-                _remove(leftover)
     remedy = "change that, or choose another folder (for the cache: ISTHMUS_CACHE)"
     with one_line(f"{path}: cannot be written", remedy, OSError):
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path):
-                if not path.exists():
-                    with atomic(path) as temporary:
-                        make(temporary)
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = lock(path.with_name(f".lock-{path.name}"), wait=True)
+        try:
+            for leftover in path.parent.glob(".tmp-*"):
+                if leftover.name.split("-", 2)[2:] == [path.name]:
+                    _remove(leftover)
+            if not path.exists():
+                with atomic(path) as temporary:
+                    make(temporary)
+        finally:
+            unlock(held)
 
 
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a path, a file beside it. The lock ends with its process. BlockingIOError:
-    another process holds it, and `wait` is false."""
-    lock = path.with_name(f".tmp-lock-{path.name}")
+def lock(path: Path, wait: bool) -> TextIO:
+    """The lock file, locked: give it to `unlock`. The lock ends with its process, and forks do not
+    inherit it. UserError: another process holds it, and `wait` is false."""
     while True:
-        with open(lock, "ab") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(stream.fileno()).st_nlink:  # else its last holder has removed the file
-                try:
-                    yield
-                finally:
-                    lock.unlink(missing_ok=True)
-                return
+        file = open(path, "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            holder = f"{path.parent}: {file.read()} is writing to it"
+            raise UserError(f"{holder} — wait for its end, or stop it") from error
+        except OSError as error:
+            wrong = f"note: {path.parent} cannot be locked ({error})"
+            print(f"{wrong} — let no other run write to it")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                break
+        file.close()  # the process before has removed this one meanwhile
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    return file
+
+
+def unlock(file: TextIO) -> None:
+    """Remove a lock file, and give up its lock."""
+    with contextlib.suppress(OSError):
+        os.remove(file.name)
+    file.close()
 
 
 def _remove(path: Path) -> None:
@@ -121,19 +136,27 @@ def read_json(path):
 def map_array(path: Path, dtype) -> np.ndarray:
     """The numbers of a binary file, memory-mapped. (An empty file cannot be mapped.) UserError: the
     file is missing, or ends within a number."""
-    size = path.stat().st_size if path.is_file() else None
-    if size is None or size % np.dtype(dtype).itemsize:
-        wrong = f"{path}: missing or truncated"
-        raise UserError(f"{wrong} — remove its folder; it is then written again")
-    return np.memmap(path, dtype, "r") if size else np.frombuffer(b"", dtype)
+    remedy = "remove its folder; it is then written again"
+    with one_line(f"{path}: missing or truncated", remedy, (OSError, ValueError)):
+        return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
-def line_of(path, *fields) -> str:
-    """`file:line` of the first line that holds all `fields` as columns, list items or JSON strings,
-    for an error that is found after reading; else `file`."""
+def file_fingerprint(*paths) -> str:
+    """A hash of the content of files, for lib/launch.claim_output."""
+    digest = xxhash.xxh3_64()
+    for path in paths:
+        with open(path, "rb") as stream:
+            while part := stream.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def line_of(path, identifier: str) -> str:
+    """`file:line` of the first line with an id as a column, in a list or as a string of JSON, for
+    an error that is found after reading; else `file`."""
+    quoted = json.dumps(identifier, ensure_ascii=False)
     for number, line in lines(path):
-        words = {*line.split(), *line.replace(",", " ").split()}
-        if all(f in words or json.dumps(f, ensure_ascii=False) in line for f in fields):
+        if quoted in line or identifier in {*line.split(), *line.replace(",", " ").split()}:
             return f"{path}:{number}"
     return str(path)
 
@@ -160,20 +183,18 @@ def read_qrels(path) -> dict[str, dict[str, int]]:
     2 (qid, pid; the grade is 1), or from JSONL or Parquet with the fields of BEIR's header.
     UserError: other columns, a grade that is no whole number, two grades of a pair, ..."""
     qrels = {}
-    expected = "judgments have 4 (TREC), 2 (RetroMAE), or 3 after BEIR's header"
-    expected = f"{expected} query-id, corpus-id, score"
-    for place, entry in entries(path, (2, 4), expected, QRELS_FIELDS):
+    shapes = "4 (TREC), 2 (RetroMAE), or 3 after BEIR's header query-id, corpus-id, score"
+    for place, entry in entries(path, (2, 4), f"judgments have {shapes}", QRELS_FIELDS):
         if isinstance(entry, dict):
-            qid, pid, grade = (value_of(keys, entry, place) for keys in QRELS_FIELDS)
-            qid, pid, grade = id_of(qid, place), id_of(pid, place), str(grade)
+            entry = [value_of(keys, entry, place) for keys in QRELS_FIELDS]
         elif len(entry) == 2:
-            qid, pid, grade = *entry, "1"
-            if "," in pid:
+            if "," in entry[1]:
                 remedy = "write one per line, or 4 columns if it is one id"
                 raise UserError(f"{place}: several passages — {remedy}")
-        else:
-            qid, *_, pid, grade = entry
-        grade = int(_number(grade, place, "the grade", whole=True))
+            entry.append("1")
+        qid, *_, pid, grade = entry
+        qid, pid = id_of(qid, place), id_of(pid, place)
+        grade = int(_number(str(grade), place, "the grade", whole=True))
         if abs(grade) > MAX_GRADE:
             raise UserError(f"{place}: the grade {grade} is above {MAX_GRADE} — correct the line")
         if qrels.setdefault(qid, {}).setdefault(pid, grade) != grade:
@@ -214,7 +235,7 @@ class TrainingRow(NamedTuple):
 
 
 def foreign_format(line: str) -> str | None:
-    """Format of a file of somebody else's training data by its first line, named as in
+    """The format of somebody else's training data by its first line, named as in
     recipes/import_training_data.py; None for a training file of ours, qrels and what is unknown."""
     columns = line.split("\t" if "\t" in line else None)
     if header(columns):
@@ -242,8 +263,8 @@ def foreign_format(line: str) -> str | None:
 
 
 def read_training_file(path) -> Iterator[tuple[int, TrainingRow]]:
-    """(line number, row) of a `train.jsonl`. UserError: a line of another form; another project's
-    training data is answered with the command that imports it."""
+    """(line number, row) of a `train.jsonl`. UserError: a line of another form; for the training
+    data of others it has the command that imports it."""
     if whose := foreign_format(first_line(path)):
         command = f"python -m recipes.import_training_data --input {path} --output_dir OUT"
         raise UserError(f"{path}:1: this is {whose} data — convert it: {command}")
@@ -264,16 +285,16 @@ def read_training_file(path) -> Iterator[tuple[int, TrainingRow]]:
 
 
 def _is_list(ids, scores) -> bool:
-    """Whether ids is a list of strings without white space, and scores None or a number that
-    float32 holds for each."""
+    """Whether ids is a list of strings without white space, and scores None or a list of as many
+    numbers that float32 holds."""
     if not isinstance(ids, list) or not set(map(type, ids)) <= {str}:
         return False
     joined = "".join(ids)
     if not all(ids) or joined.split() != [joined] * bool(ids):
         return False
-    return scores is None or (
-        isinstance(scores, list) and len(scores) == len(ids) and all(map(is_score, scores))
-    )
+    if scores is None:
+        return True
+    return isinstance(scores, list) and len(scores) == len(ids) and all(map(is_score, scores))
 
 
 def write_training_file(path, rows: Iterable[TrainingRow]) -> None:
@@ -295,13 +316,12 @@ class RunList(NamedTuple):
 def read_run(path) -> dict[str, RunList]:
     """run[qid] from any file that lists passages for queries; its first line decides which it is.
 
-    A run of TREC, or of MS MARCO (qid, pid, rank), of which the score is -rank. Mined lists
-    (qid TAB pid,pid,...) or top1000.dev (qid TAB pid TAB query TAB passage), best first: the scores
-    are -1, -2, ..., and repeated ids count once. A training file: the negatives, then the
-    positives, with their scores where all of them have one.
+    A run of TREC, or of MS MARCO (qid, pid, rank): the score is -rank. Mined lists (qid TAB
+    pid,pid,...) or top1000.dev (qid TAB pid TAB query TAB passage), best first: repeated ids count
+    once, the scores are -1, -2, ... A training file: the negatives, then the positives, with their
+    scores if all have one. An empty file: a run that found nothing.
 
-    An empty file is a run that found nothing. UserError: another shape, a passage that a run lists
-    twice for a query."""
+    UserError: another shape, a passage that a run lists twice for a query."""
     first = first_line(path)
     if is_json(first):
         return _run_of_training_file(path)

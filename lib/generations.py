@@ -7,10 +7,9 @@ figure 1).
     generations/generation-0003/                  of the miner: train.jsonl, and manifest.json with
                                                   the "step" of its checkpoint
 
-A folder gets its name when it is complete. Files are all that couples the two, so each may run
-alone, be killed, or stand on another machine that shares the folders. Generation numbers and the
-steps behind them only grow. (The ANCE repositories let every process list the folder for itself,
-and leave no record of what was used when.)"""
+A folder gets its name when it is complete. Each side may run alone, be killed, or stand on another
+machine that shares the folders. Generation numbers and the steps behind them only grow. (The ANCE
+repositories let every process list the folder for itself, and keep no record of what was used.)"""
 
 import os
 import re
@@ -60,28 +59,22 @@ def remove_old_checkpoints(output_dir) -> None:
 
 
 def read_generations(folder) -> list[Generation]:
-    """The complete generations in a folder, ascending. UserError: one whose step is below that of
-    the one before."""
+    """The complete generations in a folder, ascending. UserError: one that states no step."""
     found = []
     for number, path in _numbered(Path(folder), "generation", "manifest.json"):
         manifest = read_json(path / "manifest.json")
         step = manifest.get("step") if isinstance(manifest, dict) else None
         if not isinstance(step, int):
             raise UserError(f"{path}/manifest.json: it states no step — remove the generation")
-        if found and step < found[-1].step:
-            raise UserError(
-                f"{path}: its step {step} is below {found[-1].step} of the generation before, so "
-                "two runs have written to this folder — give each run its own"
-            )
         found.append(Generation(number, step, path / "train.jsonl"))
     return found
 
 
 class Generations:
-    """What a run trains on: the newest generation of a folder at every look, of those that are of
-    a step which this run has reached (others belong to another run). The main process decides, and
-    writes the decision to `record` before anyone acts upon it; a resumed run repeats its decisions.
-    `train` may also be a training file, which is then the only generation.
+    """What a run trains on: at every look the newest generation of a folder, of those of a step
+    that this run has reached (others are of another run). The main process writes its decision to
+    `record` before anyone acts upon it, and a resumed run repeats it. `train` may also be a
+    training file, which is then the only generation.
 
     used, groups   the generation in use, and read(its file); at first the one that was used last
     UserError: no generation yet; one that the run has used is gone."""
@@ -102,14 +95,14 @@ class Generations:
 
     def renew(self, step: int, accelerator) -> bool:
         """Look for what to use after `step` steps; True if it is another generation, which is then
-        read. The same on every process; call it on all of them."""
-        if self.is_folder:
-            newest = from_main(accelerator, partial(self._decide, step))
-            if newest != self.used:
-                self.used = newest
-                self.groups = self.read(newest.train)
-                return True
-        return False
+        read. Call it on all processes."""
+        if not self.is_folder:
+            return False
+        before = self.used
+        self.used = from_main(accelerator, partial(self._decide, step))
+        if self.used != before:
+            self.groups = self.read(self.used.train)
+        return self.used != before
 
     @property
     def fingerprint(self) -> str | None:

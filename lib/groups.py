@@ -2,9 +2,8 @@
 batches they become.
 
 B queries per batch, P passages per query (the positive first, then P - 1 negatives), n = B·P, M
-chunks of a passage at most, Q queries of the file, E positives of all queries together. A corpus
-row of -1 is a filler: it stands where a list of negatives is too short, is encoded as an empty
-text, and has its column masked by the loss."""
+chunks of a passage at most, Q queries of the file, E positives of all. A corpus row of -1 is a
+filler where a list of negatives is too short: an empty text, whose column the loss masks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,14 +15,8 @@ import xxhash
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lib.files import (
-    TrainingRow,
-    UserError,
-    first_line,
-    foreign_format,
-    read_positives,
-    read_training_file,
-)
+from lib.files import TrainingRow, UserError, foreign_format, read_positives, read_training_file
+from lib.lines import first_line
 from lib.loader import permutation
 from lib.text import TextFormat, chunk_ids, format_texts, pad, step_seed, to_ids
 from lib.texts import Texts, places, require_rows
@@ -32,8 +25,7 @@ LINES_AT_A_TIME = 4096
 
 
 def read_rows(path) -> Iterator[TrainingRow]:
-    """The rows of what --train takes: a training file, or judgments, whose queries have no
-    negatives."""
+    """The rows of what --train takes: a training file, or judgments (no negatives)."""
     first = first_line(path)
     foreign = foreign_format(first)
     if foreign == "negative-lists":
@@ -131,27 +123,19 @@ class TrainingFile:
 
 
 class Groups(Dataset):
-    """Training examples: one for every positive of the file, with negatives drawn anew at every
-    visit.
+    """Training examples: one for every positive of the file, with negatives drawn at every visit.
 
     From the first `depth` negatives of a query, P - 1 are drawn without replacement, as a function
     of (seed, micro-step, global row). A shorter list is filled up with row -1. P is by default 8,
     or 1 if the file has no negatives.
 
-    one_cluster   the number of queries of a micro-step in all processes: each micro-step then takes
-                  its queries from one cluster of the file; 0 = clusters do not matter"""
+    one_cluster   0, or the number of queries of a micro-step in all processes, which then takes
+                  them from one cluster of the file"""
 
-    def __init__(
-        self,
-        file: TrainingFile,
-        passages_per_query: int | None,
-        depth: int,
-        seed: int,
-        one_cluster: int = 0,
-    ):
+    def __init__(self, file: TrainingFile, P: int | None, depth: int, seed: int, one_cluster=0):
         positives, negatives = np.diff(file.bounds).reshape(-1, 2).T  # (Q,) numbers
         negatives = np.minimum(negatives, depth)
-        P = passages_per_query or (8 if negatives.any() else 1)
+        P = P or (8 if negatives.any() else 1)
         self.file = file
         self.passages_per_query = P
         self.depth = depth
@@ -187,9 +171,9 @@ class Groups(Dataset):
         return self._by_cluster(order, epoch) if self.one_cluster else order
 
     def _by_cluster(self, order: np.ndarray, epoch: int) -> np.ndarray:
-        """The same examples, in batches of one cluster as far as its examples go (as TAS-B, arXiv
-        2104.06967, but each example once an epoch). What is left over of the clusters completes the
-        last batch of the epoch before, and makes the last ones of this epoch."""
+        """In batches of one cluster as far as its examples go (as TAS-B, arXiv 2104.06967, but each
+        example once an epoch). What is left over of the clusters completes the last batch of the
+        epoch before, and makes the last ones of this epoch."""
         size = self.one_cluster
         clusters = self.file.clusters[self.query_of[order]]
         by_cluster = np.argsort(clusters, kind="stable")
@@ -208,8 +192,8 @@ class Groups(Dataset):
         return np.concatenate([rest[:missing], batches.ravel(), rest[missing:]])
 
     def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, np.ndarray, np.ndarray]:
-        """(example, micro-step, global row) of StepSampler -> (query of the file, (P,) corpus rows,
-        the positive first, (P,) teacher scores, 0 where there is none)."""
+        """(example, micro-step, global row), see step_batches -> (query of the file, (P,) rows of
+        the corpus, the positive first, (P,) teacher scores, 0 where there is none)."""
         example, micro_step, global_row = place
         file = self.file
         query = int(self.query_of[example])
@@ -275,11 +259,8 @@ class GroupCollator:
     def encoder_input(self, kind: str, texts: list[tuple]) -> dict[str, list | Tensor]:
         """(titles, text) pairs -> {"chunks": padded batches of at most `chunk_rows` texts of like
         length, "order": the place of each text among their rows}, so that torch.cat(encoded
-        chunks)[order] is in the order of the texts.
-
-        Where a text may have M > 1 chunks, the rows are the chunks that there are, and order has
-        (len(texts)·M,) places. Missing chunks point at chunk 0 of their text, so that the maximum
-        over M is unchanged."""
+        chunks)[order] is in the order of the texts. With M > 1 chunks a text, order has
+        (len(texts)·M,) places; missing chunks point at chunk 0, so the maximum is unchanged."""
         cut = self.cut(kind, texts)
         ids = list(chain.from_iterable(cut))
         counts = np.array([len(chunks) for chunks in cut])
@@ -300,8 +281,8 @@ class GroupCollator:
         return chunk_ids(strings, self.tokenizer, self.form.max_length(kind), most)
 
     def preview(self, examples: int = 256) -> dict[str, str]:
-        """What a dry run shows: two queries, a positive and a negative of the first of them as the
-        encoder will read them, and how many texts are cut."""
+        """What a dry run shows: the first two queries and passages as the encoder will read them,
+        and how many texts are cut."""
         file = self.groups.file
         items = [self.groups[row, 0, row] for row in range(min(examples, len(self.groups)))]
         queries = [file.queries[file.query_rows[query]] for query, _, _ in items]

@@ -6,24 +6,14 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-import xxhash
+from accelerate import PartialState
 
-from lib.bm25 import Weighting, open_bm25
+from lib.bm25 import open_bm25
 from lib.embeddings import Embeddings
 from lib.files import UserError
 from lib.inverted import Inverted, open_sparse
-from lib.search import DenseIndex, faiss_index
+from lib.search import DenseIndex
 from lib.texts import Texts, open_texts
-
-
-def file_fingerprint(*paths) -> str:
-    """A hash of the content of files, for lib/launch.claim_output."""
-    digest = xxhash.xxh3_64()
-    for path in paths:
-        with open(path, "rb") as stream:
-            while part := stream.read(1 << 24):
-                digest.update(part)
-    return digest.hexdigest()
 
 
 def check_pair(queries: Embeddings, corpus: Embeddings) -> None:
@@ -49,22 +39,6 @@ def check_identical_ids(path, positives: dict[str, Collection[str]]) -> None:
         raise UserError(f"{wrong} ({counted}) — leave out --ignore_identical_ids")
 
 
-@dataclass(kw_only=True)
-class Source:
-    """What a script searches, and how: one of BM25, of embeddings, and of a run, which needs no
-    search."""
-
-    bm25: bool
-    run: bool
-    texts: tuple[str | None, str | None]  # of queries, of passages
-    embeddings: tuple[str | None, str | None]  # the same
-    folder: Path  # of the inverted lists of BM25 or of sparse vectors, built if absent
-    weighting: Weighting
-    bits: int  # of a sparse vector's weight
-    faiss: str | None  # the index of dense vectors; None is exact search
-    seed: int  # of its training
-
-
 @dataclass
 class Index:
     """Queries and a corpus, and the search of the one for the other."""
@@ -72,7 +46,6 @@ class Index:
     queries: Texts | Embeddings
     corpus: Texts | Embeddings
     name: str  # of the retriever
-    folder: Path  # of inverted lists; dense vectors have none
     inputs: dict[str, str]  # fingerprints, see lib/launch.claim_output
     open: Callable[[], Inverted | DenseIndex]  # builds the index if necessary; on all processes
 
@@ -95,35 +68,40 @@ class Index:
         return self.engine.score(self._asked(queries), rows)
 
 
-def open_index(source: Source, accelerator) -> Index | None:
-    """None for a run. The first search builds or opens the index. UserError: not one source, an
-    incomplete one, embeddings that do not belong together, faiss for what is not dense."""
-    vectors, folder = source.embeddings, source.folder
-    if source.bm25 + any(vectors) + source.run != 1 or any(vectors) != all(vectors):
+def open_index(
+    *,
+    bm25: tuple[float, float] | None,
+    run: bool,
+    texts: tuple[str | None, str | None],
+    embeddings: tuple[str | None, str | None],
+    folder: Path,
+) -> Index | None:
+    """What a script searches: BM25 over texts, embeddings, or nothing where it reads a run.
+
+    bm25                k1 and b
+    texts, embeddings   (of queries, of passages)
+    folder              of the inverted lists of BM25 or of sparse vectors; the first search builds
+                        them if they are absent
+    UserError: not one source, an incomplete one, embeddings that do not belong together."""
+    if bool(bm25) + any(embeddings) + run != 1 or any(embeddings) != all(embeddings):
         either = "--bm25, or --run, or --queries_embeddings and --corpus_embeddings"
         raise UserError(f"nothing to search, or several sources — give {either}")
-    if source.bm25 and not all(source.texts):
-        raise UserError("--bm25 searches texts — give --queries and --corpus")
-    queries, corpus = map(Embeddings, vectors) if all(vectors) else (None, None)
-    if source.faiss and (corpus is None or corpus.sparse):
-        raise UserError("--index is for dense vectors — leave it out")
-    if source.faiss:
-        faiss_index(source.faiss, corpus.dim)  # an unknown one is refused at once
-    if source.run:
+    if run:
         return None
-    if source.bm25:
-        with accelerator.main_process_first():
-            queries, corpus = map(open_texts, source.texts)
-        k1, b = source.weighting
+    if bm25:
+        if not all(texts):
+            raise UserError("--bm25 searches texts — give --queries and --corpus")
+        queries, corpus = map(open_texts, texts)
+        k1, b = bm25
         name = f"BM25, k1 {k1}, b {b} (Lucene's variant)"
         inputs = {"queries": queries.fingerprint, "corpus": corpus.fingerprint}
-        build = partial(open_bm25, corpus, folder, source.weighting)
-        return Index(queries, corpus, name, folder, inputs, build)
+        build = partial(open_bm25, corpus, folder, k1, b)
+        return Index(queries, corpus, name, inputs, build)
+    queries, corpus = map(Embeddings, embeddings)
     check_pair(queries, corpus)
     inputs = {"queries_embeddings": queries.fingerprint, "corpus_embeddings": corpus.fingerprint}
-    how = f"{source.bits} bits a weight" if corpus.sparse else source.faiss or "exact search"
-    build = partial(DenseIndex, corpus, accelerator.device, source.faiss, source.seed)
+    build = partial(DenseIndex, corpus, PartialState().device)
     if corpus.sparse:
-        build = partial(open_sparse, corpus, folder, source.bits)
-    name = f"{corpus.meta.get('model')}, {how}"
-    return Index(queries, corpus, name, folder, inputs, build)
+        build = partial(open_sparse, corpus, folder)
+    name = f"{corpus.meta.get('model')}, exact search"
+    return Index(queries, corpus, name, inputs, build)

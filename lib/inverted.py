@@ -9,10 +9,9 @@ added up in float32 in the order of the query's terms: it has the same bits from
 of the corpus; its scores stay in the cache of a core while lists are added to them.
 
 An index is a folder of memory-mapped arrays (see Lists) and a manifest.json that states what was
-indexed and how. A posting takes 6 bytes (4 or 3 with quantised weights), a list 16; the zeros in
-frequent lists (FULL) add 7 to 14 %. Every posting of a query's terms is added up: bounds on what
-a list (MaxScore) or a block (BMP, arXiv 2405.01117) can still contribute exclude almost nothing
-of learned weights at depth 1000, and at depth 10 less than they cost.
+indexed and how. A posting takes 6 bytes, a list 12. Every posting of a query's terms is added up:
+bounds on what a list (MaxScore) or a block (BMP, arXiv 2405.01117) can still contribute exclude
+almost nothing of learned weights at depth 1000, and at depth 10 less than they cost.
 
 Shapes: Q queries, N passages, V terms, k depth, P postings, L lists, T tiles.
 """
@@ -27,29 +26,26 @@ import numba
 import numpy as np
 import torch
 from accelerate import PartialState
-from scipy.sparse import csc_matrix, csr_matrix, hstack, vstack
+from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 from tqdm import tqdm
 
 from lib.dist import from_main
 from lib.embeddings import Embeddings
-from lib.files import UserError, make_once, map_array, read_json, write_json
+from lib.files import UserError, file_fingerprint, make_once, map_array, read_json, write_json
 from lib.search import EMPTY, own_part, push, search_in_parts, top_keys
 
 TILE = 1 << 15  # scores of 128 KB; at most 1 << 16, because `documents` are uint16
-FULL = 4  # a list of more than a quarter of a tile's documents is stored with all: see _add
 QUERIES = 256  # that a thread takes through all tiles together: they share the cache
-WEIGHTS = {32: np.float32, 16: np.uint16, 8: np.uint8}
 
 
-# numba's cache names the three classes: delete lib/__pycache__ after renaming one
+# numba's cache names the two classes: delete lib/__pycache__ after renaming one
 class Lists(NamedTuple):
     """The arrays of an index; each is a file, `documents.bin` and so on."""
 
     documents: np.ndarray  # uint16 (P,), row within its tile: by tile, by term, ascending
-    weights: np.ndarray  # (P,) float32; or uint16 or uint8, times the list's scale
+    weights: np.ndarray  # float32 (P,)
     offsets: np.ndarray  # int64 (L + 1,), where each list begins
-    scales: np.ndarray  # float32 (L,); 1 where weights are float32
     terms: np.ndarray  # int32 (L,), the term of each list, ascending within a tile
     tiles: np.ndarray  # int64 (T + 1,), which list each tile begins with
 
@@ -63,18 +59,9 @@ class Tiling(NamedTuple):
     stop: int
 
 
-class Rows(NamedTuple):
-    """Queries: number q has terms[starts[q] : starts[q + 1]] and their weights."""
-
-    starts: np.ndarray  # int64 (Q + 1,)
-    terms: np.ndarray  # int32; the weights are added up in this order
-    weights: np.ndarray  # float32
-
-
 # the index: written
-def write(folder: Path, tiles: Iterable[csr_matrix], bits: int) -> None:
-    """Write the lists of tiles (TILE rows each, the last fewer; no entry twice). Needs the memory
-    of some copies of one tile."""
+def write(folder: Path, tiles: Iterable[csr_matrix]) -> None:
+    """Write the lists of tiles (TILE rows each, the last fewer; no entry twice)."""
     folder.mkdir(parents=True)
 
     def append(**arrays: np.ndarray) -> None:
@@ -85,38 +72,18 @@ def write(folder: Path, tiles: Iterable[csr_matrix], bits: int) -> None:
     append(offsets=np.int64([0]), tiles=np.int64([0]))
     postings, lists = 0, 0
     for tile in tiles:
-        columns = _columns(tile)
+        columns = tile.tocsc()
         lengths = np.diff(columns.indptr)
         known = np.flatnonzero(lengths)
-        weights = columns.data
-        scales = np.ones(len(known), dtype=np.float32)
-        if bits < 32 and len(known):  # a list is scaled by its own largest weight
-            largest = np.maximum.reduceat(weights, columns.indptr[known])
-            smallest = np.finfo(np.float32).tiny  # a scale of 0 cannot be divided by
-            scales = np.maximum(largest / np.float32(2**bits - 1), smallest)
-            weights = np.rint(weights / np.repeat(scales, lengths[known]))
         append(
             documents=columns.indices.astype(np.uint16),
-            weights=weights.astype(WEIGHTS[bits], copy=False),
+            weights=columns.data,
             offsets=postings + columns.indptr[known + 1].astype(np.int64),
-            scales=scales,
             terms=known.astype(np.int32),
             tiles=np.int64([lists + len(known)]),
         )
-        postings += len(weights)
+        postings += len(columns.data)
         lists += len(known)
-
-
-def _columns(tile: csr_matrix) -> csc_matrix:
-    """The lists of a tile; those of frequent terms get the other documents too, with a zero."""
-    rows, columns = tile.shape[0], tile.tocsc()
-    full = np.diff(columns.indptr) * FULL > rows
-    weights = columns[:, full].toarray()
-    starts = np.arange(full.sum() + 1) * rows
-    documents = np.tile(np.arange(rows), full.sum())
-    lists = csc_matrix((weights.ravel("F"), documents, starts), weights.shape)
-    order = np.argsort(np.argsort(full, kind="stable"))  # of the columns, in the next line
-    return hstack([columns[:, ~full], lists], "csc")[:, order]
 
 
 def _file(folder, name: str) -> Path:
@@ -125,38 +92,35 @@ def _file(folder, name: str) -> Path:
 
 def open_folder(folder, manifest: dict, build: Callable[[Path], None]) -> None:
     """The main process builds the index in `folder` if the folder is absent, build(temporary
-    name). UserError on every process: the folder holds anything but what `manifest` states."""
+    name). UserError on every process: the folder holds anything but what `manifest` states, or is
+    damaged (a search with numbers out of range would crash the process)."""
     folder = Path(folder)
+
+    def content(of: Path) -> str:
+        return file_fingerprint(*sorted(of.glob("*.bin")))
 
     def make(temporary: Path) -> None:
         build(temporary)
-        write_json(temporary / "manifest.json", manifest)
+        write_json(temporary / "manifest.json", {**manifest, "files": content(temporary)})
 
-    from_main(PartialState(), lambda: make_once(folder, make))
-    stored = read_json(folder / "manifest.json")
-    for key, value in manifest.items():
-        found = stored.get(key) if isinstance(stored, dict) else None
-        if found != value:
-            problem = f"{folder}: an index with {key} {found}, not {value}"
-            raise UserError(f"{problem} — remove it or choose another folder")
+    def open_or_make() -> None:
+        make_once(folder, make)
+        stored = read_json(folder / "manifest.json")
+        stored = stored if isinstance(stored, dict) else {}
+        for key, value in manifest.items():
+            if stored.get(key) != value:
+                problem = f"{folder}: an index with {key} {stored.get(key)}, not {value}"
+                raise UserError(f"{problem} — remove it or choose another folder")
+        if stored.get("files") != content(folder):
+            raise UserError(f"{folder}: the index is damaged — remove it; it is then built again")
+
+    from_main(PartialState(), open_or_make)
 
 
 # the index: searched
 @numba.njit(nogil=True, cache=True)
-def _add(totals, documents, weights, weight):
-    """Add a list to the scores of its tile. A list of all documents needs no addresses, so that
-    the compiler adds 16 at a time: faster from a quarter of the documents on."""
-    if len(documents) == len(totals):
-        for j in range(len(totals)):
-            totals[j] += weight * np.float32(weights[j])
-    else:
-        for j in range(len(documents)):
-            totals[documents[j]] += weight * np.float32(weights[j])
-
-
-@numba.njit(nogil=True, cache=True)
 def _offer(totals, first_row, keys, count, bar):
-    """Offer the scores of the rows from first_row on to the list of a query; (count, bar) then."""
+    """`push` for the scores of the rows from first_row on; returns the new (count, bar)."""
     for start in range(0, len(totals), 64):
         line = totals[start : start + 64]
         hit = False
@@ -178,7 +142,9 @@ def _find(numbers, start, stop, number):
 
 @numba.njit(nogil=True, cache=True)
 def _scan_tiles(lists, tiling, queries, part, keys):
-    """Fill keys (Q, 2·k) of the queries part[0] ... part[1] - 1 with the best of some tiles."""
+    """Fill keys (Q, 2·k) of the queries part[0] ... part[1] - 1 with the best of some tiles.
+    queries: the arrays of a CSR matrix; weights are added up in their order."""
+    starts, terms, weights = queries
     totals = np.zeros(tiling.tile, dtype=np.float32)
     counts = np.zeros(part[1], dtype=np.int64)
     bars = np.zeros(part[1], dtype=np.float32)  # a document without a term scores 0: not above
@@ -186,101 +152,76 @@ def _scan_tiles(lists, tiling, queries, part, keys):
         here = totals[: min(tiling.tile, tiling.count - t * tiling.tile)]
         for q in range(part[0], part[1]):
             touched = False
-            for i in range(queries.starts[q], queries.starts[q + 1]):
-                at = _find(lists.terms, lists.tiles[t], lists.tiles[t + 1], queries.terms[i])
+            for i in range(starts[q], starts[q + 1]):
+                at = _find(lists.terms, lists.tiles[t], lists.tiles[t + 1], terms[i])
                 if at >= 0:
-                    mine = slice(lists.offsets[at], lists.offsets[at + 1])
-                    weight = queries.weights[i] * lists.scales[at]
-                    _add(here, lists.documents[mine], lists.weights[mine], weight)
+                    for j in range(lists.offsets[at], lists.offsets[at + 1]):
+                        here[lists.documents[j]] += weights[i] * lists.weights[j]
                     touched = True
             if touched:
-                row = t * tiling.tile
-                counts[q], bars[q] = _offer(here, row, keys[q], counts[q], bars[q])
+                found = _offer(here, t * tiling.tile, keys[q], counts[q], bars[q])
+                counts[q], bars[q] = found
                 here[:] = 0
 
 
 @numba.njit(nogil=True, cache=True)
 def _score_rows(lists, tiling, queries, q, rows):
     """The scores of query q with given rows, added up in the order of _scan_tiles."""
+    starts, terms, weights = queries
     totals = np.zeros(len(rows), dtype=np.float32)
-    for i in range(queries.starts[q], queries.starts[q + 1]):
+    for i in range(starts[q], starts[q + 1]):
         t, at = -1, -1  # the tile of the row before, and the term's list there
         for r in range(len(rows)):
             if rows[r] // tiling.tile != t:
                 t = rows[r] // tiling.tile
-                at = _find(lists.terms, lists.tiles[t], lists.tiles[t + 1], queries.terms[i])
+                at = _find(lists.terms, lists.tiles[t], lists.tiles[t + 1], terms[i])
             if at >= 0:
                 start, stop = lists.offsets[at], lists.offsets[at + 1]
                 j = _find(lists.documents, start, stop, rows[r] % tiling.tile)
                 if j >= 0:
-                    weight = queries.weights[i] * lists.scales[at]
-                    totals[r] += weight * np.float32(lists.weights[j])
+                    totals[r] += weights[i] * lists.weights[j]
     return totals
 
 
-def _is_sound(lists: Lists, tiling: Tiling, terms: int) -> bool:
-    """Whether all sizes fit and all numbers point into the arrays: the search in another index
-    would crash the process."""
-    tiles = -(-tiling.count // tiling.tile)
-    for edges, number, end in (
-        (lists.offsets, len(lists.terms), len(lists.documents)),
-        (lists.tiles, tiles, len(lists.terms)),
-    ):
-        if len(edges) != number + 1 or edges[0] != 0 or (edges[1:] < edges[:-1]).any():
-            return False
-        if edges[-1] != end:
-            return False
-    before, last = np.split(lists.documents, [lists.offsets[lists.tiles[-2]]])  # the last tile's
-    return bool(
-        len(lists.weights) == len(lists.documents)
-        and len(lists.scales) == len(lists.terms)
-        and before.max(initial=0) < tiling.tile
-        and last.max(initial=0) < tiling.count - (tiles - 1) * tiling.tile
-        and 0 <= lists.terms.min(initial=0) <= lists.terms.max(initial=0) < terms
-    )
+def _arrays(queries: csr_matrix) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return queries.indptr.astype(np.int64), queries.indices.astype(np.int32), queries.data
 
 
 class Inverted:
-    """A finished index of passages with `terms` terms, and its search. as_rows(queries) makes Rows
-    of what is asked: texts, or a matrix (Q, terms). UserError: the index is damaged."""
+    """An index of open_folder, and its search. as_matrix(queries) makes a matrix (Q, V) of what is
+    asked."""
 
-    def __init__(self, folder, as_rows: Callable[..., Rows], terms: int):
-        self.as_rows = as_rows
+    def __init__(self, folder, as_matrix: Callable[..., csr_matrix]):
+        self.as_matrix = as_matrix
         meta = read_json(Path(folder) / "manifest.json")
-        weights = WEIGHTS[meta.get("bits", 32)]
-        dtypes = Lists(np.uint16, weights, np.int64, np.float32, np.int32, np.int64)
+        dtypes = Lists(np.uint16, np.float32, np.int64, np.int32, np.int64)
         parts = zip(Lists._fields, dtypes, strict=True)
         self.lists = Lists(*(map_array(_file(folder, name), dtype) for name, dtype in parts))
         first, stop = own_part(len(self.lists.tiles) - 1)
         self.tiling = Tiling(meta["tile"], meta["count"], first, stop)
-        if not _is_sound(self.lists, self.tiling, terms):
-            raise UserError(f"{folder}: the index is damaged — remove it; it is then built again")
 
     def search(self, queries, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Q queries -> (scores (Q, k), rows (Q, k)), the same on every process."""
-        asked = self.as_rows(queries)
-
-        def best(part: slice) -> Tensor:
-            return self._best(asked._replace(starts=asked.starts[part.start : part.stop + 1]), k)
-
-        return search_in_parts(best, len(asked.starts) - 1, k)
+        asked = self.as_matrix(queries)
+        return search_in_parts(lambda part: self._best(asked[part], k), asked.shape[0], k)
 
     def score(self, queries, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The scores of given rows, 0 without a common term: Q queries and Q arrays of rows -> Q
         float32 arrays."""
-        asked = self.as_rows(queries)
+        asked = _arrays(self.as_matrix(queries))
         lists = [np.asarray(some, dtype=np.int64) for some in rows]
         return [_score_rows(self.lists, self.tiling, asked, q, r) for q, r in enumerate(lists)]
 
-    def _best(self, queries: Rows, k: int) -> Tensor:
+    def _best(self, queries: csr_matrix, k: int) -> Tensor:
         """The best keys (Q, k) in the tiles of this process."""
-        number, threads = len(queries.starts) - 1, torch.get_num_threads()
+        number, threads = queries.shape[0], torch.get_num_threads()
+        arrays = _arrays(queries)
         keys = np.full((number, 2 * min(k, self.tiling.count)), EMPTY)
         size = max(min(QUERIES, -(-number // threads)), 1)
 
         def scan(start: int) -> None:
             part = start, min(start + size, number)
-            _scan_tiles(self.lists, self.tiling, queries, part, keys)
+            _scan_tiles(self.lists, self.tiling, arrays, part, keys)
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(scan, range(0, number, size)))
@@ -288,26 +229,21 @@ class Inverted:
 
 
 # sparse vectors
-def open_sparse(corpus: Embeddings, folder, bits: int = 32) -> Inverted:
+def open_sparse(corpus: Embeddings, folder) -> Inverted:
     """The index of `corpus` in `folder`, which is built if the folder is absent, in the memory of
     a few tiles. Its queries are matrices (Q, V). All processes call it.
-
-    With 8 or 16 bits, weights are whole multiples of a step: the largest weight of the term in a
-    tile / (2^bits - 1). For each term a score is off by at most half a step times the query's
-    weight: with 8 bits, by 1/510 of the greatest score that the query could have.
 
     UserError: the folder holds an index of other vectors or settings; a weight is negative or not
     finite, here or in a query."""
     made = {**corpus.meta, "model": None, "input": None}  # two names, which may change
-    made |= {"content": corpus.fingerprint, "bits": bits, "tile": TILE}
-    open_folder(folder, made, partial(write, tiles=_tiles(corpus), bits=bits))
-    return Inverted(folder, partial(_queries, terms=corpus.dim), corpus.dim)
+    made |= {"content": corpus.fingerprint, "tile": TILE}
+    open_folder(folder, made, partial(write, tiles=_tiles(corpus)))
+    return Inverted(folder, partial(_queries, terms=corpus.dim))
 
 
-def _queries(queries: csr_matrix, terms: int) -> Rows:
+def _queries(queries: csr_matrix, terms: int) -> csr_matrix:
     assert queries.shape[1] == terms, "queries and passages are of different checkpoints"
-    queries = _clean(csr_matrix(queries, dtype=np.float32, copy=True), "the queries")
-    return Rows(queries.indptr.astype(np.int64), queries.indices.astype(np.int32), queries.data)
+    return _clean(csr_matrix(queries, dtype=np.float32, copy=True), "the queries")
 
 
 def _tiles(corpus: Embeddings) -> Iterator[csr_matrix]:

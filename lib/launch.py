@@ -3,7 +3,6 @@ state."""
 
 import contextlib
 import errno
-import fcntl
 import functools
 import json
 import multiprocessing
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from lib.cpu import onednn
 from lib.dist import all_gather, from_main
-from lib.files import UserError, atomic, lines, read_json, write_json, write_lines
+from lib.files import UserError, atomic, lines, lock, read_json, unlock, write_json, write_lines
 from lib.lines import one_line
 
 PACKAGES = "torch transformers tokenizers accelerate datasets faiss-cpu faiss-gpu numpy".split()
@@ -50,9 +49,9 @@ def run(main) -> None:
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         main()
-        # Only now, when DDP's reducer is gone with main's variables: if that were the last to hold
-        # the group, it would wait with the GIL for a thread of gloo that may need the GIL, and the
-        # run would hang at its end. A gloo process that just ends may abort in that thread.
+        # Only now, when DDP's reducer is gone with main's variables: as the last to hold the group
+        # it would wait with the GIL for a thread of gloo that may need the GIL, and hang. A gloo
+        # process that just ends may abort in that thread.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except UserError as error:
@@ -87,31 +86,26 @@ def _stop(message: str, status: int) -> None:
 
 
 def end_with_parent(_worker: int = 0) -> None:
-    """Make a worker of a loader or pool end as soon as its parent process has ended, by kill -9
-    too, and leave Ctrl-C to the parent. (Torch's own watchdog watches another process under
-    forkserver, Python 3.14's default.)"""
+    """Make a worker of a loader or pool end when its parent process has ended, by kill -9 too, and
+    leave Ctrl-C to the parent. (Under forkserver torch's own watchdog watches another process.)"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     died = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: (wait([died]), os._exit(1)), daemon=True).start()
 
 
 def make_accelerator(
-    gradient_accumulation_steps: int = 1,
-    report_to: str = "none",
-    output_dir=None,
-    deterministic: bool = False,
+    accumulation: int = 1, report_to: str = "none", output_dir=None, deterministic: bool = False
 ) -> Accelerator:
-    """The Accelerator. UserError for what would silently be something else: FSDP, DeepSpeed, fp16
-    on a CPU, processes that do not see each other, a tracker that is not installed."""
-    if deterministic:  # bit-identity on CUDA; the variable must be set before CUDA starts
+    """UserError for what would silently be something else: FSDP, DeepSpeed, fp16 on a CPU,
+    processes that do not see each other, a tracker that is not installed."""
+    if deterministic:  # the variable must be set before CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
-        gradient_accumulation_steps=gradient_accumulation_steps,
+        gradient_accumulation_steps=accumulation,
         log_with=None if report_to == "none" else report_to,
         project_dir=output_dir,
-        step_scheduler_with_optimizer=False,
         kwargs_handlers=[ddp],
     )
     if report_to != "none" and not accelerator.log_with:  # Accelerate warns and goes on
@@ -136,7 +130,7 @@ def make_accelerator(
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide numbers, and the commit of this code."""
+    """Of Python, of the packages that decide numbers, and of this code (its commit)."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -191,7 +185,8 @@ def _claim(folder: Path, made: dict, last_file: str, resume: bool) -> bool:
         if not resume:
             wrong = f"{folder}: it holds an unfinished run"
             raise UserError(f"{wrong} — add --resume to continue, or remove it")
-    _own(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    owned.append(lock(folder / ".lock", wait=False))
     for leftover in leftovers:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     command = [sys.executable, *sys.argv]
@@ -199,45 +194,19 @@ def _claim(folder: Path, made: dict, last_file: str, resume: bool) -> bool:
     return False
 
 
-def _own(folder: Path) -> None:
-    """Lock a folder for this process. The lock is of the kind that forks do not inherit."""
-    path = folder / ".lock"
-    folder.mkdir(parents=True, exist_ok=True)
-    while True:
-        lock = open(path, "a+")
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            lock.seek(0)
-            holder = f"{lock.read()} is writing to it"
-            raise UserError(f"{folder}: {holder} — wait for its end, or stop it") from error
-        except OSError as error:
-            print(f"note: {folder} cannot be locked ({error}) — let no other run write to it")
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(path), os.fstat(lock.fileno())):
-                break  # else the run before removed it meanwhile
-    lock.truncate(0)
-    print(f"process {os.getpid()} on {platform.node()}", end="", file=lock, flush=True)
-    owned.append(lock)
-
-
 def release_output() -> None:
     """Give up the lock of this process, and remove its file."""
-    for lock in owned:
-        with contextlib.suppress(OSError):
-            os.remove(lock.name)
-        lock.close()
-    owned.clear()
+    while owned:
+        unlock(owned.pop())
 
 
 def echo(accelerator, heading: str, facts: dict) -> None:
-    """The block that is printed before any work: what is about to run."""
+    """Print what is about to run."""
     rows = (f"   {name:<24} {value}" for name, value in facts.items())
     accelerator.print(f"== {heading}", *rows, sep="\n", flush=True)
 
 
 def describe(accelerator) -> str:
-    """Device, processes and precision really in use."""
     device = f"{accelerator.device.type}, {torch.get_num_threads()} threads"
     if accelerator.device.type == "cuda":
         device = torch.cuda.get_device_name()
@@ -246,8 +215,8 @@ def describe(accelerator) -> str:
 
 
 class RunLog:
-    """What a training run says: a progress bar, and one line per logged step, the same on the
-    console, in log.jsonl and in the tracker; main process only. A run that goes on from `step` does
+    """What a training run says, on the main process: a progress bar, and one line per logged step,
+    the same on the console, in log.jsonl and in the tracker. A run that goes on from `step` does
     later steps again, so their lines go."""
 
     def __init__(self, accelerator, output_dir, step: int = 0, max_steps: int | None = None):
@@ -267,15 +236,9 @@ class RunLog:
         self.bar = tqdm(total=max_steps, initial=step, disable=hidden)
 
     def write(self, step: int, values: dict) -> None:
-        """A value may be a list, which the console leaves out and a tracker gets as name/0, name/1,
-        ..."""
+        """A value may be a list, which only log.jsonl gets."""
         numbers = {name: value for name, value in values.items() if not isinstance(value, list)}
-        parts = {
-            f"{name}/{i}": part
-            for name in values.keys() - numbers.keys()
-            for i, part in enumerate(values[name])
-        }
-        self.accelerator.log(numbers | parts, step=step)
+        self.accelerator.log(numbers, step=step)
         if self.accelerator.is_main_process:
             with open(self.path, "a") as stream:
                 stream.write(json.dumps({"step": step, **values}) + "\n")
@@ -284,8 +247,8 @@ class RunLog:
             self.bar.write(f"step {step:>6}  {'  '.join(shown)}")
 
     def finish(self, note: str = "") -> None:
-        """The last thing of a run: the note, `done`, trackers closed. (Not end_training(), which
-        would destroy the process group under the model: see run.)"""
+        """The note, `done`, trackers closed. (Not by end_training(), which would destroy the
+        process group under the model: see run.)"""
         self.bar.close()
         if self.accelerator.is_main_process:
             print(note, end="\n" if note else "")
@@ -293,6 +256,12 @@ class RunLog:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.wait_for_everyone()
+
+
+def stop_not_finite(step: int, ids: list[str]) -> None:
+    """UserError: the loss or the gradient of these texts is not finite."""
+    wrong = f"step {step}: the loss or gradient is not finite for {', '.join(ids)}"
+    raise UserError(f"{wrong} — lower --learning_rate")
 
 
 class Means:
@@ -316,7 +285,7 @@ class Means:
     def add(self, values: dict[str, Tensor]) -> None:
         self.count += 1
         for name, value in values.items():
-            self.totals[name] = self.totals.get(name, 0) + value
+            self.totals[name] = self.totals.get(name, 0) + value.detach()
 
     def take(self) -> tuple[dict[str, float], float]:
         """(means, seconds per micro-step) since the last call; on all processes. Among the means is

@@ -9,6 +9,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,19 +41,12 @@ class UserError(Exception):
     prints it as one line and exits with status 1."""
 
 
-def lines(path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its newline) of a plain or gzipped UTF-8 file, streaming.
-    Blank lines are skipped. A row of a Parquet file is a line of JSON.
+def lines(path, whole: bool = False) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line without its newline) of a plain or gzipped UTF-8 file, without
+    blank lines. A row of a Parquet file is a line of JSON. UserError: the file is absent, cannot be
+    read, is damaged, or is no text.
 
-    UserError: the file is absent, cannot be read, is damaged, or is no text."""
-    for number, line in _whole_lines(path):
-        line = line.rstrip("\r\n")
-        if line and not line.isspace():
-            yield number, line
-
-
-def _whole_lines(path) -> Iterator[tuple[int, str]]:
-    """The lines of a file with their newlines, the blank ones too."""
+    whole: blank lines and newlines are kept"""
     if not os.path.isfile(path):  # a pipe could not be read twice
         what = "no regular file" if os.path.exists(path) else "no such file"
         raise UserError(f"{path}: {what} — check the path")
@@ -61,8 +55,9 @@ def _whole_lines(path) -> Iterator[tuple[int, str]]:
         with open(path, "rb") as raw:
             start = raw.peek(4)
             if start.startswith(b"PAR1"):
-                for number, row in enumerate(_parquet_rows(path), 1):
-                    yield number, row
+                rows = pq.ParquetFile(path).iter_batches(1024)
+                for number, row in enumerate(chain.from_iterable(b.to_pylist() for b in rows), 1):
+                    yield number, json.dumps(row, ensure_ascii=False, default=lambda x: [repr(x)])
                 return
             stream = gzip.open(raw) if start.startswith(b"\x1f\x8b") else raw
             start = stream.peek(512)
@@ -70,7 +65,9 @@ def _whole_lines(path) -> Iterator[tuple[int, str]]:
                 if re.match(pattern, start, re.DOTALL):
                     raise UserError(f"{path}: this is {what}")
             for number, line in enumerate(stream, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if whole or (text and not text.isspace()):
+                    yield number, text if whole else text.rstrip("\r\n")
     except UnicodeDecodeError as error:
         binary = "not text — give a text file or Parquet"
         wrong = binary if b"\0" in line else "not UTF-8 — convert the file with iconv"
@@ -83,12 +80,6 @@ def _whole_lines(path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{wrong} — check the file and its permissions") from error
 
 
-def _parquet_rows(path) -> Iterator[str]:
-    for batch in pq.ParquetFile(path).iter_batches(1024):
-        for row in batch.to_pylist():
-            yield json.dumps(row, ensure_ascii=False, default=lambda value: [repr(value)])
-
-
 def brief(error: Exception) -> str:
     """The message of a library's error as a part of one line, with the file of a system's error."""
     text = str(error)
@@ -99,15 +90,14 @@ def brief(error: Exception) -> str:
 
 @contextlib.contextmanager
 def one_line(wrong: str, remedy: str, kinds=Exception) -> Iterator[None]:
-    """A UserError for errors of these kinds; those of some libraries are of all kinds, and some
-    say nothing without their kind, such as a KeyError."""
+    """A UserError for errors of these kinds. Libraries raise errors of all kinds."""
     try:
         yield
     except UserError:
         raise
     except kinds as error:
-        plain = isinstance(error, OSError | ValueError)  # they speak for themselves
-        kind = "" if plain else f"{type(error).__name__}: "
+        # others, such as a KeyError, say little without their kind
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise UserError(f"{wrong} ({kind}{brief(error)}) — {remedy}") from error
 
 
@@ -135,9 +125,8 @@ def entries(
     """(`file:line`, entry) of a text file or of Parquet. An entry is an object of JSON, or a list
     of columns, split at the separator or at white space.
 
-    fields: the order in which columns are given if the file has a header, each field with the names
-    that it may have, of which "" says that it may be absent. Fields may be quoted only if the
-    header is, or if it is DPR's (id, text).
+    fields: the order of the columns where the file has a header, each with the names that it may
+    have; "" says that it may be absent. Fields may be quoted if the header is, or is DPR's.
     UserError with the text `expected`: a line has another number of columns than `widths`, or than
     the first; a header without the fields"""
     number, first = next(lines(path), (0, ""))
@@ -169,7 +158,7 @@ def entries(
 def _quoted_rows(path) -> Iterator[tuple[int, list[str]]]:
     """(first line, columns) of a TSV whose fields are quoted where they hold a tab, a quote or a
     newline."""
-    rows = csv.reader((line for _, line in _whole_lines(path)), delimiter="\t", strict=True)
+    rows = csv.reader((line for _, line in lines(path, whole=True)), delimiter="\t", strict=True)
     number = 1
     try:
         for columns in rows:
@@ -187,8 +176,7 @@ def json_lines(path) -> Iterator[tuple[int, dict]]:
     for number, line in lines(path):
         record = parse_json(line, path, number, dict)
         if "\\ud" in line or "\\uD" in line:
-            whole = json.dumps(record, ensure_ascii=False)
-            whole, count = LONE_SURROGATE.subn("\ufffd", whole)
+            whole, count = LONE_SURROGATE.subn("\ufffd", json.dumps(record, ensure_ascii=False))
             record = json.loads(whole)
             replaced += count
         yield number, record

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 
@@ -13,28 +12,21 @@ from lib.launch import end_with_parent
 from lib.text import step_seed
 
 
-@dataclass
-class StepSampler:
-    """Batches [(example, micro_step, row), ...] without end; row counts in the batch of all
-    processes. Micro-step m takes positions m*W*B ... (m+1)*W*B of the concatenated epochs, this
-    process its B of them. So W processes of batch B see what one of batch W*B sees."""
+def step_batches(
+    dataset: Dataset, batch_size: int, rank: int, world: int, start: int = 0
+) -> Iterator[list[tuple[int, int, int]]]:
+    """Batches [(example, micro_step, row), ...] from micro-step `start` on, without end; row counts
+    in the batch of all processes. dataset: has a length, and order(epoch), the examples of an epoch
 
-    dataset: Dataset  # has a length, and order(epoch), the examples of an epoch
-    batch_size: int  # B, of each process
-    rank: int
-    world: int  # W
-    start: int = 0  # the first micro-step
-
-    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        order = lru_cache(maxsize=1)(self.dataset.order)
-        first_row = self.rank * self.batch_size
-        for micro_step in count(self.start):
-            batch = []
-            for row in range(first_row, first_row + self.batch_size):
-                position = micro_step * self.world * self.batch_size + row
-                epoch, offset = divmod(position, len(self.dataset))
-                batch.append((int(order(epoch)[offset]), micro_step, row))
-            yield batch
+    Micro-step m takes positions m*W*B ... (m+1)*W*B of the concatenated epochs, this process its B
+    of them. So W processes of batch B see what one of batch W*B sees."""
+    order = lru_cache(maxsize=1)(dataset.order)
+    for micro_step in count(start):
+        batch = []
+        for row in range(rank * batch_size, (rank + 1) * batch_size):
+            epoch, offset = divmod(micro_step * world * batch_size + row, len(dataset))
+            batch.append((int(order(epoch)[offset]), micro_step, row))
+        yield batch
 
 
 def load(dataset, collate: Callable, sampler, num_workers: int, device=None) -> Iterator:

@@ -3,9 +3,8 @@
 Legend: B queries per device, P passages per query (the positive first, then its negatives), W
 processes, N = W·B·P passages scored. scores (B, N) = q_reps @ p_reps.T / temperature: local
 queries, passages of all processes. positives (B,) = the column that answers each query, (rank·B +
-i)·P. mask (B, N) bool, True = the column counts. Losses come per query, (B,): the caller takes the
-mean, or weights them. The mean over the B local queries, averaged over processes by DDP, is the
-mean over the batch of the whole world."""
+i)·P. mask (B, N) bool, True = the column counts. Losses come per query, (B,). The mean over the B
+local queries, averaged over processes by DDP, is the mean over the batch of the whole world."""
 
 import torch
 import torch.nn.functional as F

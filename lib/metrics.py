@@ -1,8 +1,7 @@
 """Metrics of a run, fusion of runs, and two statistics: a bootstrap interval, a randomisation test.
 
-Metrics are computed by trec_eval (through pytrec_eval). Names are those of ir_measures: nDCG@10,
-RR@10 (or MRR@10), R@100 (Recall@100), AP (MAP), P@10, Success@5, Hole@10. Every judged query has a
-value: 0 if it has no result or no relevant passage, as under `trec_eval -c`.
+Metrics are trec_eval's (through pytrec_eval), and names those of ir_measures. Every judged query
+has a value: 0 if it has no result or no relevant passage, as under `trec_eval -c`.
 """
 
 import re

@@ -38,8 +38,7 @@ class Lamb(torch.optim.Optimizer):
         p = p - lr r u,  r = min(|p|, 10) / |u|              r = 1 where a norm is 0
 
     Most others correct the bias, clip the gradient inside, bound r itself, or take r = 1 for what
-    does not decay. Norms stay on the device, so that no step waits for it; a group lies on one
-    device. fp32."""
+    does not decay. Norms stay on the device, so that no step waits for it. fp32."""
 
     def __init__(self, params, lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -49,32 +48,20 @@ class Lamb(torch.optim.Optimizer):
     def step(self, closure=None):
         assert closure is None, "LAMB takes no closure"
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["exp_avg"] = torch.zeros_like(p)
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-            grads = [p.grad for p in params]
-            m = [self.state[p]["exp_avg"] for p in params]
-            v = [self.state[p]["exp_avg_sq"] for p in params]
             beta1, beta2 = group["betas"]
-            torch._foreach_lerp_(m, grads, 1 - beta1)
-            torch._foreach_mul_(v, beta2)
-            torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-            u = torch._foreach_sqrt(v)
-            torch._foreach_add_(u, group["eps"])
-            # m / u in one call would need a second tensor of the size of the model
-            torch._foreach_reciprocal_(u)
-            torch._foreach_mul_(u, m)
-            if group["weight_decay"]:
-                torch._foreach_add_(u, params, alpha=group["weight_decay"])
-            weight_norms = torch.stack(torch._foreach_norm(params))
-            norms = torch.stack(torch._foreach_norm(u))
-            ratios = weight_norms.clamp(max=10) / norms
-            ratios = torch.where((weight_norms > 0) & (norms > 0), ratios, 1.0)
-            torch._foreach_addcmul_(params, u, (-group["lr"] * ratios).unbind())
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                    state["exp_avg_sq"] = torch.zeros_like(p)
+                m = state["exp_avg"].lerp_(p.grad, 1 - beta1)
+                v = state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                u = m / v.sqrt().add_(group["eps"])
+                u.add_(p, alpha=group["weight_decay"])
+                weight_norm, norm = p.norm(), u.norm()
+                ratio = weight_norm.clamp(max=10) / norm
+                ratio = torch.where((weight_norm > 0) & (norm > 0), ratio, 1.0)
+                p.sub_(u.mul_(group["lr"] * ratio))
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float, weight_decay: float):

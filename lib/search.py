@@ -1,4 +1,4 @@
-"""Search: keys of scored rows, and the search of dense vectors, exact or by faiss.
+"""Search: keys of scored rows, and the exact search of dense vectors.
 
 Every search returns scores (Q, k) float32 and rows (Q, k) int64: score descending, then corpus
 row, also for ties at the cut, so that every run gives the same; row -1 and score -inf where there
@@ -11,9 +11,7 @@ k texts takes the k·M best vectors, so it cannot miss one.
 Shapes: Q queries, D dimensions, k depth, M most chunks of a passage, W processes.
 """
 
-import contextlib
 import mmap
-import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +28,6 @@ from tqdm import tqdm
 from lib.cpu import product
 from lib.dist import all_gather, world
 from lib.embeddings import Embeddings
-from lib.files import UserError
 
 EMPTY = np.iinfo(np.int64).min  # the key of "no passage": below every other
 ROW_MASK = (1 << 32) - 1
@@ -42,19 +39,18 @@ DEVICE_QUERY_TILE, DEVICE_ROW_TILE = 2048, 65536  # on a GPU: 512 MB
 
 # keys
 def pack(scores: Tensor, rows: Tensor) -> Tensor:
-    """int64 keys of float32 scores and their rows; EMPTY where the row is -1. The greater key has
-    the better score or, at the same score, the lower row; no two are equal.
+    """int64 keys of float32 scores and their rows. The greater key has the better score or, at the
+    same score, the lower row; no two are equal.
 
     The high 32 bits are those of the score, which have the order of integers where it is positive
     and the opposite order where it is negative (so 31 of them are flipped there); the low 32 bits
     are ROW_MASK - row."""
     bits = (scores + 0.0).view(torch.int32).long()  # + 0.0 makes 0 of -0, which is an equal score
-    keys = (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) | (ROW_MASK - rows)
-    return keys.masked_fill_(rows < 0, EMPTY)
+    return (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) | (ROW_MASK - rows)
 
 
 def unpack(keys: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """keys -> (scores float32, rows int64); -inf and -1 for EMPTY."""
+    """-> (scores float32, rows int64); -inf and -1 for EMPTY."""
     high, empty = keys >> 32, keys == EMPTY
     scores = torch.where(high < 0, high ^ 0x7FFFFFFF, high).to(torch.int32).view(torch.float32)
     rows = (ROW_MASK - (keys & ROW_MASK)).masked_fill_(empty, -1)
@@ -195,49 +191,21 @@ def scan_device(scores: Tensor, first_row: int, best: Tensor, k: int) -> Tensor:
     return top_keys(torch.cat([best, new], 1), k)
 
 
-@contextlib.contextmanager
-def faiss_errors(factory: str) -> Iterator[None]:
-    """What faiss raises becomes a UserError of one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = re.sub(r".*\.cpp:\d+: (Error: )?", "", str(error).strip().splitlines()[-1])
-        problem = f"--index {factory}: faiss cannot do this ({reason})"
-        raise UserError(f"{problem} — choose another index, or a smaller one") from error
-
-
-def faiss_index(factory: str, dim: int):
-    """An empty index of `dim` dimensions. factory: see DenseIndex. UserError: faiss knows none."""
-    import faiss
-
-    description, _, parameters = factory.partition(":")
-    with faiss_errors(factory):
-        index = faiss.index_factory(dim, description, faiss.METRIC_INNER_PRODUCT)
-        if parameters:
-            faiss.ParameterSpace().set_index_parameters(index, parameters)
-    return index
-
-
 class DenseIndex:
-    """Inner-product search over a folder of dense embeddings: exact, or by any faiss factory
-    string, with search parameters after a colon (IVF4096,Flat:nprobe=32, HNSW32:efSearch=128).
+    """Exact inner-product search over a folder of dense embeddings.
 
     The rows of `search` and `score` are texts; those of the private methods are vectors."""
 
-    def __init__(self, corpus: Embeddings, device="cpu", factory: str | None = None, seed: int = 0):
+    def __init__(self, corpus: Embeddings, device="cpu"):
         assert corpus.num_vectors <= ROW_MASK, "a row has 32 bits of a key"
         self.corpus, self.device = corpus, torch.device(device)
         self.start, self.stop = own_part(len(corpus))
         if corpus.first is not None:  # the vectors of a text all belong to the same process
             self.start, self.stop = corpus.first[[self.start, self.stop]].tolist()
-        self.factory = factory
-        self.approximate = self._build(seed) if factory else None
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """queries (Q, D) -> (scores (Q, k), rows (Q, k)) of distinct texts, see the module."""
         find = self._search_device if self.device.type == "cuda" else self._search_cpu
-        if self.approximate is not None:
-            find = self._search_faiss
         chunks, text_of = self.corpus.max_chunks, self.corpus.text_of
         queries = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32))
 
@@ -245,8 +213,7 @@ class DenseIndex:
             keys = find(queries[part], k * chunks)
             if text_of is None:
                 return keys
-            keys = keys.cpu().sort(dim=1, descending=True).values  # faiss leaves ties in any order
-            return torch.from_numpy(best_of_texts(keys.numpy(), text_of, k))
+            return torch.from_numpy(best_of_texts(keys.cpu().numpy(), text_of, k))
 
         return search_in_parts(best, len(queries), k, chunks)
 
@@ -258,21 +225,20 @@ class DenseIndex:
         first = self.corpus.first
         if first is None or not len(rows):
             return self.corpus.take(rows) @ query
-        counts = first[rows + 1] - first[rows]
-        starts = np.cumsum(counts) - counts
-        vectors = np.arange(counts.sum()) + np.repeat(first[rows] - starts, counts)
-        return np.maximum.reduceat(self.corpus.take(vectors) @ query, starts)
+        vectors = [np.arange(first[row], first[row + 1]) for row in rows]
+        starts = np.cumsum([0, *map(len, vectors[:-1])])
+        return np.maximum.reduceat(self.corpus.take(np.concatenate(vectors)) @ query, starts)
 
-    def _blocks(self, size: int, what: str, device="cpu") -> Iterator[tuple[int, Tensor]]:
+    def _blocks(self, size: int) -> Iterator[tuple[int, Tensor]]:
         """The blocks (n, D) of this process's vectors, float32, each with the number of its first.
         Pages that were read are given back at once; else a mapped shard counts as memory of this
         process. UserError: a vector is not finite, and would never or always be found."""
-        total = self.stop - self.start
-        with tqdm(total=total, desc=what, leave=False, disable=world()[0] > 0, delay=5) as bar:
+        total, quiet = self.stop - self.start, world()[0] > 0
+        with tqdm(total=total, desc="search", leave=False, disable=quiet, delay=5) as bar:
             for row, block in self.corpus.blocks(self.start, self.stop, size):
                 with warnings.catch_warnings():  # of torch, that a mapped array is read-only
                     warnings.simplefilter("ignore")
-                    tensor = torch.from_numpy(block).to(device).float()
+                    tensor = torch.from_numpy(block).to(self.device).float()
                 if not tensor.sum().isfinite():  # fast, and a sum may overflow: then look closely
                     bad = ~tensor.isfinite().all(1).cpu().numpy()
                     self.corpus.refuse_not_finite(row + np.flatnonzero(bad))
@@ -299,7 +265,7 @@ class DenseIndex:
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(threads) as pool:
-                for row, block in self._blocks(8 * ROW_TILE, "exact search"):
+                for row, block in self._blocks(8 * ROW_TILE):
                     list(pool.map(partial(scan, block, row), parts, products))
         finally:
             torch.set_num_threads(threads)
@@ -308,29 +274,8 @@ class DenseIndex:
     def _search_device(self, queries: Tensor, k: int) -> Tensor:
         queries = queries.to(self.device)
         best = torch.full((len(queries), k), EMPTY, device=self.device)
-        for row, block in self._blocks(DEVICE_ROW_TILE, "exact search", self.device):
+        for row, block in self._blocks(DEVICE_ROW_TILE):
             for at in range(0, len(queries), DEVICE_QUERY_TILE):
                 part = slice(at, at + DEVICE_QUERY_TILE)
                 best[part] = scan_device(queries[part] @ block.T, row, best[part], k)
         return best
-
-    def _search_faiss(self, queries: Tensor, k: int) -> Tensor:
-        with faiss_errors(self.factory):
-            scores, rows = self.approximate.search(queries.numpy(), k)  # row -1: there is none
-        rows = np.where(rows < 0, -1, rows + self.start)
-        return pack(torch.from_numpy(scores), torch.from_numpy(rows))
-
-    def _build(self, seed: int):
-        import faiss
-
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        index = faiss_index(self.factory, self.corpus.dim)
-        with faiss_errors(self.factory):
-            if not index.is_trained:  # on one sample everywhere: the parts then form one index
-                inverted = faiss.try_extract_index_ivf(index)
-                wanted = max(1 << 16, 64 * inverted.nlist if inverted else 0)
-                order = np.random.default_rng(seed).permutation(self.corpus.num_vectors)
-                index.train(self.corpus.take(np.sort(order[:wanted])))
-            for _, block in self._blocks(1 << 16, f"faiss {self.factory}"):
-                index.add(block.numpy())
-        return index

@@ -24,10 +24,9 @@ def step_seed(seed: int, *parts: int) -> int:
 class TextFormat:
     """How a checkpoint wants its texts; stored with it, read by every later stage.
 
-    With max_chunks > 1 a passage is cut into chunks, which are encoded apart; its score is the
-    highest of its chunks (ANCE's MaxP, arXiv 2007.00808). Deliberate deviation: each chunk has
-    special tokens of its own. The official code folds one sequence of 2048 tokens, of which only
-    the first chunk begins with [CLS]."""
+    With max_chunks > 1 the score of a passage is the highest of its chunks (ANCE's MaxP, arXiv
+    2007.00808). Deliberate deviation: each chunk has special tokens of its own. The official code
+    folds one sequence of 2048 tokens, of which only the first chunk begins with [CLS]."""
 
     title: Literal["none", "space", "sep"] = "space"  # no title | title + " " | title + [SEP]
     query_prompt: str = ""
@@ -60,21 +59,11 @@ def join_title(titles: Sequence[str], text: str, how: str, tokenizer) -> str:
 def format_texts(rows: Sequence[tuple], kind: str, form: TextFormat, tokenizer) -> list[str]:
     """(titles, text) pairs -> the strings that are tokenised: prompt, then titles and text joined,
     cut to max_characters. Queries have no title and are not cut."""
-    if kind == "query":
-        return [form.query_prompt + text for _, text in rows]
-    end = form.max_characters or None
-    joined = (join_title(titles, text, form.title, tokenizer)[:end] for titles, text in rows)
-    return [form.passage_prompt + string for string in joined]
-
-
-def _tokenize(strings: Sequence[str], tokenizer, max_length: int, **more) -> dict[str, list]:
-    without = {"return_attention_mask": False, "return_token_type_ids": False}
-    return tokenizer(list(strings), truncation=True, max_length=max_length, **without, **more)
-
-
-def to_ids(strings: Sequence[str], tokenizer, max_length: int) -> list[list[int]]:
-    """Ids with special tokens, cut at the tail to `max_length` tokens, not padded."""
-    return _tokenize(strings, tokenizer, max_length)["input_ids"] if strings else []
+    strings = [text for _, text in rows]
+    if kind == "passage":
+        end = form.max_characters or None
+        strings = [join_title(*row, form.title, tokenizer)[:end] for row in rows]
+    return [form.prompt(kind) + string for string in strings]
 
 
 def chunk_ids(
@@ -83,13 +72,26 @@ def chunk_ids(
     """For each string the ids of its chunks, 1 to `max_chunks`: consecutive tokens, in each chunk
     between special tokens; all but the last have `max_length`. What is left over is dropped.
     Several chunks need a fast tokenizer."""
-    if max_chunks == 1 or not strings:
-        return [[one] for one in to_ids(strings, tokenizer, max_length)]
-    encoded = _tokenize(strings, tokenizer, max_length, return_overflowing_tokens=True)
+    if not strings:
+        return []
+    encoded = tokenizer(
+        list(strings),
+        truncation=True,
+        max_length=max_length,
+        return_overflowing_tokens=max_chunks > 1,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    owners = encoded.get("overflow_to_sample_mapping", range(len(strings)))
     chunks = [[] for _ in strings]
-    for row, ids in zip(encoded["overflow_to_sample_mapping"], encoded["input_ids"], strict=True):
+    for row, ids in zip(owners, encoded["input_ids"], strict=True):
         chunks[row].append(ids)
     return [some[:max_chunks] for some in chunks]
+
+
+def to_ids(strings: Sequence[str], tokenizer, max_length: int) -> list[list[int]]:
+    """Ids with special tokens, cut at the tail to `max_length` tokens, not padded."""
+    return [ids for (ids,) in chunk_ids(strings, tokenizer, max_length, 1)]
 
 
 def pad(ids: Sequence[Sequence[int]], tokenizer, width: int = 0) -> dict[str, Tensor]:
@@ -107,9 +109,8 @@ def pad(ids: Sequence[Sequence[int]], tokenizer, width: int = 0) -> dict[str, Te
 
 def token_batches(lengths: np.ndarray, budget: int, limit: int) -> list[tuple[np.ndarray, int]]:
     """(rows, width) of batches, longest first: rows x width <= budget (or one row). Few shapes
-    occur, because the libraries below keep code and memory for each: the width is rounded up to one
-    of eight steps between two powers of two (`limit` tokens at most), and the rows at the end of a
-    window are split by powers of two."""
+    occur, because libraries keep code and memory for each: the width is rounded up to one of eight
+    steps between two powers of two (at most `limit`); the last rows are split by powers of two."""
     order = np.argsort(-lengths, kind="stable")
     batches = []
     while len(order):

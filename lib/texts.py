@@ -1,6 +1,5 @@
 """Corpora and queries: read in any format of docs/formats.md, opened by row and id from a
-memory-mapped copy. A text is (titles, text): titles is () or ("Ants",), and of a document with an
-address ("http://...", "Ants")."""
+memory-mapped copy. A text is (titles, text); titles are (), ("Ants",) or ("http://...", "Ants")."""
 
 import json
 import os
@@ -21,8 +20,8 @@ from lib.lines import entries, id_of, one_line, value_of
 ID_KEYS = ("_id", "pid", "docid", "id", "qid", "doc_id", "query_id", "passage_id")
 TEXT_KEYS = ("text", "contents", "body", "passage", "segment", "query")
 FIELDS = (ID_KEYS, ("url", ""), ("title", ""), TEXT_KEYS)  # of a TSV; "" = may be absent
-ROWS_PER_BATCH = 1024  # rows of one Arrow record batch: the unit of a sequential read
-TEXTS_VERSION = 3  # part of the cache key: raise it when what _build_texts writes changes
+ROWS_PER_BATCH = 4096  # rows of one Arrow record batch: the unit of a sequential read
+TEXTS_VERSION = 4  # part of the cache key: raise it when what _build_texts writes changes
 SCHEMA = pa.schema([("id", pa.string()), ("titles", pa.list_(pa.string())), ("text", pa.string())])
 
 Row = tuple[str, tuple[str, ...], str]  # id, titles, text
@@ -49,10 +48,10 @@ def read_texts(source) -> Iterator[Row]:
         expected = "a TSV of texts has 2, 3 or 4, and its header, if any, names id and text"
         rows = entries(path, (2, 3, 4), expected, FIELDS, "\t")
     for place, entry in rows:
-        if isinstance(entry, dict):
+        if isinstance(entry, dict):  # null is an empty text
             title, text = entry.get("title"), value_of(TEXT_KEYS, entry, place)
-            title, text = ("" if value is None else value for value in (title, text))
-            entry = [value_of(ID_KEYS, entry, place), title, text]
+            parts = ("" if value is None else value for value in (title, text))
+            entry = [value_of(ID_KEYS, entry, place), *parts]
         identifier, *titles, text = entry
         if not all(isinstance(value, str) for value in (*titles, text)):
             raise UserError(f"{place}: title and text must be strings — correct the line")
@@ -93,8 +92,7 @@ def write_texts(path, rows: Iterable[Row]) -> None:
 
 
 def id_hashes(ids: Iterable[str]) -> np.ndarray:
-    """uint64 hash of each id; equal hashes are taken for equal ids (a corpus in which two ids
-    collide is refused)."""
+    """uint64 hash of each id. A corpus in which two ids have the same hash is refused."""
     return np.fromiter((xxhash.xxh3_64_intdigest(i.encode()) for i in ids), dtype=np.uint64)
 
 
@@ -112,16 +110,14 @@ def find_rows(ids: Iterable[str], sorted_hashes: np.ndarray, rows: np.ndarray) -
     return np.where(at < 0, -1, rows[at])
 
 
-def require_rows(texts, ids: list[str], path, what: str, *beside: str) -> np.ndarray:
-    """(n,) int64 rows of ids in `texts` (or embeddings). UserError for an unknown id, with the line
-    of `path` that holds it (and the ids `beside`); `what` names the kind of id, "query" or
-    "passage"."""
+def require_rows(texts, ids: list[str], path, what: str) -> np.ndarray:
+    """(n,) int64 rows of ids in `texts` (or embeddings); `what` is "query" or "passage". UserError
+    for an unknown id, with the first line of `path` that holds it."""
     rows = texts.rows(ids)
     if len(rows) and rows.min() < 0:
         unknown = ids[int(rows.argmin())]
         absent = f"{what} {unknown} is not in {texts.source} ({(rows < 0).sum()} unknown ids)"
-        place = line_of(path, unknown, *beside)
-        raise UserError(f"{place}: {absent} — give files that belong together")
+        raise UserError(f"{line_of(path, unknown)}: {absent} — give files that belong together")
     return rows
 
 
@@ -138,8 +134,8 @@ def _build_texts(folder: Path, source) -> None:
             writer.write_batch(pa.RecordBatch.from_pydict(columns, SCHEMA))
             hashes.append(id_hashes(columns["id"]))
             keys.append(np.array([text_key(t, x) for _, t, x in batch], dtype=np.int64))
-            flat = (part for i, t, x in batch for part in (i, *t, "\0", x))
-            digest.update("\0".join(flat).encode())
+            flat = (f"{part}\0" for i, t, x in batch for part in (i, *t, "\0", x))
+            digest.update("".join(flat).encode())
             empty += sum(not text.strip() and not titles for _, titles, text in batch)
     if not hashes:
         raise UserError(f"{source}: the file has no texts — check the path")
@@ -163,18 +159,17 @@ def _build_texts(folder: Path, source) -> None:
 
 def open_texts(source) -> "Texts":
     """A corpus or queries for random access by row or id. The first use writes a memory-mapped
-    Arrow copy to the cache; a file that has changed since (name, size, time) gets a new one, and so
-    does a folder in which any file has. On several processes call it first on one: `with
-    accelerator.main_process_first():`"""
+    Arrow copy to the cache; after a change of any file (name, size, time) there is a new one. On
+    several processes one writes it, and the others wait."""
     path = Path(source)
     found = sorted(path.rglob("*")) if os.path.isdir(path) else [path]
-    states = [(str(p.resolve()), os.stat(p)) for p in found if os.path.isfile(p)]
-    stamp = [[name, state.st_size, state.st_mtime_ns] for name, state in states]
+    found = [path for path in found if os.path.isfile(path)]
+    stamp = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in found]
     stamp = stamp or [str(source)]  # a hub name: a new revision needs a new cache folder
     key = xxhash.xxh3_64_hexdigest(json.dumps([TEXTS_VERSION, stamp]).encode())
     cache = Path(os.environ.get("ISTHMUS_CACHE") or Path(HF_HOME) / "isthmus")
     folder = cache / f"texts-{key}"
-    make_once(folder, partial(_build_texts, source=source), others="texts-*")
+    make_once(folder, partial(_build_texts, source=source))
     damaged = f"{folder}: the copy of {source} is damaged"
     with one_line(damaged, "remove it", (OSError, ValueError)):
         return Texts(folder)
@@ -192,8 +187,8 @@ class Texts:
         self.text_keys = np.load(self.folder / "text_keys.npy", mmap_mode="r")  # (N,) int64
         self._hashes = np.load(self.folder / "id_hashes.npy", mmap_mode="r")
         self._rows = np.load(self.folder / "id_rows.npy", mmap_mode="r")
-        self._reader = pa.ipc.open_file(pa.memory_map(str(self.folder / "texts.arrow")))
-        self._batches = {}  # views into the mapped file, made on first use
+        mapped = pa.memory_map(str(self.folder / "texts.arrow"))
+        self._columns = pa.ipc.open_file(mapped).read_all().columns  # views into the mapped file
 
     def __reduce__(self):  # workers started by spawn open the files again
         return Texts, (self.folder,)
@@ -201,34 +196,28 @@ class Texts:
     def __len__(self) -> int:
         return self.count
 
-    def _cell(self, row: int, column: int):
-        batch, offset = divmod(int(row), ROWS_PER_BATCH)
-        if batch not in self._batches:
-            self._batches[batch] = self._reader.get_batch(batch)
-        return self._batches[batch].column(column)[offset].as_py()
-
     def __getitem__(self, row: int) -> tuple[tuple[str, ...], str]:
-        return tuple(self._cell(row, 1)), self._cell(row, 2)
+        _, titles, texts = self._columns
+        return tuple(titles[int(row)].as_py()), texts[int(row)].as_py()
 
     def id(self, row: int) -> str:
-        return self._cell(row, 0)
+        return self._columns[0][int(row)].as_py()
 
     def ids(self, rows) -> list[str]:
-        return [self._cell(row, 0) for row in rows]
+        return [self.id(row) for row in rows]
 
     def rows(self, ids: Iterable[str]) -> np.ndarray:
         """(len(ids),) int64 rows, -1 for an unknown id."""
         return find_rows(ids, self._hashes, self._rows)
 
     def stream(self, start: int = 0, stop: int | None = None) -> Iterator[Row]:
-        """(id, titles, text) of rows [start, stop), read batch by batch without mapping, so that
-        resident memory stays flat."""
+        """Rows [start, stop), read without mapping, so that resident memory stays flat."""
         stop = self.count if stop is None else min(stop, self.count)
         with pa.OSFile(str(self.folder / "texts.arrow"), "rb") as source:
             reader = pa.ipc.open_file(source)
-            for number in range(start // ROWS_PER_BATCH, -(-stop // ROWS_PER_BATCH)):
-                low = number * ROWS_PER_BATCH
-                first, last = max(start - low, 0), min(stop - low, ROWS_PER_BATCH)
-                batch = reader.get_batch(number).slice(first, last - first)
-                ids, titles, texts = (batch.column(c).to_pylist() for c in range(3))
+            while start < stop:
+                number, first = divmod(start, ROWS_PER_BATCH)
+                batch = reader.get_batch(number).slice(first, stop - start)
+                ids, titles, texts = (column.to_pylist() for column in batch.columns)
                 yield from zip(ids, map(tuple, titles), texts, strict=True)
+                start += len(batch)

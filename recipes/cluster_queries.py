@@ -33,12 +33,12 @@ from lib.embeddings import Embeddings
 from lib.files import (
     TrainingRow,
     UserError,
+    file_fingerprint,
     read_training_file,
     write_json,
     write_lines,
     write_training_file,
 )
-from lib.index import file_fingerprint
 from lib.launch import claim_output, echo, make_accelerator, run, versions
 from lib.texts import open_texts, require_rows
 
@@ -109,10 +109,8 @@ def main():
     kind = embeddings.meta["kind"]
     if kind != "query":
         raise UserError(f"{embeddings.folder}: embeddings of kind {kind} — give those of queries")
-    names = ("model", "model_hash", "input_fingerprint", "count")
-    source = {name: embeddings.meta.get(name) for name in names}
     texts = open_texts(args.queries) if args.queries else None
-    if texts and texts.fingerprint != source["input_fingerprint"]:
+    if texts and texts.fingerprint != embeddings.meta.get("input_fingerprint"):
         problem = f"{embeddings.folder}: not the embeddings of {args.queries}"
         raise UserError(f"{problem} — give the queries that were encoded")
     qids = [row.qid for _, row in read_training_file(args.train)]
@@ -122,13 +120,13 @@ def main():
     if args.clusters > trained_on:
         problem = f"--clusters {args.clusters}: more than the {trained_on} queries to"
         raise UserError(f"{problem} make them from — give fewer")
-    inputs = {"embeddings": source, "training file": file_fingerprint(args.train)}
+    inputs = {"embeddings": embeddings.fingerprint, "training file": file_fingerprint(args.train)}
     if claim_output(accelerator, out, identity(args, inputs), "meta.json"):
         return
 
     vectors = embeddings.take(require_rows(embeddings, qids, args.train, "query"))
     facts = {
-        "queries": f"{len(qids)} of {source['model']}, {embeddings.dim} dimensions",
+        "queries": f"{len(qids)} of {embeddings.meta.get('model')}, {embeddings.dim} dimensions",
         "clusters": f"{args.clusters}, the best of {args.nredo} runs",
         "iterations": f"at most {args.niter}",
         "trained on": f"{trained_on} queries, seed {args.seed}",
@@ -152,7 +150,7 @@ def main():
     sizes = np.bincount(clusters).tolist()
     squared = float((distances.astype(np.float64) ** 2).mean())
     spread = {"sizes": sizes, "trained_on": trained_on, "mean_squared_distance": squared}
-    write_json(out / "meta.json", {"source": source, **spread, "versions": versions()})
+    write_json(out / "meta.json", {"source": embeddings.meta, **spread, "versions": versions()})
     median = int(np.median(sizes))
     shown = f"{args.clusters} clusters of {sizes[0]} to {sizes[-1]} queries, median {median}"
     print(f"{shown} -> {out}")

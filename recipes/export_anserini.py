@@ -114,9 +114,8 @@ def main():
         problem = f"{model}: the tokenizer has no unknown token, which stands for an empty text"
         raise UserError(f"{problem} — add one")
     names, counts = terms(tokenizer, vectors.dim), Counter()
-    keys = "model_hash", "input_fingerprint", "kind", "count"
-    source = {key: vectors.meta.get(key) for key in keys}
-    if claim_output(accelerator, out, identity(args, {"embeddings": source}), "meta.json"):
+    inputs = {"embeddings": vectors.fingerprint}
+    if claim_output(accelerator, out, identity(args, inputs), "meta.json"):
         return
 
     def rows(start: int, stop: int) -> Iterator[tuple[str, list[str], list[int]]]:
@@ -164,7 +163,7 @@ def main():
             problem = f"{len(too_long)} queries have more than {CLAUSES} terms ({too_long[0]}, ...)"
             print(f"note: {problem} — Anserini leaves them out of the run, without an error")
     made = {"model": model, "factor": args.factor, "unknown": tokenizer.unk_token_id}
-    write_json(out / "meta.json", {**made, "source": source, **facts, **counts})
+    write_json(out / "meta.json", {**made, "source": vectors.meta, **facts, **counts})
     kind = "passages" if vectors.meta["kind"] == "passage" else "queries"
     terms_each = f"{counts['impacts'] / total:.1f} terms each of {counts['weights'] / total:.1f}"
     largest = f"the largest impact {counts['largest']}"

@@ -42,7 +42,7 @@ from lib import launch
 from lib.arguments import arg, identity, parse_args
 from lib.checkpoint import checkpoint_folder, load_cross_encoder, model_hash
 from lib.cpu import speed_up_attention
-from lib.embeddings import shard_name
+from lib.embeddings import shard_file
 from lib.files import (
     UserError,
     atomic,
@@ -213,7 +213,7 @@ def main():
         "running on": launch.describe(accelerator),
     }
     out = Path(args.output_dir)
-    paths = [out / f"{shard_name(shard)}.npy" for shard in range(len(pairs))]
+    paths = [out / shard_file(shard, sparse=False) for shard in range(len(pairs))]
     if args.dry_run:
         return launch.echo(accelerator, "dry run: scoring", facts)
     digest = xxhash.xxh3_128_hexdigest(query_rows.tobytes() + rows.tobytes())

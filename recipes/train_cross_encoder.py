@@ -1,28 +1,21 @@
-"""Train a cross-encoder on the groups of a training file, by sentence-transformers' own trainer
-(pip install 'sentence-transformers==6.2.0').
-
-The loss is the listwise softmax cross-entropy over 1 positive + n negatives of RetroMAE's teacher
-(arXiv 2205.12035). A killed run begins again from its first step.
-
-Writes --output_dir, a folder for recipes/score_pairs.py and CrossEncoder; `done` last
-
-    python -m recipes.train_cross_encoder --model M --train T --corpus C --queries Q --output_dir O
-"""
+"""Train a cross-encoder on a training file by sentence-transformers' own trainer, with the softmax
+over a positive and its best negatives (RetroMAE's teacher, arXiv 2205.12035). A killed run begins
+again. Writes --output_dir, a folder for recipes/score_pairs.py and CrossEncoder; `done` last."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
+
+from datasets import Dataset
+from transformers import set_seed
 
 from lib.arguments import arg, identity, parse_args
 from lib.checkpoint import checkpoint_folder, loading, model_hash
 from lib.encoder import positions
-from lib.files import UserError, read_training_file, write_lines
-from lib.index import file_fingerprint
+from lib.files import UserError, one_line, write_lines
+from lib.groups import Groups, TrainingFile
 from lib.launch import claim_output, describe, echo, make_accelerator, run
 from lib.text import join_title
-from lib.texts import open_texts, require_rows
-
-POSITIVE = 20.0  # ListNet's target is the softmax of the labels: with this one 1 for the positive
+from lib.texts import open_texts
 
 
 @dataclass(kw_only=True)
@@ -37,47 +30,34 @@ class Args:
     max_length: int = arg(256, least=8, help="tokens of a pair (RetroMAE 200)")
     per_device_batch_size: int = arg(4, least=1, help="queries per process (RetroMAE 1)")
     learning_rate: float = arg(1e-5, above=0, help="peak learning rate (RetroMAE 1e-5)")
-    num_epochs: float = arg(4.0, above=0, help="passes over the queries (RetroMAE 4)")
+    num_epochs: float = arg(4.0, above=0, help="passes over the positives (RetroMAE 4)")
     max_steps: int | None = arg(None, least=1, help="optimizer steps, in place of --num_epochs")
     seed: int = arg(42, least=0, help="decides data order, new head and dropout")
 
 
 def main():
     args = parse_args(Args)
-    try:
-        from datasets import Dataset
+    with one_line("a package is missing", "pip install sentence-transformers", ImportError):
         from sentence_transformers import cross_encoder as st
-        from transformers import set_seed
-    except ImportError as error:
-        raise UserError(f"{error} — pip install sentence-transformers") from error
-    accelerator, folder = make_accelerator(), checkpoint_folder(args.model)
-    with accelerator.main_process_first():
-        corpus, queries = open_texts(args.corpus), open_texts(args.queries)
-    rows = [row for _, row in read_training_file(args.train) if row.neg]
-    if not rows:
-        raise UserError(f"{args.train}: no line has negatives — mine some with mine_negatives.py")
+    accelerator = make_accelerator()
+    path = checkpoint_folder(args.model)
+    file = TrainingFile(args.train, open_texts(args.queries), open_texts(args.corpus))
+    groups = Groups(file, args.passages_per_query, args.passages_per_query - 1, args.seed)
     set_seed(args.seed)  # of the new head; the trainer sets it only after this line
-    with loading(folder):
-        model = st.CrossEncoder(
-            str(folder), num_labels=1, max_length=args.max_length, trust_remote_code=False
-        )
+    with loading(path):
+        model = st.CrossEncoder(str(path), num_labels=1, max_length=args.max_length)
     if args.max_length > positions(model.model):
-        limit = positions(model.model)
-        raise UserError(f"{folder}: it has {limit} positions — lower --max_length")
-    texts = [corpus.fingerprint, queries.fingerprint]
-    inputs = {"model": model_hash(folder), "train": file_fingerprint(args.train), "texts": texts}
+        raise UserError(f"{path}: it has {positions(model.model)} positions — lower --max_length")
+    inputs = {"model": model_hash(path), "train": file.fingerprint}
+    inputs |= {"corpus": file.corpus.fingerprint, "queries": file.queries.fingerprint}
     if claim_output(accelerator, args.output_dir, identity(args, inputs)):
         return
-    facts = {"queries": f"{len(rows)} of {args.train}", "running on": describe(accelerator)}
-    echo(accelerator, "training a cross-encoder", facts)
-
-    query_rows = require_rows(queries, [row.qid for row in rows], args.train, "query")
-    columns = {"query": [queries[at][1] for at in query_rows], "docs": [], "labels": []}
-    for row in rows:
-        pids = [row.pos[0], *row.neg[: args.passages_per_query - 1]]
-        found = [corpus[at] for at in require_rows(corpus, pids, args.train, "passage")]
-        columns["docs"].append([join_title(*one, args.title, model.tokenizer) for one in found])
-        columns["labels"].append([POSITIVE] + [0.0] * (len(pids) - 1))
+    echo(accelerator, "cross-encoder", {"running on": describe(accelerator), **groups.notes})
+    data = []
+    for q, rows, _ in (groups[number, 0, number] for number in range(len(groups))):
+        docs = [join_title(*file.corpus[i], args.title, model.tokenizer) for i in rows if i >= 0]
+        labels = [20.0] + [0.0] * (len(docs) - 1)  # their softmax, ListNet's target, is 1 and 0
+        data.append({"query": file.queries[file.query_rows[q]][1], "docs": docs, "labels": labels})
     settings = st.CrossEncoderTrainingArguments(
         output_dir=args.output_dir,
         per_device_train_batch_size=args.per_device_batch_size,
@@ -88,14 +68,12 @@ def main():
         seed=args.seed,
         save_strategy="no",
         ddp_find_unused_parameters=False,  # DDP does not find the scores in what forward returns
-        dataloader_pin_memory=accelerator.device.type == "cuda",
-        report_to=[],
     )
-    loss, data = st.losses.ListNetLoss(model), Dataset.from_dict(columns)
-    st.CrossEncoderTrainer(model=model, args=settings, train_dataset=data, loss=loss).train()
+    loss = st.losses.ListNetLoss(model)
+    st.CrossEncoderTrainer(model, settings, Dataset.from_list(data), loss=loss).train()
     if accelerator.is_main_process:
         model.save_pretrained(args.output_dir)
-        write_lines(Path(args.output_dir) / "done", [])
+        write_lines(f"{args.output_dir}/done", [])
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ dev=() chosen=""
 if [ -f "$data/qrels/dev.tsv" ]; then
     "${launch[@]}" evaluate.py --bm25 "${texts[@]}" --qrels "$data/qrels/dev.tsv" --bm25_index "$out/bm25-index" \
         --depth 100 --output_dir "$out/candidates-dev"
-    dev=(--dev_queries "$queries" --dev_qrels "$data/qrels/dev.tsv" --dev_candidates "$out/candidates-dev/run.trec")
+    dev=(--dev "$queries" "$data/qrels/dev.tsv" "$out/candidates-dev/run.trec")
     chosen=/best
 fi
 

@@ -53,7 +53,7 @@ COMMANDS = {  # names of files of the ground stand for their paths
     "evaluate": [
         "--bm25 --queries queries.tsv --corpus corpus.jsonl --qrels qrels.tsv",
         "--queries_embeddings dense_q --corpus_embeddings dense_p --qrels qrels.tsv",
-        "--queries_embeddings sparse_q --corpus_embeddings sparse_p --qrels qrels.tsv --bits 8",
+        "--queries_embeddings sparse_q --corpus_embeddings sparse_p --qrels qrels.tsv",
         "--run run.trec lists.tsv --compare lists.tsv --qrels qrels.tsv",
         "--bm25 --queries queries.tsv --corpus corpus.jsonl --qrels qrels.tsv "
         "--candidates lists.tsv",
@@ -72,8 +72,7 @@ COMMANDS = {  # names of files of the ground stand for their paths
         "--model model --pooling cls --train train.jsonl --corpus corpus.jsonl "
         "--queries queries.tsv --passages_per_query 2 --per_device_batch_size 2",
         "--model model --head sparse --train qrels.tsv --corpus corpus.jsonl "
-        "--queries queries.tsv --passages_per_query 1 --dev_queries queries.tsv "
-        "--dev_qrels qrels.tsv --dev_candidates run.trec",
+        "--queries queries.tsv --passages_per_query 1 --dev queries.tsv qrels.tsv run.trec",
     ],
     "pretrain_mae": [
         "--model model --corpus corpus.jsonl --max_length 16 --per_device_batch_size 2",
@@ -83,8 +82,8 @@ COMMANDS = {  # names of files of the ground stand for their paths
 WHOLE = "0 -1 1 2 7 3000000000 9223372036854775808 -99999999999999999999 nan inf 1e3 1.5".split()
 WHOLE += ["", "\u0661", " 3", "0x10", "9" * 5000]
 REAL = "0 -0.0 -1 0.5 1 2 1e-320 1e-30 1e30 1e308 -1e308 nan inf -inf 1,5 1e999".split() + [""]
-WORDS = ["", "x", "nowhere/to/be/found", "R@0", "nDCG@-1", "AP", "R@" + "9" * 20, "Flat", "IVF9999"]
-WORDS += ["IVF4,Flat:nprobe=-1", "HNSW", ".", "nothing", "/dev/null", "cls", "n\u00fcll", "*"]
+WORDS = ["", "x", "nowhere/to/be/found", "R@0", "nDCG@-1", "AP", "R@" + "9" * 20]
+WORDS += [".", "nothing", "/dev/null", "cls", "n\u00fcll", "*"]
 # a large number of these is no mistake, but takes long
 SMALL = ["num_workers", "max_steps", "num_epochs", "gradient_accumulation_steps", "probe_every"]
 
@@ -163,7 +162,7 @@ def wrong_value(draw: random.Random, field: dataclasses.Field, ground: Path) -> 
     if get_origin(field.type) is Literal:
         return [str(draw.choice([*kinds, "x", "", -1, 7]))]
     pool = [*WORDS, *map(str, ground.iterdir())]
-    if get_origin(field.type) is list:
+    if get_origin(field.type) in (list, tuple):
         return [draw.choice(pool) for _ in range(draw.randint(0, 3))]
     return [draw.choice(pool)]
 
@@ -230,9 +229,8 @@ def problem_of(name: str, words: list[str], ground: Path, seconds: float) -> str
         return f"status {status}, and not one line with a remedy:\n{said}"
     if finished:
         return f"a last file after an error\n{said}"
-    too_late = "cannot do this" in line  # what faiss finds out from the vectors
     of_arguments = re.match(rf"{name}\.py: ((argument )?--|unknown|the following)", line)
-    if of_arguments and not too_late and [path for path in Path().rglob("*") if path.is_file()]:
+    if of_arguments and [path for path in Path().rglob("*") if path.is_file()]:
         return f"files after an error of arguments: {sorted(Path().rglob('*'))}\n{said}"
     return None
 

@@ -42,7 +42,10 @@ def train(script, tiny_collection, tiny_model_dir, tmp_path):
             "output_dir": tmp_path / "out",
         }
         options = files | texts | steps | how | changes
-        words = [w for k, v in options.items() if v is not None for w in (f"--{k}", v)]
+        words = []
+        for name, value in options.items():
+            if value is not None:
+                words += [f"--{name}", *(value if isinstance(value, list) else [value])]
         status, shown, errors = script("finetune_biencoder", *words, *flags)
         if fails:
             assert status == 1
@@ -208,13 +211,8 @@ def test_dro_is_refused_where_no_loss_belongs_to_a_query(train, clusters, tmp_pa
 def test_documents_train_by_their_best_chunk(train, script, tiny_collection, tmp_path):
     """What a run measures while it trains is what encode.py and evaluate.py find afterwards."""
     how = {"max_chunks": 3, "max_passage_length": 16, "title": "sep"}
-    files = {
-        "queries": tiny_collection.queries,
-        "qrels": tiny_collection.qrels,
-        "candidates": tiny_collection.candidates,
-    }
-    dev = {f"dev_{name}": path for name, path in files.items()}
-    folder = train(**how, **dev, max_steps=4, eval_every=2)
+    dev = [tiny_collection.queries, tiny_collection.qrels, tiny_collection.candidates]
+    folder = train(**how, dev=dev, max_steps=4, eval_every=2)
     assert json.loads((folder / "isthmus.json").read_text())["max_chunks"] == 3
     logged = log_of(folder)[-1]["dev_mrr@10"]
     for kind, source in (("query", tiny_collection.queries), ("passage", tiny_collection.corpus)):

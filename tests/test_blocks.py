@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lib import blocks as module
 from lib.blocks import SENTENCE_END, Blocks, Corpora, Cut
 from lib.files import UserError
-from lib.loader import StepSampler, permutation
+from lib.loader import permutation, step_batches
 from lib.text import to_ids
 from lib.texts import open_texts
 
@@ -146,12 +146,13 @@ def test_batches(corpus, tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     blocks = Blocks(open_texts(corpus), Cut(tokenizer, 20, title="sep"))
     examples = Corpora([blocks], seed=0)
-    places = next(iter(StepSampler(examples, 3, rank=1, world=2, start=5)))
+    places = next(step_batches(examples, 3, rank=1, world=2, start=5))
     epoch, offset = divmod(5 * 6 + 3, len(blocks))
     assert places[0][0] == permutation(len(blocks), 0, epoch)[offset], "as in fine-tuning"
     batch = blocks.cut.collate([examples[place] for place in places])
     assert batch["micro_step"] == 5 and batch["rows"].tolist() == [3, 4, 5]
-    assert batch["tokens"] == batch["attention_mask"].sum() and batch["input_ids"].shape[1] <= 20
+    assert batch["input_ids"].shape == batch["attention_mask"].shape and len(batch["rows"]) == 3
+    assert batch["input_ids"].shape[1] <= 20
     rows = [int(blocks.table[example, 0]) for example, _, _ in places]
     assert batch["examples"].tolist() == [example for example, _, _ in places]
     assert examples.ids(batch["examples"].tolist()) == blocks.texts.ids(rows)

@@ -135,6 +135,26 @@ def test_rows_keep_their_order_through_the_windows_of_a_shard(
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
+def test_the_progress_bar_moves_with_every_batch(
+    checkpoint, tiny_collection, tmp_path, monkeypatch
+):
+    moves = []
+
+    class Bar:
+        def __init__(self, total, **_):
+            self.total = total
+
+        def update(self, texts):
+            moves.append(texts)
+
+        def close(self):
+            assert sum(moves) == self.total == 40
+
+    monkeypatch.setattr("encode.tqdm", Bar)
+    encode(checkpoint, tiny_collection.corpus, tmp_path / "a", "--shard_rows", 40)
+    assert sum(map(bool, moves)) > 9  # a batch has at most 100 tokens
+
+
 def test_queries_take_prompt_and_length_of_their_own(checkpoint, tiny_collection, tmp_path):
     printed = encode(checkpoint, tiny_collection.queries, tmp_path / "q", kind="query")
     _, expected = reference(checkpoint, tiny_collection.queries, "query")

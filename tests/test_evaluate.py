@@ -248,8 +248,6 @@ def refused(evaluate, *flags):
         "--depth 0",
         "--depth 3000000000",
         "--depth -1",
-        "--bits 7",
-        "--bits 8.0",
         "--k1 -1",
         "--k1 inf",
         "--b 1.5",
@@ -262,7 +260,6 @@ def refused(evaluate, *flags):
         "--metrics R@99999999999999999999",
         "--metrics RR@\u0661",
         "--metrics @5",
-        "--index Flat",
     ],
 )
 def test_numbers_without_sense_are_refused_before_anything_is_written(runs, evaluate, flags):

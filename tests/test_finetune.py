@@ -46,9 +46,11 @@ def arguments(tiny_collection, tiny_model_dir, tmp_path):
         }
         how = {"log_every": 1, "save_every": 2, "num_workers": 0, "output_dir": tmp_path / "out"}
         options = files | texts | steps | how | changes
-        return [w for k, v in options.items() if v is not None for w in (f"--{k}", str(v))] + list(
-            flags
-        )
+        words = []
+        for name, value in options.items():
+            if value is not None:
+                words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        return words + list(flags)
 
     return build
 
@@ -90,11 +92,7 @@ def sparse(tiny_collection, tiny_model_dir, tmp_path):
 
 
 def dev_files(collection):
-    return {
-        "dev_queries": collection.queries,
-        "dev_qrels": collection.qrels,
-        "dev_candidates": collection.candidates,
-    }
+    return {"dev": [collection.queries, collection.qrels, collection.candidates]}
 
 
 def log_of(folder):
@@ -262,7 +260,7 @@ def test_judgments_that_are_also_trained_on_are_counted_by_text(
         lines = getattr(tiny_collection, name).read_text().splitlines()
         renamed = [re.sub(r"^q(\d)", rf"{names['q']}\1", line) for line in lines]
         (tmp_path / name).write_text("\n".join(renamed) + "\n")
-    dev = {f"dev_{name}": tmp_path / name for name in ("queries", "qrels", "candidates")}
+    dev = {"dev": [tmp_path / name for name in ("queries", "qrels", "candidates")]}
     shared = sum(len(row.pos) for row in rows[:5])
     everything = sum(len(row.pos) for row in rows)
     call(arguments("--dry_run", train=tmp_path / "train.jsonl", **dev))
@@ -315,8 +313,8 @@ def test_dry_run_shows_and_leaves_nothing(arguments, call, tmp_path, capsys):
             "has no negatives",
         ),
         ({"loss": "triplet", "passages_per_query": 1}, "has no negatives"),
-        ({"dev_queries": "x.tsv"}, "development set is incomplete"),
-        ({"eval_every": 5}, "development set is incomplete"),
+        ({"dev": ["x.tsv"]}, "argument --dev: expected 3 arguments"),
+        ({"eval_every": 5}, "there is no development set — give --dev"),
         ({"kl_weight": 1}, "lines without scores — add them with recipes/score_pairs.py"),
         ({"learning_rate": "nan"}, "--learning_rate nan — give a finite number above 0"),
         ({"max_steps": -1}, "--max_steps -1 — give a finite number at least 0"),

@@ -10,7 +10,7 @@ import torch
 from lib.dev import DevSet
 from lib.files import UserError, read_qrels, read_training_file
 from lib.groups import GroupCollator, Groups, TrainingFile
-from lib.loader import StepSampler
+from lib.loader import step_batches
 from lib.optim import parameter_groups
 from lib.text import TextFormat
 from lib.texts import open_texts
@@ -48,7 +48,7 @@ def tiny(tiny_collection, tiny_model_dir):
 
 
 def draws(groups, steps, start=0, seed=3):
-    groups.seed, sampler = seed, iter(StepSampler(groups, 6, 0, 1, start))
+    groups.seed, sampler = seed, step_batches(groups, 6, 0, 1, start)
     return [
         [(q, rows.tolist()) for q, rows, _ in map(groups.__getitem__, next(sampler))]
         for _ in range(steps)
@@ -167,7 +167,7 @@ def test_scores_and_clusters_follow_their_lines(texts, tmp_path):
 
 def test_batch_agrees_with_the_groups(tiny):
     groups, collate = tiny
-    items = [groups[place] for place in next(iter(StepSampler(groups, 6, 0, 1)))]
+    items = [groups[place] for place in next(step_batches(groups, 6, 0, 1))]
     items[2][1][-1] = -1
     batch = collate(items)
     chunks = batch["passage"]["chunks"]
@@ -260,7 +260,7 @@ def test_batches_of_one_cluster(texts, tmp_path, world):
         write(tmp_path / "t.jsonl", *rows), open_texts(tmp_path / "many.tsv"), texts[1]
     )
     groups = Groups(file, 1, depth=9, seed=5, one_cluster=4)
-    samplers = [iter(StepSampler(groups, 4 // world, rank, world)) for rank in range(world)]
+    samplers = [step_batches(groups, 4 // world, rank, world) for rank in range(world)]
     batches = [
         [example for sampler in samplers for example, _, _ in next(sampler)] for _ in range(46)
     ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lib import search
-from lib.bm25 import Weighting, open_bm25
+from lib.bm25 import open_bm25
 from lib.bm25 import terms as index_terms
 from lib.embeddings import Embeddings, finish_embeddings, write_shard
 from lib.files import UserError
@@ -67,34 +67,15 @@ def test_the_path_for_gpus_gives_the_same_order(tied, k):
     assert (scores == expected[0]).all() and (rows == expected[1]).all()
 
 
-def test_random_vectors_and_faiss(tmp_path):
+def test_random_vectors(tmp_path):
     draw = np.random.default_rng(1)
-    queries, vectors = (
-        draw.standard_normal((20, 16), np.float32),
-        draw.standard_normal((500, 16), np.float32),
-    )
+    queries = draw.standard_normal((20, 16), np.float32)
+    vectors = draw.standard_normal((500, 16), np.float32)
     corpus = store(tmp_path, vectors, 64)
     scores, rows = DenseIndex(corpus).search(queries, 30)
     assert (rows == naive(queries, vectors, 30)[1]).all()
-    assert (DenseIndex(corpus, factory="Flat").search(queries, 30)[1] == rows).all()
-    beyond = DenseIndex(corpus, factory="Flat").search(queries, 600)
-    assert (
-        (beyond[1][:, 500:] == -1).all()
-        and np.isneginf(beyond[0][:, 500:]).all()
-        and (beyond[1][:, :500] >= 0).all()
-    )
-    near = DenseIndex(corpus, factory="IVF4,Flat").search(queries, 30)[1]
-    assert np.mean([len(set(a) & set(b)) / 30 for a, b in zip(near, rows, strict=True)]) > 0.3
     given = DenseIndex(corpus).score(queries, rows)
     assert all(np.allclose(a, b, rtol=1e-5) for a, b in zip(given, scores, strict=True))
-    with pytest.raises(
-        UserError, match="Tree: faiss cannot do this .could not parse index string Tree"
-    ):
-        DenseIndex(corpus, factory="Tree")
-    with pytest.raises(UserError, match="--index IVF4,Flat:nprobe=-1: faiss cannot do this"):
-        DenseIndex(corpus, factory="IVF4,Flat:nprobe=-1").search(queries, 30)
-    with pytest.raises(UserError, match="--index IVF999,Flat: faiss cannot do this .* smaller one"):
-        DenseIndex(corpus, factory="IVF999,Flat")
 
 
 TEXTS = [
@@ -113,7 +94,7 @@ def texts(tmp_path, monkeypatch):
 
 def test_bm25_is_the_formula_of_lucene(tmp_path, texts):
     terms = [["cat", "sat", "mat"], ["mat", "mat", "mat", "dog"], ["dog", "run"], []]
-    found = open_bm25(texts, tmp_path / "index", Weighting(k1=0.9, b=0.4))
+    found = open_bm25(texts, tmp_path / "index", k1=0.9, b=0.4)
     assert [index_terms(" ".join([*t, x])) for _, t, x in TEXTS] == terms
     average = sum(map(len, terms)) / 4
 
@@ -148,7 +129,7 @@ def test_bm25_is_saved_without_pickles_and_not_mixed_up(tmp_path, texts):
     )
     assert {p.suffix for p in (tmp_path / "index").iterdir()} == {".bin", ".json"}
     with pytest.raises(UserError, match="an index with k1 0.9, not 1.2"):
-        open_bm25(texts, tmp_path / "index", Weighting(k1=1.2))
+        open_bm25(texts, tmp_path / "index", k1=1.2)
     write_texts(tmp_path / "other.jsonl", TEXTS[:2])
     with pytest.raises(UserError, match="an index with fingerprint"):
         open_bm25(open_texts(tmp_path / "other.jsonl"), tmp_path / "index")
@@ -210,7 +191,6 @@ def test_vectors_that_are_not_finite_are_refused_with_their_id(tmp_path, tied, b
     finite = "p: the vector of d33 is not finite — remove the folder and encode again"
     for find in (
         lambda: DenseIndex(corpus).search(queries, 5),
-        lambda: DenseIndex(corpus, factory="Flat"),
         lambda: DenseIndex(corpus).score(queries[:1], [np.array([1, 33])]),
         lambda: corpus.take([2, 33]),
         lambda: DenseIndex(corpus)._search_device(torch.from_numpy(queries), 5),
@@ -235,23 +215,21 @@ def test_a_fingerprint_is_of_what_is_stored(tmp_path, tied):
     assert len(found | {first}) == 4
 
 
-@pytest.mark.parametrize("name", ["documents", "weights", "offsets", "scales", "terms", "tiles"])
-@pytest.mark.parametrize("problem", ["short", "odd", "high", "low", "gone"])
+@pytest.mark.parametrize("name", ["documents", "weights", "offsets", "terms", "tiles"])
+@pytest.mark.parametrize("problem", ["short", "long", "other", "gone"])
 def test_a_damaged_index_is_refused_when_it_is_opened(tmp_path, texts, name, problem):
     """Numbers out of range would make the search read and write where it must not."""
     open_bm25(texts, tmp_path / "index")
     path = tmp_path / "index" / f"{name}.bin"
-    array = np.fromfile(path, {"documents": "u2", "terms": "i4"}.get(name, "i8"))
-    if problem in ("high", "low"):
-        if name in ("weights", "scales") or (name, problem) == ("documents", "low"):
-            return  # every number is in range
-        array[len(array) // 2] = 30_000 if problem == "high" else -1
-    if problem == "short":
-        array = array[:-1]
-    array.tofile(path)
-    if problem == "odd":
-        path.write_bytes(path.read_bytes() + b"x")
-    elif problem == "gone":
+    content = path.read_bytes()
+    middle = len(content) // 2
+    changed = {
+        "short": content[:-1],
+        "long": content + b"x",
+        "other": content[:middle] + bytes([content[middle] ^ 64]) + content[middle + 1 :],
+    }
+    path.write_bytes(changed.get(problem, b""))
+    if problem == "gone":
         path.unlink()
-    with pytest.raises(UserError, match=r"(index|\.bin): .* — remove it(s folder)?; it is then"):
-        open_bm25(texts, tmp_path / "index").search(["cats"], 3)
+    with pytest.raises(UserError, match="index: the index is damaged — remove it; it is then"):
+        open_bm25(texts, tmp_path / "index")

@@ -223,7 +223,6 @@ def test_mistakes_are_one_line_and_leave_nothing(planted, mine):
     [
         "--depth 0",
         "--depth 3000000000",
-        "--bits 7",
         "--k1 nan",
         "--b -0.1",
         "--num_negatives -1",

@@ -104,7 +104,6 @@ def test_the_sparse_track(tmp_path, tiny_collection, tiny_model_dir, call, scrip
     assert one.read_text() == two.read_text()
     reranked = flags(candidates=data.candidates, output_dir=tmp_path / "reranked")
     call("evaluate", *vectors, *judged, *reranked)
-    call("evaluate", *vectors, *judged, "--bits", 8, "--output_dir", tmp_path / "small")
     bm25 = flags(qrels=data.qrels, depth=15, output_dir=tmp_path / "bm25")
     call("evaluate", "--bm25", *texts, *bm25)
     runs = [tmp_path / "result" / "run.trec", tmp_path / "bm25" / "run.trec"]
@@ -115,9 +114,6 @@ def test_the_sparse_track(tmp_path, tiny_collection, tiny_model_dir, call, scrip
     for _, row in files.read_training_file(tmp_path / "negatives" / "train.jsonl"):
         assert row.neg == [pid for pid in run[row.qid].pids[:12] if pid in row.neg]
         assert not set(row.neg) & positives[row.qid]
-    faiss = flags(index="Flat", output_dir=tmp_path / "x")
-    status, _, error = script("evaluate", *vectors, *judged, *faiss)
-    assert status == 1 and "--index is for dense vectors" in error
 
 
 # ------------------------------------------------------------------------------------------------

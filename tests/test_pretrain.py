@@ -349,7 +349,7 @@ def test_mistakes_end_in_a_line(tmp_path, tiny_model_dir, tiny_collection, here)
     for flags, message in (
         (
             {"learning_rate": 1e30},
-            r"step \d: the loss or gradient is not finite for texts p\d+, .* — lower",
+            r"step \d: the loss or gradient is not finite for p\d+, .* — lower",
         ),
         ({"max_length": 129}, "the model has 128 positions"),
         (

@@ -501,37 +501,38 @@ def test_four_processes_open_a_corpus_while_some_are_killed(tmp_path, cache):
             part.join()
         together(path, 0, tmp_path)  # the next run, which removes what is left
         assert not list(tmp_path.glob("failed-*")) and not list(cache.glob(".tmp-*"))
-    assert len(list(cache.iterdir())) == 8
+    assert len(list(cache.glob("texts-*"))) == 8
 
 
-def wait_inside(path, started):
+def make_folder(path, started, seconds):
     def make(temporary):
         temporary.mkdir()
         put(started, "")
-        time.sleep(60)
+        time.sleep(seconds)
 
-    make_once(path, make, others="texts-*")
+    make_once(path, make)
 
 
-def test_left_overs_of_the_dead_go_and_those_of_the_living_stay(tmp_path):
+def test_one_process_makes_it_and_left_overs_of_the_dead_go(tmp_path):
     fork = multiprocessing.get_context("fork")
-    parts = {}
-    for name in ("living", "dead"):
-        target = tmp_path / f"texts-{name}"
-        parts[name] = fork.Process(target=wait_inside, args=(target, tmp_path / name))
-        parts[name].start()
-        while not (tmp_path / name).exists():
-            time.sleep(0.01)
-    parts["dead"].kill()
-    parts["dead"].join()
-    make_once(tmp_path / "texts-new", lambda temporary: temporary.mkdir(), others="texts-*")
-    names = sorted(p.name for p in tmp_path.iterdir() if p.name.startswith((".", "texts")))
-    living = f".tmp-{parts['living'].pid}-texts-living"
-    assert names == sorted([living, ".tmp-lock-texts-living", "texts-new"])
-    parts["living"].kill()
-    parts["living"].join()
-    make_once(tmp_path / "texts-living", lambda temporary: temporary.mkdir())  # of its name alone
-    assert sorted(p.name for p in tmp_path.glob("*texts*")) == ["texts-living", "texts-new"]
+
+    def start(name, seconds):
+        part = fork.Process(target=make_folder, args=(tmp_path / "made", tmp_path / name, seconds))
+        part.start()
+        return part
+
+    def left():
+        return sorted(path.name for path in tmp_path.glob("*made"))
+
+    first = start("first", 60)
+    while not (tmp_path / "first").exists():
+        time.sleep(0.01)
+    second = start("second", 0)
+    second.join(0.3)
+    assert second.is_alive() and left() == [".lock-made", f".tmp-{first.pid}-made"]
+    first.kill()
+    second.join()
+    assert (tmp_path / "second").exists() and left() == ["made"]
 
 
 def test_what_a_killed_run_left_beside_an_index_goes(script, tmp_path):

@@ -176,7 +176,7 @@ def test_a_missing_file_is_one_line_before_work_begins(stubbed, odd):
 def test_every_number_of_a_tool_has_a_range_and_is_checked(name, monkeypatch):
     args = importlib.import_module(f"recipes.{name}").Args
     fields = dataclasses.fields(args)
-    required = [f for f in fields if f.default_factory is f.default is dataclasses.MISSING]
+    required = [f for f in fields if f.default is dataclasses.MISSING]
     given = [f"--{field.name}=50" for field in required if "Literal" not in str(field.type)]
     given += [
         f"--{field.name}={get_args(field.type)[0]}" for field in required if get_args(field.type)

@@ -141,8 +141,8 @@ def test_a_teacher_is_complete_for_its_arguments_and_made_anew_after_a_kill(
     texts = ["--corpus", tiny_collection.corpus, "--queries", tiny_collection.queries]
     flags = ["--model", tiny_model_dir, "--train", tiny_collection.train, *texts]
     flags += ["--max_length", 64, "--max_steps", 2, "--output_dir", tmp_path / "out"]
-    status, shown, error = script("recipes.train_cross_encoder", *flags)
-    assert status == 0 and f"20 of {tiny_collection.train}" in shown, error
+    status, _, error = script("recipes.train_cross_encoder", *flags)
+    assert status == 0, error
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert "out is complete" in script("recipes.train_cross_encoder", *flags)[1]
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
@@ -237,7 +237,7 @@ def test_what_is_damaged_or_missing_is_one_line(
         ("train_cross_encoder", {"--model": damaged}, "damaged: cannot be loaded"),
         ("train_cross_encoder", {"--model": tmp_path / "no"}, "no: no such folder"),
         ("train_cross_encoder", {"--train": tmp_path / "no"}, "no: no such file"),
-        ("train_cross_encoder", {"--train": empty}, "no line has negatives"),
+        ("train_cross_encoder", {"--train": empty}, "the file has no judgments"),
         ("train_cross_encoder", {"--max_length": 129}, "it has 128 positions — lower"),
         ("train_cross_encoder", {"--max_steps": 0}, "--max_steps 0 — give"),
         ("score_pairs", {"--model": damaged}, "damaged: cannot be loaded"),

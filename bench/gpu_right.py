@@ -3,7 +3,6 @@
 The scripts run in this process with the same flags on the CPU and on the device. What Accelerate
 is given between the backward pass and the optimizer's step is recorded and compared."""
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -278,24 +277,22 @@ class Right:
                 write_shard(self.folder / head / kind, 0, array, ids)
                 finish_embeddings(self.folder / head / kind, facts | {"head": head})
         texts = {"bm25": True, "queries": data / "queries.jsonl", "corpus": data / "corpus.jsonl"}
-        found = {}
         for name in ("dense", "sparse", "BM25"):
-            folder = self.folder / name
-            pair = [f"{folder}/{kind}" for kind in vectors]
+            pair = [f"{self.folder}/{name}/{kind}" for kind in vectors]
             source = dict(zip(("queries_embeddings", "corpus_embeddings"), pair, strict=True))
             source = texts if name == "BM25" else source
-            found[name] = self.run_of(source, self.device)
-            right = found[name] == self.run_of(source, "cpu") and bool(found[name])
-            text = "the same" if right else "not the same"
-            yield Check(f"search, {name}, run.trec", text, "the same bytes", right)
-            if name == "dense" and importlib.util.find_spec("faiss"):
-                found["faiss"] = self.run_of(source | {"index": "Flat"}, self.device)
-        exact = -np.sort(-(vectors["query"] @ vectors["passage"].T), axis=1)[:, :DEPTH]
-        for name in found.keys() & {"dense", "faiss"}:
-            scores = [float(line.split()[4]) for line in found[name].splitlines()]
-            right = len(scores) == exact.size and bool((scores == exact.ravel()).all())
-            text = "the same" if right else "not the same"
-            yield Check(f"search, {name}, scores by rank", text, "numpy's", right)
+            found = self.run_of(source, self.device)
+            right = bool(found) and found == self.run_of(source, "cpu")
+            yield self.same(f"search, {name}, run.trec", right, "the same bytes")
+            if name == "dense":
+                scores = [float(line.split()[4]) for line in found.splitlines()]
+                exact = -np.sort(-(vectors["query"] @ vectors["passage"].T), axis=1)[:, :DEPTH]
+                right = scores == exact.ravel().tolist()
+                yield self.same("search, dense, scores by rank", right, "numpy's")
+
+    @staticmethod
+    def same(name: str, right: bool, expected: str) -> Check:
+        return Check(name, "the same" if right else "not the same", expected, right)
 
     def run_of(self, source: dict, device: str) -> str:
         """The run.trec of evaluate.py."""

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import PartialState
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import (
@@ -114,7 +115,8 @@ def main(folder: Path) -> None:
     def make_accelerator(*args, **options):
         accelerator = make(*args, **options)
         if os.environ["ACCELERATE_USE_CPU"] == "false":
-            accelerator.state.device = PRETEND
+            for state in (accelerator.state, PartialState()):  # one is refreshed from the other
+                state.device = PRETEND
         return accelerator
 
     right = Right(folder, PRETEND.type, tiny=True)

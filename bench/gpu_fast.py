@@ -210,7 +210,6 @@ class Fast:
                         torch.cuda.synchronize()
                     moments.append(time.perf_counter())
 
-        forget_accelerator()
         steps = self.window * WINDOWS
         columns = self.columns(steps * sizes.queries)
         encoder = st.SentenceTransformer(str(model), device=self.device)
@@ -237,6 +236,7 @@ class Fast:
         )
         with contextlib.redirect_stdout(io.StringIO()):  # it says how long it took
             trainer.train()
+        forget_accelerator()
         seconds = statistics.median(np.diff(moments)) / window
         label = f"the same, sentence-transformers {st.__version__}"
         return Timing(label, f"{sizes.queries / seconds:,.1f} queries/s", None, self.memory())

@@ -68,6 +68,7 @@ def call(script: str, flags: dict, device: str, precision: str = "no", **environ
             raise RuntimeError(f"{output.getvalue()}\n{argv[0]}: {error}") from error
         finally:
             launch.release_output()
+            forget_accelerator()
     return output.getvalue()
 
 

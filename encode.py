@@ -208,8 +208,8 @@ def main():
     with accelerator.main_process_first():
         source = checkpoint_folder(args.model)
         texts = open_texts(args.input)
-    head = Head(args.pooling, args.head, normalize=args.normalize)
-    head.exclude_special_tokens = args.exclude_special_tokens
+    excluded = args.exclude_special_tokens
+    head = Head(args.pooling, args.head, normalize=args.normalize, exclude_special_tokens=excluded)
     model = load_encoder(source, head, overrides, not args.override, args.trust_remote_code)
     model.to(device)
     form, tokenizer, sparse = model.format, model.tokenizer, isinstance(model, SparseBiEncoder)

@@ -1,5 +1,5 @@
 """Search, or take run files, and measure: full ranking, re-ranking of candidates, fusion of runs,
-significance of differences.
+significance of differences. Without judgments it searches for all queries and measures nothing.
 
 A run comes from embeddings by exact search, from BM25, or from files; several files are fused by
 reciprocal rank. Metrics are trec_eval's (through pytrec_eval), and trec_eval on the run.trec that
@@ -13,8 +13,8 @@ papers:
      an MS MARCO run (qid, pid, rank) is its rank, so its order is that of the MS MARCO script.
 
 Reads   embeddings of queries and corpus (encode.py) | --bm25 with texts | run files; qrels
-Writes  --output_dir: run.trec, per_query.tsv (qid, split, one column per metric), then
-        metrics.json. To continue a killed run, give the same command again.
+Writes  --output_dir: run.trec; with --qrels also per_query.tsv (qid, split, one column per
+        metric), then metrics.json. To continue a killed run, give the same command again.
 
 CPU toy   python evaluate.py --bm25 --queries queries.jsonl --corpus corpus.jsonl \\
               --qrels test.tsv --output_dir out
@@ -24,68 +24,44 @@ N GPUs    accelerate launch --multi_gpu --num_processes 8 evaluate.py ...
           (each process searches its part of the corpus)
 """
 
-from collections.abc import Collection
+import timeit
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from lib import files, metrics
 from lib.arguments import arg, identity, parse_args
-from lib.files import (
-    RunList,
-    UserError,
-    file_fingerprint,
-    positives,
-    read_json,
-    read_qrels,
-    read_run,
-    write_json,
-    write_lines,
-    write_run,
-)
+from lib.files import RunList, UserError, file_fingerprint
 from lib.index import Index, check_identical_ids, open_index
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
-from lib.metrics import (
-    bootstrap_interval,
-    metric_name,
-    order,
-    p_text,
-    randomisation_test,
-    reciprocal_rank_fusion,
-    score_run,
-)
-from lib.texts import require_rows
+from lib.texts import open_texts, require_rows
 
-METRICS = ["RR@10", "nDCG@10", "AP", "R@100", "R@1000", "Success@5", "Hole@10"]
+METRICS = "RR@10", "nDCG@10", "AP", "R@100", "R@1000", "Success@5", "Hole@10"
+NEEDS_QRELS = {"compare": None, "metrics": METRICS, "relevance_level": 1, "allow_unknown": False}
+RESULT_BYTES = 100  # of a passage in a list, most of it the string of its id
 
 
 @dataclass(kw_only=True)
 class Args:
-    bm25: bool = arg(
-        False, group="source (one of three)", help="search --corpus for --queries with BM25"
-    )
+    bm25: bool = arg(False, group="source (one of three)", help="search texts with BM25")
     queries_embeddings: str | None = arg(None, help="folder that encode.py --kind query wrote")
     corpus_embeddings: str | None = arg(None, help="folder that encode.py --kind passage wrote")
     run: list[str] = arg([], help="run files; several are fused by reciprocal rank")
 
     qrels: list[str] = arg(
-        group="data", help="judgments; each file is a split, whose name is that of the file"
+        [], group="data", help="judgments, each file a split; without them nothing is measured"
     )
     queries: str | None = arg(None, help="query texts, for --bm25")
     corpus: str | None = arg(None, help="passage texts, for --bm25")
     candidates: str | None = arg(None, help="re-rank only these passages: a run or top1000.dev")
-    allow_unknown: bool = arg(
-        False, help="accept judged passages that the corpus lacks, as passages that are not found"
-    )
+    allow_unknown: bool = arg(False, help="accept judged passages that are not in the corpus")
     output_dir: str = arg(help="folder for run.trec, per_query.tsv and metrics.json")
 
     depth: int = arg(
-        1000,
-        group="search",
-        least=1,
-        most=1_000_000,
-        help="number of passages per query that are written and counted, also of --run",
+        1000, group="search", least=1, most=1_000_000, help="passages kept per query, also of --run"
     )
     k1: float = arg(0.9, least=0, help="parameter of BM25; the default is Anserini's for passages")
     b: float = arg(0.4, least=0, most=1, help="parameter of BM25; as k1")
@@ -94,23 +70,17 @@ class Args:
     )
 
     metrics: list[str] = arg(
-        METRICS,
-        group="metrics",
-        help="nDCG@k, RR@k (MRR@k), R@k (Recall@k), AP (MAP), P@k, Success@k, Hole@k",
+        METRICS, group="metrics", help="nDCG@k, RR@k (MRR@k), R@k, AP (MAP), P@k, Success@k, Hole@k"
     )
     relevance_level: int = arg(
-        1,
-        least=1,
-        most=32768,
-        help="lowest grade that is relevant to all metrics but nDCG; 2 for TREC DL passages",
+        1, least=1, most=32768, help="lowest grade that is relevant, but to nDCG; 2 for TREC DL"
     )
     ignore_identical_ids: bool = arg(
         False, help="drop passages whose id is that of the query (ArguAna, Quora)"
     )
-    compare: str | None = arg(
-        None, help="a second run file: differences from it, with a paired test and an interval"
-    )
+    compare: str | None = arg(None, help="another run file: paired differences from it, with tests")
     seed: int = arg(0, least=0, help="seed of the bootstrap and of the randomisation test")
+    dry_run: bool = arg(False, group="runtime", help="show what would be searched, and stop")
 
 
 def search(
@@ -131,36 +101,49 @@ def search(
         lists = zip(index.score(asked, wanted), wanted, strict=True)
     found = {}
     for qid, (scores, rows) in zip(qids, lists, strict=True):
-        best = np.argsort(-scores, kind="stable")  # ties stay in the order of corpus rows
-        best = best[rows[best] >= 0]
-        found[qid] = first(RunList(index.corpus.ids(rows[best]), scores[best]), qid, args)
+        found[qid] = RunList(index.corpus.ids(rows[rows >= 0]), scores[rows >= 0])
     return found, facts
 
 
-def take(entry: RunList, places: list[int]) -> RunList:
-    return RunList([entry.pids[at] for at in places], entry.scores[places])
+def plan(args: Args, index: Index, qids: list[str], device: torch.device) -> dict[str, str]:
+    """What --dry_run shows of a search."""
+    queries, corpus = index.queries, index.corpus
+    results = len(qids) * min(args.depth, len(corpus))
+    facts = {
+        "queries": f"{len(qids)} of {len(queries)} in {queries.source}",
+        "first query": qids[0],
+        "passages": f"{len(corpus)} of {corpus.source}",
+        "index": index.name,
+        "memory": f"about {results * RESULT_BYTES / 1e9:.2f} GB for {results} results",
+    }
+    source, texts = "", queries
+    if not args.bm25:
+        kind, unit = ("sparse", "terms") if corpus.sparse else ("dense", "dimensions")
+        facts["vectors"] = f"{corpus.num_vectors} {kind} vectors of {corpus.dim} {unit}"
+        source, texts = queries.meta.get("input") or "", None
+        if not (corpus.sparse or args.candidates):
+            block = torch.rand(4096, corpus.dim, device=device)
+            seconds = min(timeit.repeat(lambda: (block @ block[:1024].T).max().item(), number=1))
+            seconds *= len(qids) * corpus.num_vectors / (4096 * 1024)
+            facts["time"] = f"{seconds:.1f} s or more, divided by the processes"
+    if Path(source).is_file():
+        texts = open_texts(source)
+    row = texts.rows(qids[:1])[0] if texts else -1
+    facts["first query"] += f": {texts[row][1][:200]}" if row >= 0 else ""
+    return facts
 
 
-def first(entry: RunList, qid: str, args: Args) -> RunList:
-    """What counts of a list, best first: --depth passages, without that of the query's own id if
-    --ignore_identical_ids is given."""
-    own = qid if args.ignore_identical_ids else None
-    places = [at for at, pid in enumerate(entry.pids) if pid != own]
-    return take(entry, places[: args.depth])
-
-
-def require_judged(listing: Collection[str], qids: list[str], path: str, args: Args) -> None:
-    """UserError if a run has lists, of the queries `listing`, but none of a judged query. A run
-    without any list is one that found nothing."""
-    if listing and not any(qid in listing for qid in qids):
-        wrong = f"{path}: no query in it is judged in {args.qrels[0]}"
-        raise UserError(f"{wrong} — give files that belong together")
-
-
-def judged_part(run: dict[str, RunList], qids: list[str], args: Args) -> dict[str, RunList]:
-    """What counts of the lists of judged queries, in trec_eval's order."""
-    found = {qid: take(run[qid], order(run[qid])) for qid in qids if qid in run}
-    return {qid: first(entry, qid, args) for qid, entry in found.items()}
+def what_counts(run: dict[str, RunList], qids: list[str], args: Args) -> dict[str, RunList]:
+    """The lists of some queries in trec_eval's order: --depth passages of each, without that of the
+    query's own id if --ignore_identical_ids is given."""
+    found = {}
+    for qid in qids:
+        if qid in run:
+            own = qid if args.ignore_identical_ids else None
+            places = [at for at in metrics.order(run[qid]) if run[qid].pids[at] != own]
+            places = places[: args.depth]
+            found[qid] = RunList([run[qid].pids[at] for at in places], run[qid].scores[places])
+    return found
 
 
 def check_judgments(args: Args, splits: dict[str, dict], index: Index) -> int:
@@ -169,7 +152,7 @@ def check_judgments(args: Args, splits: dict[str, dict], index: Index) -> int:
     lost = 0
     for path, qrels in zip(args.qrels, splits.values(), strict=True):
         require_rows(index.queries, list(qrels), path, "query")
-        pids = list(chain.from_iterable(positives(qrels).values()))
+        pids = list(chain.from_iterable(files.positives(qrels).values()))
         lost += int((index.corpus.rows(pids) < 0).sum())
         if lost and not args.allow_unknown:
             try:
@@ -181,21 +164,21 @@ def check_judgments(args: Args, splits: dict[str, dict], index: Index) -> int:
 
 def measure(run: dict, qrels: dict, other: dict | None, args: Args) -> tuple[dict, dict]:
     """(what metrics.json says about a split, values[metric][qid])."""
-    values = score_run(run, qrels, args.metrics, args.relevance_level)
+    values = metrics.score_run(run, qrels, args.metrics, args.relevance_level)
     part = {"queries": len(qrels), "metrics": {}, "intervals": {}}
     for name, by_query in values.items():
         part["metrics"][name] = float(np.mean(list(by_query.values())))
-        part["intervals"][name] = bootstrap_interval(list(by_query.values()), args.seed)
+        part["intervals"][name] = metrics.bootstrap_interval(list(by_query.values()), args.seed)
     if other is not None:
         part["compare"] = {}
-        theirs = score_run(other, qrels, args.metrics, args.relevance_level)
+        theirs = metrics.score_run(other, qrels, args.metrics, args.relevance_level)
         for name, by_query in theirs.items():
             gap = np.array([values[name][qid] - by_query[qid] for qid in qrels])
             part["compare"][name] = {
                 "value": float(np.mean(list(by_query.values()))),
                 "difference": float(gap.mean()),
-                "p": randomisation_test(gap, args.seed),
-                "interval": bootstrap_interval(gap, args.seed),
+                "p": metrics.randomisation_test(gap, args.seed),
+                "interval": metrics.bootstrap_interval(gap, args.seed),
             }
     return part, values
 
@@ -211,7 +194,7 @@ def show(result: dict) -> None:
                 other = part["compare"][name]
                 low, high = other["interval"]
                 line += f"   {other['difference']:+.4f} against {other['value']:.4f}, "
-                line += f"{p_text(other['p'])}, 95% {low:+.4f} to {high:+.4f}"
+                line += f"{metrics.p_text(other['p'])}, 95% {low:+.4f} to {high:+.4f}"
             print(line)
     for name, text in result["policy"].items():
         print(f"{name}: {text}")
@@ -222,15 +205,19 @@ def main():
     args = parse_args(Args)
     if args.candidates and args.run:
         raise UserError("--candidates: a run file is ranked already — give embeddings or --bm25")
-    args.metrics = list(dict.fromkeys(metric_name(name) for name in args.metrics))
+    for name, plain in NEEDS_QRELS.items():
+        if not args.qrels and getattr(args, name) != plain:
+            raise UserError(f"--{name}: nothing is measured without judgments — add --qrels")
+    args.metrics = list(dict.fromkeys(metrics.metric_name(name) for name in args.metrics))
     accelerator = make_accelerator()
-    names = [Path(path).name.removesuffix(".gz").rsplit(".", 1)[0] for path in args.qrels]
-    if len(set(names)) < len(names):
-        raise UserError("--qrels: two files have the same name, and so their splits — rename one")
-    splits = {name: read_qrels(path) for name, path in zip(names, args.qrels, strict=True)}
-    for path, qrels in zip(args.qrels, splits.values(), strict=True):
+    splits = {}
+    for path in args.qrels:
+        name = Path(path).name.removesuffix(".gz").rsplit(".", 1)[0]
+        if name in splits:
+            raise UserError(f"--qrels: two files, and so two splits, are named {name} — rename one")
+        splits[name] = files.read_qrels(path)
         if args.ignore_identical_ids:
-            check_identical_ids(path, positives(qrels))
+            check_identical_ids(path, files.positives(splits[name]))
     out = Path(args.output_dir)
     index = open_index(
         bm25=(args.k1, args.b) if args.bm25 else None,
@@ -240,21 +227,32 @@ def main():
         folder=Path(args.bm25_index or out / "index"),
     )
     lost = check_judgments(args, splits, index) if index else 0
-    qids = list(dict.fromkeys(qid for qrels in splits.values() for qid in qrels))
-    runs = [read_run(path) for path in args.run]
-    listed = read_run(args.candidates) if args.candidates else None
-    other = read_run(args.compare) if args.compare else None
-    listing = {qid for one in runs for qid in one}  # the queries of all runs
-    require_judged(listing, qids, args.run[0] if runs else "", args)
-    require_judged(listed or {}, qids, args.candidates, args)
-    require_judged(other or {}, qids, args.compare, args)
+    runs = [files.read_run(path) for path in args.run]
+    listed = files.read_run(args.candidates) if args.candidates else None
+    other = files.read_run(args.compare) if args.compare else None
+    listing = dict.fromkeys(qid for one in runs for qid in one)  # the queries of all runs
+    qids, place = list(listing), "searched for"
+    if args.qrels:
+        qids = list(dict.fromkeys(qid for qrels in splits.values() for qid in qrels))
+        place = f"judged in {args.qrels[0]}"
+    elif index:
+        qids = index.queries.ids(range(len(index.queries)))
+    given = [(args.candidates, listed), (args.compare, other), ("".join(args.run[:1]), listing)]
+    for path, lists in given:  # lists of no query at all are a run that found nothing
+        if lists and not any(qid in lists for qid in qids):
+            raise UserError(f"{path}: no query in it is {place} — give files that belong together")
+    if args.dry_run:
+        facts = plan(args, index, qids, accelerator.device) if index else {}
+        facts |= {path: f"{len(read)} queries" for path, read in zip(args.run, runs, strict=True)}
+        return echo(accelerator, "dry run", {**facts, "running on": describe(accelerator)})
     read = {"qrels": args.qrels, "run": args.run}
     read |= {"candidates": [args.candidates], "compare": [args.compare]}
     inputs = {name: file_fingerprint(*filter(None, paths)) for name, paths in read.items()}
     inputs |= index.inputs if index else {}
-    if claim_output(accelerator, out, identity(args, inputs), "metrics.json"):
-        if accelerator.is_main_process:
-            show(read_json(out / "metrics.json"))
+    last_file = "metrics.json" if args.qrels else "run.trec"
+    if claim_output(accelerator, out, identity(args, inputs), last_file):
+        if accelerator.is_main_process and args.qrels:
+            show(files.read_json(out / last_file))
         return
 
     # ---- the run
@@ -263,17 +261,20 @@ def main():
     else:
         how = " (reciprocal rank fusion, k 60)" if len(runs) > 1 else ""
         facts = {"run": " + ".join(args.run) + how}
-        facts["queries not judged"] = f"{len(listing - set(qids))}, ignored"
+        facts["queries not judged"] = f"{len(listing.keys() - set(qids))}, ignored"
     echo(accelerator, "evaluation", {"running on": describe(accelerator), **facts})
     if not accelerator.is_main_process:
         return
     if runs:
-        found = runs[0] if len(runs) == 1 else reciprocal_rank_fusion(runs)
-    ranked = judged_part(found, qids, args)
-    other = None if other is None else judged_part(other, qids, args)
-    write_run(out / "run.trec", ((qid, *entry) for qid, entry in ranked.items()))
+        found = runs[0] if len(runs) == 1 else metrics.reciprocal_rank_fusion(runs)
+    ranked = what_counts(found, qids, args)
+    files.write_run(out / "run.trec", ((qid, *entry) for qid, entry in ranked.items()))
+    if not args.qrels:
+        print(f"{len(qids)} queries, not judged -> {out / 'run.trec'}")
+        return
 
     # ---- metrics
+    other = None if other is None else what_counts(other, qids, args)
     result, table = {"splits": {}}, ["\t".join(["qid", "split", *args.metrics])]
     for split, qrels in splits.items():
         result["splits"][split], values = measure(ranked, qrels, other, args)
@@ -296,8 +297,8 @@ def main():
         result["policy"]["corpus"] = f"{lost} relevant passages are not in the corpus"
     if other is not None:
         result["policy"]["compared with"] = args.compare
-    write_lines(out / "per_query.tsv", table)
-    write_json(out / "metrics.json", {**result, "facts": facts, "versions": versions()})
+    files.write_lines(out / "per_query.tsv", table)
+    files.write_json(out / "metrics.json", {**result, "facts": facts, "versions": versions()})
     show(result)
 
 

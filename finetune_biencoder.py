@@ -165,8 +165,8 @@ def main():
 
     # ---- model
     torch.manual_seed(args.seed)  # of new weights
-    head = Head(args.pooling, args.head, args.projection, args.normalize)
-    head.exclude_special_tokens = args.exclude_special_tokens
+    flags = ("pooling", "projection", "normalize", "exclude_special_tokens")
+    head = Head(kind=args.head, **{name: getattr(args, name) for name in flags})
     texts = {name: getattr(args, name) for name in TextFormat.__dataclass_fields__}
     model = checkpoint.load_encoder(args.model, head, texts)
     form, dim = model.format, model.dim

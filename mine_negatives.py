@@ -27,6 +27,9 @@ CPU toy   python mine_negatives.py --bm25 --queries queries.jsonl --corpus corpu
 N GPUs    accelerate launch --multi_gpu --num_processes 8 mine_negatives.py ...
 """
 
+import resource
+import sys
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,12 +51,14 @@ from lib.files import (
     write_json,
     write_training_file,
 )
-from lib.index import check_identical_ids, open_index
+from lib.index import Index, check_identical_ids, open_index
 from lib.launch import claim_output, describe, echo, make_accelerator, run, versions
 from lib.text import step_seed
 from lib.texts import Texts, open_texts, require_rows
 
 QUERIES_AT_A_TIME = 4096
+SAMPLE_QUERIES = 256  # with which a dry run measures the search
+SAMPLE_VECTORS = 1 << 15
 NO_LIST = RunList([], np.zeros(0, dtype=np.float32))
 
 
@@ -97,6 +102,9 @@ class Args:
     )
     ignore_identical_ids: bool = arg(False, help="drop passages whose id is that of the query")
     seed: int = arg(42, least=0, help="seed of --sample uniform")
+    dry_run: bool = arg(
+        False, group="runtime", help="show the inputs, estimate memory and time, then stop"
+    )
 
 
 class Lists:
@@ -140,6 +148,57 @@ class Lists:
         return found
 
 
+def preview(args: Args, corpus: Texts, positives: dict[str, list[str]]) -> dict[str, str]:
+    """What a dry run shows of the inputs: the first query, and the texts of its positives."""
+    qid, pids = next(iter(positives.items()))
+    text = "(add --queries to see its text)"
+    if args.queries:
+        queries = open_texts(args.queries)
+        text = queries[require_rows(queries, [qid], args.qrels, "query")[0]][1]
+    facts = {"judged pairs": sum(map(len, positives.values()))}
+    facts["first query"] = f"{qid}: {text[:90]}"
+    for pid, row in zip(pids[:2], corpus.rows(pids[:2]), strict=True):
+        titles, text = corpus[row]
+        facts[f"positive {pid}"] = " | ".join([*titles, text])[:90]
+    return facts
+
+
+def estimate(args: Args, index: Index | Lists, asked: Sequence) -> dict[str, str]:
+    """What a dry run says of time and memory. Time is measured with a part of the queries, and of
+    dense vectors with a part of the corpus too; not if this would write an index first."""
+    if args.run:
+        listed = sum(len(rows) > 0 for _, rows in index.lists.values())
+        return {"queries with a list": listed, "memory": memory_text(0)}
+    corpus = index.corpus
+    dense = not (args.bm25 or corpus.sparse)
+    ready = dense or index.folder.is_dir()
+    wanted = 0
+    duration = "unknown, because an index must be built first"
+    if dense:  # keys of the best passages
+        wanted = min(len(asked), QUERIES_AT_A_TIME) * args.depth * corpus.max_chunks * 16
+    elif args.bm25 and not ready:  # two numbers of 4 bytes for each word, while it is built
+        words = [len(corpus[row][1].split()) for row in range(min(len(corpus), 1000))]
+        wanted = 8 * np.mean(words) * len(corpus)
+    if ready:
+        times = max(1, len(asked) / SAMPLE_QUERIES)
+        if dense:
+            part = index.engine.stop - index.engine.start
+            times *= max(1, part / SAMPLE_VECTORS)
+            index.engine.stop = index.engine.start + min(part, SAMPLE_VECTORS)
+        index.search(asked[:1], args.depth)  # compiles
+        began = time.perf_counter()
+        index.search(asked[:SAMPLE_QUERIES], args.depth)
+        duration = f"about {(time.perf_counter() - began) * times:.1f} s for the search"
+    return {"time": duration, "memory": memory_text(wanted)}
+
+
+def memory_text(more: float) -> str:
+    """The largest memory of this process until now, and `more` bytes."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    used *= 1 if sys.platform == "darwin" else 1024
+    return f"about {(used + more) / 1e9:.1f} GB for each process"
+
+
 def main():
     # ---- setup
     args = parse_args(Args)
@@ -173,13 +232,14 @@ def main():
     if args.corpus_embeddings and index.corpus.meta.get("input_fingerprint") != corpus.fingerprint:
         problem = f"{args.corpus_embeddings}: not the embeddings of {args.corpus}"
         raise UserError(f"{problem} — encode it")
+    facts = {"candidates": f"the first {args.depth} of {index.name}", "queries": len(qids)}
+    facts["passages"] = len(corpus)
+    if args.dry_run:
+        facts |= preview(args, corpus, positives)
+        facts |= estimate(args, index, asked)
+        return echo(accelerator, "dry run: mining", facts)
     if claim_output(accelerator, args.output_dir, identity(args, inputs), "audit.json"):
         return
-    facts = {
-        "candidates": f"the first {args.depth} of {index.name}",
-        "queries": len(qids),
-        "passages": len(corpus),
-    }
     echo(accelerator, "mining", {**facts, "running on": describe(accelerator)})
 
     # ---- mine

@@ -124,12 +124,12 @@ class Args:
 
 
 def objective_options(args: Args) -> dict:
-    """The options of the objective, by default those of OPTIONS."""
+    """The options that are given; the others have the defaults of OPTIONS."""
     names = {name for options in OPTIONS.values() for name in options}
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     for name in given.keys() - OPTIONS[args.objective].keys():
         raise UserError(f"--{name}: {args.objective} has no such option — leave it out")
-    return OPTIONS[args.objective] | given
+    return given
 
 
 def check(args: Args, positions: int, processes: int) -> None:
@@ -176,19 +176,18 @@ def main():
     torch.manual_seed(args.seed)  # of new weights
     lm, tokenizer, origin = checkpoint.load_lm(args.model, args.model_config, args.tokenizer)
     check(args, positions(lm), W)
-    options = objective_options(args)
     speed_up_attention(lm)
     if args.gradient_checkpointing:
         recompute_activations(lm)
     # here, as cutting a corpus that is new draws from torch's generator
-    objective = OBJECTIVES[args.objective](lm, tokenizer, **options)
-    chunk_size = options.get("chunk_size", 0)
+    objective = OBJECTIVES[args.objective](lm, tokenizer, **objective_options(args))
+    chunk_size = objective.options.get("chunk_size", 0)
     chunked = 0 < chunk_size < B
 
     # ---- data
     stated = checkpoint.private_settings(args.model) if args.model else {}
     title = args.title or stated.get("title", "space")
-    cut = Cut(tokenizer, args.max_length, title, options.get("span_tokens", 0))
+    cut = Cut(tokenizer, args.max_length, title, objective.options.get("span_tokens", 0))
     with accelerator.main_process_first():
         parts = [Blocks(open_texts(path), cut) for path in args.corpus]
         blocks = Corpora(parts, args.seed, args.balance)

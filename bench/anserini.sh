@@ -12,7 +12,7 @@
 # Anserini comes in the wheel of Pyserini 0.25.0, the last one for a Java older than 21; nothing of its Python is installed.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../recipes/paths.sh"
-[ $# -eq 3 ] || usage 4,10
+[ $# -eq 3 ] || usage
 queries=$(path "$1") corpus=$(path "$2") out=$(path "$3")
 tools=$(path "${TOOLS:-$out/tools}") hits=${HITS:-1000} threads=${THREADS:-2}
 mkdir -p "$out" "$tools"

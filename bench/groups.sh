@@ -10,7 +10,7 @@
 # with a bootstrap interval over queries, each of which counts with the mean over its seeds.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../recipes/paths.sh"
-[ $# -ge 3 ] || usage 4,8
+[ $# -ge 3 ] || usage
 data=$(path "$1") model=$(model "$2") out=$(path "$3") flags=("${@:4}")
 read -ra robust <<<"${DRO:---dro}"
 texts=(--corpus "$data/corpus.jsonl") train=(--queries "$data/queries.train.jsonl" --qrels "$data/qrels.train.tsv")

@@ -9,7 +9,7 @@
 # The flags need --max_steps. Printed: MRR@10, nDCG@10 and R@100 on test, and the differences to the batch alone and to BM25.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../recipes/paths.sh"
-[ $# -ge 3 ] || usage 4,9
+[ $# -ge 3 ] || usage
 data=$(path "$1") model=$(model "$2") out=$(path "$3") flags=("${@:4}")
 file() { ls "$data/$1".* | head -1; }
 corpus=$(file corpus) queries=$(file queries.train) qrels=$(file qrels.train)

@@ -17,7 +17,7 @@
 # coCondenser has half as many documents as the others have blocks, of two spans each.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../recipes/paths.sh"
-[ $# -ge 2 ] || usage 4,14
+[ $# -ge 2 ] || usage
 data=$(path "$1") out=$(path "$2")
 flags=("${@:3}")
 corpus=$(ls "$data"/corpus.jsonl* | head -1) queries=$(ls "$data"/queries.jsonl* | head -1)

@@ -36,7 +36,7 @@ from lib.checkpoint import load_lm
 from lib.cpu import speed_up_attention
 from lib.files import read_json, write_json
 from lib.loader import step_batches
-from lib.objectives import OBJECTIVES
+from lib.objectives import OBJECTIVES, View
 from lib.optim import parameter_groups, recompute_activations
 from lib.spans import span_contrast
 from lib.text import step_seed
@@ -129,10 +129,9 @@ def plain_loss(model, batch: dict, seed: int):
     loss = cross_entropy(logits, batch["masks"])
     name = model.name
     if name in ("retromae", "dupmae"):
-        view = batch["views"] | ~batch["views"].any(-1, keepdim=True)
-        loss = loss + cross_entropy(
-            logits_of(model.rows(hidden[:, 0], ids, view, everywhere)), batch["targets"]
-        )
+        rows = batch["views"] | ~batch["views"].any(-1, keepdim=True)
+        states = model.states(hidden[:, 0], View(ids, everywhere, rows))
+        loss = loss + cross_entropy(logits_of(states), batch["targets"])
     if name == "bow":
         loss = loss - (batch["bags"] * logits[:, 0].log_softmax(1)).sum(1).mean()
     if name == "dupmae":
@@ -141,8 +140,10 @@ def plain_loss(model, batch: dict, seed: int):
     if name == "lexmae":
         pooled = (logits - 10_000.0 * ~batch["targets"][..., None]).max(1).values
         bottleneck = pooled.softmax(1) @ lm.get_input_embeddings().weight.detach()
-        decoder_ids, mask = model.corrupt_again(batch, batch["masks"], seed)
-        rest = lm.base_model.embeddings(input_ids=decoder_ids)
+        view = model.view(batch, batch["masks"], seed)
+        mask = torch.zeros_like(batch["masks"])
+        mask.flatten()[view.places] = True
+        rest = lm.base_model.embeddings(input_ids=view.ids)
         states = model.decoder["head"](model.decoder["layers"](bottleneck, rest, keep, everywhere))
         loss = loss + cross_entropy(F.linear(states, output.weight, model.decoder.bias), mask)
     if name == "seed":

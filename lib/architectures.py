@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig
 
+SIZES = """hidden_size num_attention_heads intermediate_size max_position_embeddings hidden_act
+    hidden_dropout_prob attention_probs_dropout_prob layer_norm_eps initializer_range""".split()
+
 
 class Architecture(NamedTuple):
     """transform   (LM, states (n, D)) -> (n, D): the LM head up to its output layer
-    sizes       names of its config, by the name that BERT has for the same; empty: BERT's names
+    sizes       SIZES that have another name in its config than in BERT's
     positions   whether positions are learned and added to the embeddings; False: they are rotary
     final_norm  name of the norm after the last layer, where the layers add to a stream that has no
                 norm of its own; empty: each layer ends in one"""
@@ -29,28 +32,19 @@ ROBERTA = Architecture(lambda lm, x: lm.lm_head.layer_norm(F.gelu(lm.lm_head.den
 DISTILBERT = Architecture(
     lambda lm, x: lm.vocab_layer_norm(lm.activation(lm.vocab_transform(x))),
     sizes={
-        "hidden_size": "dim",
-        "num_attention_heads": "n_heads",
         "intermediate_size": "hidden_dim",
-        "max_position_embeddings": "max_position_embeddings",
         "hidden_dropout_prob": "dropout",
         "attention_probs_dropout_prob": "attention_dropout",
         "hidden_act": "activation",
-        "initializer_range": "initializer_range",
     },
 )
 MODERNBERT = Architecture(  # also Ettin and mmBERT
     lambda lm, x: lm.head(x),
     sizes={
-        "hidden_size": "hidden_size",
-        "num_attention_heads": "num_attention_heads",
-        "intermediate_size": "intermediate_size",
-        "max_position_embeddings": "max_position_embeddings",
         "hidden_dropout_prob": "mlp_dropout",
         "attention_probs_dropout_prob": "attention_dropout",
         "hidden_act": "hidden_activation",
         "layer_norm_eps": "norm_eps",
-        "initializer_range": "initializer_range",
     },
     positions=False,
     final_norm="final_norm",
@@ -70,12 +64,11 @@ def of(config) -> Architecture:
     return ARCHITECTURES[config.model_type]
 
 
-def bert_config(config):
-    """The encoder's config under BERT's names, which the decoders read."""
-    sizes = of(config).sizes
-    if not sizes:
-        return config
-    return BertConfig(**{name: getattr(config, own) for name, own in sizes.items()})
+def bert_config(config) -> BertConfig:
+    """The encoder's SIZES under BERT's names, which the decoders read."""
+    names = {name: of(config).sizes.get(name, name) for name in SIZES}
+    found = {name: getattr(config, own, None) for name, own in names.items()}
+    return BertConfig(**{name: value for name, value in found.items() if value is not None})
 
 
 def head_transform(lm: nn.Module, hidden: Tensor) -> Tensor:

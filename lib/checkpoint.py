@@ -1,6 +1,4 @@
-"""The only door for model folders: bi-encoders, masked LMs with their decoder, cross-encoders;
-load, save, read back.
-
+"""The only door for the folders of bi-encoders, masked LMs with their decoder, and cross-encoders.
 A checkpoint is a Hugging Face folder and a sentence-transformers folder (lib/sentence_files.py):
 
     config.json, model.safetensors,    the backbone and its tokenizer; of a masked LM or a sparse
@@ -39,7 +37,7 @@ from transformers import (
 
 from lib.architectures import ARCHITECTURES
 from lib.dist import world
-from lib.encoder import BiEncoder, Head, SparseBiEncoder, extend, lower_bias, positions
+from lib.encoder import AS_STATED, BiEncoder, SparseBiEncoder, extend, lower_bias, positions
 from lib.files import UserError, atomic, read_json, write_json, write_lines
 from lib.lines import one_line
 from lib.sentence_files import (
@@ -55,6 +53,7 @@ from lib.text import TextFormat, format_texts, pad, to_ids
 
 VERSION = 1  # of isthmus.json
 
+CUT = ("max_chunks", "max_characters")  # how passages are cut, in isthmus.json
 REHEARSAL = ".tmp-rehearsal"  # the folder of check_checkpoint
 
 # the files of a checkpoint that decide its vectors
@@ -91,21 +90,16 @@ def _door(load: Callable) -> Callable:
 
 @_door
 def load_encoder(
-    model,
-    head: Head | None = None,
-    overrides: dict | None = None,
-    strict: bool = False,
-    trust_remote_code: bool = False,
+    model, head=AS_STATED, overrides: dict | None = None, strict=False, trust_remote_code=False
 ) -> BiEncoder:
     """A bi-encoder in fp32 and eval mode from our folder, a sentence-transformers folder of these
-    two kinds, a Hugging Face folder if `head` has a pooling or is sparse, or a name on the hub. New
-    weights are drawn from torch's generator.
+    two kinds, a Hugging Face folder if the Head has a pooling or is sparse, or a name on the hub.
+    New weights are drawn from torch's generator.
 
     overrides   fields of TextFormat in place of what the checkpoint states; None = as it states
     strict      what contradicts the checkpoint is an error, as in a stage that only uses it"""
     folder = checkpoint_folder(model)
     private = private_settings(folder)
-    head = head or Head()
     base, pooling, layers = read_head(folder)
     own = "sparse" if pooling == "max" else "dense"
     kind = (head.kind or own).removeprefix("new_")
@@ -121,7 +115,7 @@ def load_encoder(
         raise UserError(f"{folder}: states no pooling — add --pooling cls, mean or last_token")
 
     auto = AutoModelForMaskedLM if kind == "sparse" else AutoModel
-    backbone, tokenizer, new_head = _load(base, auto, trust_remote_code)
+    backbone, tokenizer, new_head = _load(base, auto, trust_remote_code=trust_remote_code)
     if new_head and head.kind != "new_sparse":
         raise UserError(f"{base}: no LM head for --head sparse — train one by --head new_sparse")
     if new_head:
@@ -132,9 +126,7 @@ def load_encoder(
         stated = stated_format(folder, base, own == "sparse", tokenizer, limit)
     if private:
         stated = {"query_prompt": "", "passage_prompt": "", **stated, "title": private["title"]}
-        if pooling:
-            stated["max_chunks"] = private.get("max_chunks", 1)
-            stated["max_characters"] = private.get("max_characters", 0)
+        stated |= {name: private[name] for name in CUT if name in private}
         saved = private["tokenizer"]
         if saved["ids"] != fingerprint(tokenizer):
             what = "the tokenizer gives other ids than when the checkpoint was saved"
@@ -186,9 +178,9 @@ def loading(place, remedy: str = "give the folder of a complete checkpoint"):
     return one_line(f"{place}: cannot be loaded", remedy)
 
 
-def _load(folder: Path, auto, trust_remote_code: bool = False) -> tuple[nn.Module, object, bool]:
+def _load(folder: Path, auto, *needed: str, trust_remote_code: bool = False) -> tuple:
     """(model in fp32, tokenizer, whether the weights of its head are new). auto: AutoModel, which
-    gives a backbone without its pooler, or a class with a head."""
+    gives a backbone without its pooler, or a class with a head; needed: see _check_fit"""
     remote = {"trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(folder, **remote)
     # of T5 the encoder alone; one that was saved alone says so in its `architectures`
@@ -211,7 +203,7 @@ def _load(folder: Path, auto, trust_remote_code: bool = False) -> tuple[nn.Modul
     # not aligned as those of several processes are, and MKL would add in another order.
     for weight in model.parameters():
         weight.data = weight.data.clone()
-    _check_fit(folder, model, tokenizer, "pad_token")
+    _check_fit(folder, model, tokenizer, "pad_token", *needed)
     return model, tokenizer, bool(missing) and not headless
 
 
@@ -281,8 +273,7 @@ def save_encoder(model: BiEncoder, folder, card: dict) -> None:
     For the main process alone. card: what the model card says (base, data, metrics). A folder that
     also holds other things, such as a log, keeps them. UserError: the folder, read again, does not
     give the same vectors; what was written is kept as FOLDER.refused."""
-    form = model.format
-    private = {"max_chunks": form.max_chunks, "max_characters": form.max_characters}
+    private = {name: getattr(model.format, name) for name in CUT}
     if isinstance(model, SparseBiEncoder):
         private["exclude_special_tokens"] = model.exclude_special_tokens
 
@@ -292,7 +283,7 @@ def save_encoder(model: BiEncoder, folder, card: dict) -> None:
 
     with _taking_place_of(Path(folder), is_same) as temporary:
         write_head(model, temporary)
-        _write(temporary, model.backbone, model.tokenizer, form.title, private)
+        _write(temporary, model.backbone, model.tokenizer, model.format.title, private)
         write_lines(temporary / "README.md", model_card(model, Path(folder).name, card))
 
 
@@ -343,9 +334,8 @@ def _write(folder: Path, model: nn.Module, tokenizer, title: str, private: dict)
 
 @contextlib.contextmanager
 def _taking_place_of(folder: Path, is_same: Callable[[Path], bool]) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well and is_same(it); or, if
-    `folder` holds more than a checkpoint, whose entries take the place of the old ones in it.
-    OSError: the block could not write."""
+    """A temporary folder that becomes `folder` when the block ends well and is_same(it). If
+    `folder` holds more than a checkpoint, its entries take the place of the old ones there."""
     old = {path.parts[0] for path in checkpoint_files(folder)} | {"README.md"}
     more = folder.is_dir() and not {path.name for path in folder.iterdir()} <= old
     staged = folder / ".tmp-checkpoint" if more else folder
@@ -354,31 +344,26 @@ def _taking_place_of(folder: Path, is_same: Callable[[Path], bool]) -> Iterator[
         try:
             yield temporary
         except Exception as error:
-            if type(error) not in (SafetensorError, Exception):  # so the Rust libraries say it
-                raise
-            raise OSError(f"{folder}: cannot be written ({error})") from error
-        _require_same(temporary, folder, is_same)
+            if type(error) in (SafetensorError, Exception):  # so Rust says that the disk is full
+                raise OSError(f"{folder}: cannot be written ({error})") from error
+            raise
+        try:
+            wrong = "" if is_same(temporary) else "is another model when it is read back"
+        except UserError as error:
+            wrong = f"cannot be read back ({error})"
+        if wrong:  # it is moved to a name of its own, which no later run removes
+            place = (folder.parent if folder.name == REHEARSAL else folder).absolute()
+            names = (f"{place.name}.refused{number or ''}" for number in count())
+            refused = next(path for path in map(place.with_name, names) if not path.exists())
+            os.replace(temporary, refused)
+            remedy = "look for NaN in training, or for code whose effect no file states"
+            raise UserError(f"{place}: the checkpoint {wrong}; it is in {refused} — {remedy}")
     if more:
         for path in checkpoint_files(folder):
             (folder / path).unlink()
         for path in staged.iterdir():
             os.replace(path, folder / path.name)
         staged.rmdir()
-
-
-def _require_same(temporary: Path, folder: Path, is_same: Callable[[Path], bool]) -> None:
-    """Else what was written is moved to a name of its own, which no later run removes."""
-    try:
-        wrong = "" if is_same(temporary) else "is another model when it is read back"
-    except UserError as error:
-        wrong = f"cannot be read back ({error})"
-    if wrong:
-        place = (folder.parent if folder.name == REHEARSAL else folder).absolute()
-        names = (f"{place.name}.refused{number or ''}" for number in count())
-        refused = next(path for path in map(place.with_name, names) if not path.exists())
-        os.replace(temporary, refused)
-        remedy = "look for NaN in training, or for code whose effect no file states"
-        raise UserError(f"{place}: the checkpoint {wrong}; it is in {refused} — {remedy}")
 
 
 def checkpoint_files(folder) -> list[Path]:
@@ -429,12 +414,11 @@ def load_cross_encoder(folder: Path, form: TextFormat) -> tuple[nn.Module, objec
     """(sequence classifier in fp32 and eval mode, tokenizer). form: title, max_query_length, and in
     max_passage_length the tokens of a pair. UserError: no trained head of one or two labels, a
     tokenizer that is not fast, lengths that leave no room for the passage."""
-    classifier, tokenizer, new_head = _load(folder, AutoModelForSequenceClassification)
+    needed = ("is_fast", "sep_token") if form.title == "sep" else ("is_fast",)
+    classifier, tokenizer, new_head = _load(folder, AutoModelForSequenceClassification, *needed)
     if new_head or classifier.config.num_labels > 2:
         what = "it has no trained head of one or two labels, so it is no cross-encoder"
         raise UserError(f"{folder}: {what} — train one with recipes/train_cross_encoder.py")
-    needed = ("is_fast", "sep_token") if form.title == "sep" else ("is_fast",)
-    _check_fit(folder, classifier, tokenizer, *needed)
     query, pair, limit = form.max_query_length, form.max_passage_length, positions(classifier)
     if query + tokenizer.num_special_tokens_to_add(pair=True) >= pair or pair > limit:
         what = f"--max_query_length {query} in --max_length {pair} of {limit} positions"

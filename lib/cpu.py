@@ -1,6 +1,6 @@
-"""What makes a run on a CPU fast. Nothing here is used on a GPU, and without it results differ only
-by rounding and by the dropout that is drawn. oneDNN keeps half a megabyte of code for each number
-of rows that it meets: give it few different ones, or memory grows."""
+"""What makes a run on a CPU fast. Without it results differ only by rounding and by the dropout
+that is drawn. oneDNN keeps half a megabyte of code for each number of rows that it meets: give it
+few different ones, or memory grows."""
 
 from collections.abc import Callable
 
@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface as MaskInterface
-from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "sdpa_in_pieces"  # of our attention, in the registry of transformers
 PIECE = 2**21  # probabilities that the attention holds at a time
@@ -27,9 +26,8 @@ def onednn(dtype: torch.dtype) -> bool:
 
 
 def product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """A function of x (..., K) that returns x @ weight.T + bias (..., N); weight (N, K), bias (N,)
-    and x of one dtype. A tenth faster than F.linear: oneDNN lays the weight out once, and not at
-    every call."""
+    """F.linear as a function of x (..., K); weight (N, K), bias (N,) and x have one dtype. A tenth
+    faster: oneDNN lays the weight out once, and not at every call."""
     if not onednn(weight.dtype):
         return lambda x: F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -38,8 +36,7 @@ def product(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Te
 
 def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
     """Make every Linear of a model compute by `product`, from inputs of any dtype to outputs of
-    `dtype`, for inference only. The modules and their weights stay for code that looks at them, as
-    T5's does."""
+    `dtype`, for inference only. The modules and weights stay: T5's code looks at them."""
     for linear in model.modules():
         if type(linear) is nn.Linear:
             bias = None if linear.bias is None else linear.bias.detach().to(dtype)
@@ -50,9 +47,9 @@ def pack_linears(model: nn.Module, dtype: torch.dtype) -> None:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
     """scaled_dot_product_attention of (B, H, L, d), (B, H, S, d), (B, H, S, d) -> (B, H, L, d).
 
-    mask: bool, True = visible, or floats to add; broadcast over (B, H, L, S). dropout: 0 when not
-    training; its seed comes from torch's generator. With dropout on a CPU, PyTorch's own function
-    keeps all probabilities for the backward pass; here they are computed again, piece by piece."""
+    mask: bool, True = visible, of four dimensions that broadcast. dropout: 0 when not training; its
+    seed comes from torch's generator. With dropout on a CPU, PyTorch's own function keeps all
+    probabilities for the backward pass; here they are computed again, piece by piece."""
     if q.device.type != "cpu" or not dropout:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return _Attention.apply(q, k, v, mask, dropout)
@@ -96,11 +93,9 @@ def _pieces(q, k, mask, dropout, seed):
     for start in range(0, B, texts):
         part = slice(start, start + texts)
         scores = ((q[part] * d**-0.5) @ k[part].transpose(-1, -2)).float()
-        here = mask[part] if mask is not None and mask.ndim == 4 and len(mask) > 1 else mask
-        if here is not None and here.dtype == torch.bool:
-            scores = scores.masked_fill_(~here, torch.finfo(scores.dtype).min)
-        elif here is not None:
-            scores = scores + here
+        if mask is not None:
+            hidden = ~mask.expand(B, -1, -1, -1)[part]
+            scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
         words = torch.empty(-(-scores.numel() // 4), dtype=torch.int64)
         words.random_(-(2**63), None, generator=generator)  # four draws of 16 bits in each
         draws = words.view(torch.int16)[: scores.numel()].view(scores.shape)
@@ -109,34 +104,21 @@ def _pieces(q, k, mask, dropout, seed):
 
 
 def speed_up_attention(model: nn.Module) -> None:
-    """Make a transformers model that attends by PyTorch's function use `attention`, and a mask that
-    is not expanded to (L, S), when it runs on a CPU."""
+    """Make a transformers model that attends by PyTorch's function use `attention`."""
     if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
         AttentionInterface.register(NAME, _forward)
-        MaskInterface.register(NAME, _mask)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
 
 
 def _forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """As transformers calls an attention: (B, H, L, d) -> ((B, L, H, d), None)."""
-    if dropout and query.device.type == "cpu" and scaling in (None, query.shape[-1] ** -0.5):
+    plain = scaling in (None, query.shape[-1] ** -0.5) and query.shape[1] == key.shape[1]
+    if dropout and query.device.type == "cpu" and plain and not getattr(module, "is_causal", True):
         out = attention(query, key, value, attention_mask, dropout)
         return out.transpose(1, 2).contiguous(), None
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout, scaling, **kwargs
-    )
-
-
-def _mask(attention_mask=None, mask_function=None, **options):
-    """As transformers asks for a mask: bool, True = visible; None = all are visible."""
-    if (
-        attention_mask is not None
-        and mask_function is bidirectional_mask_function
-        and attention_mask.device.type == "cpu"
-        and attention_mask.shape[1:] == (options["kv_length"],)
-    ):
-        return None if attention_mask.all() else attention_mask.bool()[:, None, None]
-    return sdpa_mask(attention_mask=attention_mask, mask_function=mask_function, **options)
+    kwargs |= {"dropout": dropout, "scaling": scaling}
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 @torch.compiler.disable  # torch.compile cannot follow numba

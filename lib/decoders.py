@@ -1,8 +1,7 @@
 """The weak decoders: each rebuilds a text from the bottleneck vector h and little context.
 
 B texts, L tokens of the longest, T positions of a shifted text, D hidden size, n positions with a
-label. `places` (n,) are these as indices of the flat (B·L): nothing else is computed.
-"""
+label. `places` (n,) are these as indices of the flat (B·L): nothing else is computed."""
 
 import torch
 import torch.nn.functional as F
@@ -10,32 +9,31 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from lib import architectures
-from lib.architectures import bert_config
 from lib.cpu import attention
 
 
-def initialize(module: nn.Module, std: float) -> None:
-    """New weights as BERT's: N(0, std), biases 0. (Norms are 1 and 0 already.)"""
+def initialize(module: nn.Module, config) -> nn.Module:
+    """The module with new weights as BERT's: normal, biases 0. (Norms are 1 and 0 already.)"""
     for name, parameter in module.named_parameters():
         if parameter.ndim == 2:
-            nn.init.normal_(parameter, std=std)
+            nn.init.normal_(parameter, std=config.initializer_range)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
+    return module
 
 
 def own_positions(config) -> nn.Embedding | None:
-    """Positions for a decoder, None if the encoder has learned ones. Where they are rotary, what
-    the decoder reads would not tell one position from another."""
+    """Positions for a decoder, None if the encoder has learned ones: where they are rotary, what a
+    decoder reads would not tell one from another."""
     if architectures.of(config).positions:
         return None
-    config = bert_config(config)
-    positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-    nn.init.normal_(positions.weight, std=config.initializer_range)
-    return positions
+    return initialize(nn.Embedding(config.max_position_embeddings, config.hidden_size), config)
 
 
 class Layer(nn.Module):
-    """Multi-head attention and feed-forward. more: names of further linear maps (D, D)"""
+    """A BERT layer whose queries and keys may come from different streams. The residual is on the
+    QUERY stream: on the other, a token would reach its own prediction past RetroMAE's mask.
+    more: names of further linear maps (D, D)"""
 
     eps: float | None = None  # of the norms; None: as in the encoder
 
@@ -55,7 +53,7 @@ class Layer(nn.Module):
         self.output_norm = nn.LayerNorm(D, eps=eps)
 
     def attend(self, queries: Tensor, keys: Tensor, view: Tensor) -> Tensor:
-        """queries, keys: (B, L, D)   view: bool, True = visible, for (B, heads, L, L)"""
+        """queries, keys: (B, L, D)   view: bool, True = visible, broadcast to (B, heads, L, L)"""
         projected = self.query(queries), self.key(keys), self.value(keys)
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in projected)
         dropout = self.attention_dropout if self.training else 0.0
@@ -63,15 +61,6 @@ class Layer(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.down(self.activation(self.up(x))))
-
-
-class TwoStreamLayer(Layer):
-    """A BERT layer whose queries and keys may come from different streams. The residual is on the
-    QUERY stream: on the other, a token would reach its own prediction past RetroMAE's mask."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        initialize(self, config.initializer_range)
 
     def forward(self, queries: Tensor, keys: Tensor, view: Tensor, places: Tensor) -> Tensor:
         """queries, keys: (B, L, D)   view: (B, L or 1, L) bool, True = visible   -> (n, D)"""
@@ -86,7 +75,7 @@ class SlotDecoder(nn.Module):
 
     def __init__(self, config, num_layers: int):
         super().__init__()
-        self.layers = nn.ModuleList(TwoStreamLayer(config) for _ in range(num_layers))
+        self.layers = nn.ModuleList(initialize(Layer(config), config) for _ in range(num_layers))
 
     def forward(self, slot: Tensor, rest: Tensor, mask: Tensor, places: Tensor) -> Tensor:
         """slot: (B, D)   rest: (B, L, D), position 0 is not read   mask: (B, L), 1 = keep
@@ -101,8 +90,7 @@ class SlotDecoder(nn.Module):
 
 class CausalDecoder(nn.Module):
     """SEED-Encoder's weak decoder (arXiv 2102.09206; `TransformerDecoder` of the repository): each
-    position reads h, the token in slot 0, and `window` tokens that end with its own. Pre-LN layers,
-    positions of its own."""
+    position reads h, the token in slot 0, and `window` tokens that end with its own."""
 
     def __init__(self, config, num_layers: int, window: int):
         super().__init__()
@@ -113,7 +101,7 @@ class CausalDecoder(nn.Module):
         self.embedding_norm = nn.LayerNorm(D, eps=eps)
         self.layers = nn.ModuleList(CausalLayer(config) for _ in range(num_layers))
         self.final_norm = nn.LayerNorm(D, eps=eps)
-        initialize(self, config.initializer_range)
+        initialize(self, config)
 
     def view(self, T: int, device=None) -> Tensor:
         """(T, T) bool, True = visible: with a window of 2, row 4 sees columns 0, 3 and 4."""
@@ -126,7 +114,7 @@ class CausalDecoder(nn.Module):
         Needs no padding mask: padding is to the right, in no window of a token."""
         T = embeddings.shape[1]
         x = self.dropout(self.embedding_norm(embeddings + self.positions.weight[:T]))
-        view = self.view(T, x.device)
+        view = self.view(T, x.device)[None, None]
         for layer in self.layers:
             x = layer(x, h, view)
         return self.final_norm(x.flatten(0, 1)[places])
@@ -143,7 +131,7 @@ class CausalLayer(Layer):
         super().__init__(config, "bottleneck_value", "bottleneck_output")
 
     def forward(self, x: Tensor, h: Tensor, view: Tensor) -> Tensor:
-        """x: (B, T, D)   h: (B, D)   view: (T, T) bool, True = visible   ->   (B, T, D)"""
+        """x: (B, T, D)   h: (B, D)   view: (1, 1, T, T) bool, True = visible   ->   (B, T, D)"""
         normed = self.attention_norm(x)
         x = x + self.dropout(self.attention_output(self.attend(normed, normed, view)))
         kept = torch.ones(*x.shape[:2], self.heads, 1, device=x.device)
@@ -151,17 +139,3 @@ class CausalLayer(Layer):
         value = self.bottleneck_value(h).view(len(h), 1, self.heads, -1)
         x = x + self.dropout(self.bottleneck_output((kept * value).flatten(2)))
         return x + self.feed_forward(self.output_norm(x))
-
-
-class Transform(nn.Module):
-    """The part of BERT's LM head before its output layer: dense, activation, norm."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.activation = ACT2FN[config.hidden_act]
-        initialize(self, config.initializer_range)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.activation(self.dense(x)))

@@ -19,9 +19,8 @@ from lib.lm_head import max_pooled_logits
 from lib.query_table import QueryTable
 from lib.text import TextFormat
 
-# The logits of a new LM head are normal, with the norm of the term's embedding for standard
-# deviation: its inputs leave a LayerNorm. So many of these lower, a few per cent of the terms have
-# their maximum above zero, as with a trained head.
+# Standard deviations by which the logits of a new LM head are lowered: then, as with a trained
+# head, a few per cent of the terms have their maximum above zero.
 NEW_HEAD = 3.5
 
 
@@ -34,11 +33,11 @@ class Dense(nn.Sequential):
         self.activation = getattr(nn, activation)()
 
     def settings(self) -> dict:
-        kind = type(self.activation)
+        linear, kind = self.linear, type(self.activation)
         return {
-            "in_features": self.linear.in_features,
-            "out_features": self.linear.out_features,
-            "bias": self.linear.bias is not None,
+            "in_features": linear.in_features,
+            "out_features": linear.out_features,
+            "bias": linear.bias is not None,
             "activation_function": f"{kind.__module__}.{kind.__name__}",
         }
 
@@ -89,7 +88,7 @@ POOLINGS = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Head:
     """What a bi-encoder shall end in; what is not given is as the checkpoint states.
 
@@ -104,15 +103,16 @@ class Head:
     exclude_special_tokens: bool = False  # see SparseBiEncoder
 
 
+AS_STATED = Head()
+
+
 class BiEncoder(nn.Module):
     """Dense: backbone -> pooling (an entry of POOLINGS) -> head modules -> vector. `format` is how
     the checkpoint wants its texts. Pooling and head run in fp32 under autocast."""
 
     exclude_special_tokens = False
 
-    def __init__(
-        self, backbone: nn.Module, tokenizer, pooling: str, head: list[nn.Module], form: TextFormat
-    ):
+    def __init__(self, backbone: nn.Module, tokenizer, pooling: str, head: list, form: TextFormat):
         super().__init__()
         self.backbone = backbone
         self.head = nn.ModuleList(head)
@@ -220,16 +220,16 @@ class SparseBiEncoder(BiEncoder):
 
 
 def lower_bias(lm: nn.Module) -> None:
-    """Make few of the maxima of a new LM head be above zero, so that its vectors are sparse."""
+    """Make the vectors of a new LM head sparse. Its inputs leave a LayerNorm, so its logits are
+    normal, with the norm of the term's embedding for standard deviation."""
     output = lm.get_output_embeddings()
     if output.bias is not None:
         output.bias.data.copy_(-NEW_HEAD * output.weight.data.norm(dim=1))
 
 
 def extend(model: BiEncoder, head: Head, strict: bool, place) -> None:
-    """Add what `head` asks for and the model lacks. The weights of a projection are drawn from
-    N(0, 0.02), biases are zero. UserError: the model has it otherwise, or lacks it and `strict`; an
-    unknown pooling."""
+    """Add what `head` asks for and the model lacks. UserError: the model has it otherwise, or lacks
+    it and `strict`; an unknown pooling."""
     if head.pooling and head.pooling not in POOLINGS:
         raise UserError(f"--pooling {head.pooling}: unknown — give {', '.join(POOLINGS)}")
     stated = {

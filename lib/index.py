@@ -46,6 +46,7 @@ class Index:
     queries: Texts | Embeddings
     corpus: Texts | Embeddings
     name: str  # of the retriever
+    folder: Path  # of inverted lists; dense vectors need none
     inputs: dict[str, str]  # fingerprints, see lib/launch.claim_output
     open: Callable[[], Inverted | DenseIndex]  # builds the index if necessary; on all processes
 
@@ -96,7 +97,7 @@ def open_index(
         name = f"BM25, k1 {k1}, b {b} (Lucene's variant)"
         inputs = {"queries": queries.fingerprint, "corpus": corpus.fingerprint}
         build = partial(open_bm25, corpus, folder, k1, b)
-        return Index(queries, corpus, name, inputs, build)
+        return Index(queries, corpus, name, folder, inputs, build)
     queries, corpus = map(Embeddings, embeddings)
     check_pair(queries, corpus)
     inputs = {"queries_embeddings": queries.fingerprint, "corpus_embeddings": corpus.fingerprint}
@@ -104,4 +105,4 @@ def open_index(
     if corpus.sparse:
         build = partial(open_sparse, corpus, folder)
     name = f"{corpus.meta.get('model')}, exact search"
-    return Index(queries, corpus, name, inputs, build)
+    return Index(queries, corpus, name, folder, inputs, build)

@@ -2,8 +2,7 @@
 
 B texts, L tokens of the longest, D hidden size, V vocabulary, n tokens with a label. `hidden` is
 what the transform of the LM head returns; `weight` (V, D) and `bias` (V,) are its output layer.
-Products are in autocast's precision; maxima, softmaxes and losses in fp32.
-"""
+Products are in autocast's precision; maxima, softmaxes and losses in fp32."""
 
 from typing import NamedTuple
 
@@ -42,8 +41,8 @@ def linear_cross_entropy(
     hidden: (n, D), n >= 0   weight: (V, D)   bias: (V,) or None   labels: (n,) int64
     The gradient of the logits is known as soon as they are. So the forward pass multiplies it with
     both factors chunk by chunk, and the backward pass only scales: no logits are kept or computed
-    twice. The gradient of the *sum* is of order 1, so fp16 needs no loss scale inside; GradScaler's
-    scale arrives in the backward pass, in fp32."""
+    twice. The gradient of the *sum* is of order 1: fp16 needs no loss scale before the backward
+    pass, where GradScaler's arrives in fp32."""
     assert hidden.shape[1:] == weight.shape[1:] and labels.shape == hidden.shape[:1]
     with_grad = torch.is_grad_enabled()
     loss, correct = _LinearCrossEntropy.apply(hidden, weight, bias, labels, with_grad)
@@ -125,12 +124,10 @@ class _MaxPooledLogits(torch.autograd.Function):
         pooled = torch.empty(B, V, device=hidden.device)
         where = torch.empty(B, V, dtype=torch.int32, device=hidden.device)
         terms = max(1, POOLED_LOGITS.get(hidden.device.type, 2**26) // (B * L))
-        buffer = torch.empty(B * L * min(terms, V), dtype=dtype, device=hidden.device)
         for start in range(0, V, terms):
             block = slice(start, start + terms)
             w, b = weight[block].to(dtype), bias[block].to(dtype)
-            out = buffer[: B * L * len(w)].view(B * L, -1)
-            logits = torch.addmm(b, h, w.T, out=out).view(B, L, -1)
+            logits = torch.addmm(b, h, w.T).view(B, L, -1)
             if hidden.device.type == "cpu":
                 highest, places = max_over_positions(logits, mask)
             else:
@@ -171,8 +168,7 @@ def bag_of_words(
     loss = sum over texts of (1/|T|) sum_{v in T} -log softmax(logits)[v], T = the distinct tokens
     logits: (B, V)   ids: (B, L)   ordinary: (B, L) bool, True = counts as a token of the text
     divisor: (B,) in the place of |T|
-    The labels are the texts that have a token; `correct` counts those whose highest term is in T.
-    """
+    The labels are the texts with a token; `correct` counts those whose highest term is in T."""
     tokens = ids.masked_fill(~ordinary, -1).sort(1).values
     distinct = (tokens >= 0) & (tokens != F.pad(tokens[:, :-1], (1, 0), value=-1))
     found = logits.gather(1, tokens.clamp(min=0))  # (B, L)

@@ -58,8 +58,8 @@ def word_index(ids: Tensor, attention_mask: Tensor, starts: Tensor, special: Ten
     starts, special: (V,) bool, word_start_table and special_table
 
     The token after a special one opens a word too: byte-level BPE does not mark a text's first.
-    A word of more than LONGEST_WORD tokens is cut into several: to SentencePiece, a sentence of
-    Chinese or Thai is one word, which no budget would ever hide."""
+    After LONGEST_WORD tokens another word begins: to SentencePiece, a sentence of Chinese or Thai
+    is one word, which no budget would ever hide."""
     ordinary = attention_mask.bool() & ~special[ids]
     after_special = F.pad(~ordinary[:, :-1], (1, 0), value=True)
     opens = ordinary & (starts[ids] | after_special)
@@ -77,17 +77,16 @@ def mask_budget(lengths: Tensor, ratio: float) -> Tensor:
 def whole_word_mask(words: Tensor, budget: Tensor, noise: Tensor) -> Tensor:
     """BERT's whole-word masking: whole words in random order, as many as fit the budget.
 
-    words: (B, L) of word_index   budget: (B,) tokens   noise: (B, L), or (B, m, L) for m masks per
-    text; words are taken in the order of noise[..., word]   ->   bool like noise, True = hidden
+    words: (B, L) of word_index   budget: (B,) tokens   noise: (B, m, L) for m masks per text;
+    words are taken in the order of noise[..., word]   ->   (B, m, L) bool, True = hidden
     Example: words of 1, 3 and 1 tokens in this order, budget 2 -> the first and the third word.
     Each of the ROUNDS takes words up to the first that does not fit and skips that one. Four rounds
     leave room only in texts of very long words."""
     B, L = words.shape
-    many = noise.reshape(B, -1, L)
     sizes = torch.zeros(B, L + 1, dtype=torch.int32, device=words.device)
     sizes.scatter_add_(1, words + 1, torch.ones_like(words, dtype=torch.int32))  # column 0: no word
-    sizes = sizes[:, None, 1:].expand(many.shape)  # (B, m, L) tokens of each word, 0 = no such word
-    order = many.masked_fill(sizes == 0, 2.0).argsort(dim=-1, stable=True)
+    sizes = sizes[:, None, 1:].expand(noise.shape)  # tokens of each word, 0 = no such word
+    order = noise.masked_fill(sizes == 0, 2.0).argsort(dim=-1, stable=True)
     sizes = sizes.gather(-1, order)
     room = budget.to(torch.int32)[:, None, None]
     taken = torch.zeros_like(order, dtype=torch.bool)
@@ -97,8 +96,8 @@ def whole_word_mask(words: Tensor, budget: Tensor, noise: Tensor) -> Tensor:
         taken |= new
         room = room - fits.masked_fill(~new, 0).sum(-1, keepdim=True, dtype=torch.int32)
     taken = torch.zeros_like(taken).scatter_(-1, order, taken)  # (B, m, L) by number of the word
-    hidden = taken.gather(-1, words.clamp(min=0)[:, None].expand(many.shape))
-    return (hidden & (words >= 0)[:, None]).view(noise.shape)
+    hidden = taken.gather(-1, words.clamp(min=0)[:, None].expand(noise.shape))
+    return hidden & (words >= 0)[:, None]
 
 
 def corrupt(ids: Tensor, mask: Tensor, noise: Tensor, mask_id: int, ordinary: Tensor) -> Tensor:

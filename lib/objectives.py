@@ -7,13 +7,16 @@ B texts, L tokens of the longest, D hidden size, V vocabulary, n tokens with a l
 batch holds input_ids, attention_mask (B, L); rows (B,) in the batch of all processes; micro_step.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
 
 from lib import architectures, masking
 from lib.architectures import bert_config, head_transform
-from lib.decoders import CausalDecoder, SlotDecoder, Transform, TwoStreamLayer, own_positions
+from lib.decoders import CausalDecoder, Layer, SlotDecoder, initialize, own_positions
 from lib.files import UserError
 from lib.lm_head import Term, bag_of_words, linear_cross_entropy, max_pooled_logits
 from lib.masking import DECODER_MASK, DECODER_ROW, ENCODER_MASK
@@ -43,12 +46,26 @@ def flat(mask: Tensor) -> Tensor:
     return mask.flatten().nonzero()[:, 0]
 
 
+class View(NamedTuple):
+    """What the decoder reads of a text beside the bottleneck, and what it predicts."""
+
+    ids: Tensor  # (B, L) that it reads
+    places: Tensor  # (n,) that have a label
+    rows: Tensor | None = None  # (B or 1, L or 1, L) bool, True = row i sees column j; None = all
+
+
 class MLM(nn.Module):
     """Masked language modelling, the control that every other objective must beat: BERT (arXiv
-    1810.04805) with masks of whole words, or of single tokens."""
+    1810.04805) with masks of whole words, or of single tokens.
+
+    The others add losses by `more_terms`, and a decoder by `view` and
+
+        decode(h (B, D), view, middle (B, L, D) of `encode` or None, batch) -> Term"""
 
     name = "mlm"
     decoder_of = "mlm"  # the objective whose decoder this one continues
+    weight = 1.0  # of the losses of encoder and decoder
+    middle = None  # the number of the layer whose states the decoder reads
 
     def __init__(self, lm: nn.Module, tokenizer, **options):
         """options: those of OPTIONS that differ from their defaults."""
@@ -72,10 +89,20 @@ class MLM(nn.Module):
 
     def forward(self, batch: dict, seed: int) -> dict[str, Term]:
         """-> loss terms by name."""
+        terms, hidden = self.main_terms(batch, seed)
+        return terms | self.more_terms(hidden, batch)
+
+    def main_terms(self, batch: dict, seed: int) -> tuple[dict[str, Term], Tensor]:
+        """(loss terms of encoder and decoder, last hidden states (B, L, D))."""
         corrupted, mask = self.corrupt(batch, seed)
+        view = self.view(batch, mask, seed)
         masked = flat(mask)
-        hidden = self.encode(corrupted, batch["attention_mask"])
-        return {"encoder": self.predict(hidden, masked, batch["input_ids"])}
+        hidden, middle = self.encode(corrupted, batch)
+        terms = {"encoder": self.predict(hidden.flatten(0, 1)[masked], masked, batch)}
+        if view:
+            h = self.bottleneck(hidden, batch)
+            terms["decoder"] = self.decode(h, view, middle, batch)
+        return {name: term._replace(weight=self.weight) for name, term in terms.items()}, hidden
 
     def words(self, batch: dict) -> Tensor:
         """(B, L) number of each token's word; -1 at special tokens and padding."""
@@ -97,20 +124,30 @@ class MLM(nn.Module):
         ids, words = batch["input_ids"], self.words(batch)
         noise = self.noise(batch, seed, ENCODER_MASK, 3, ids.shape[1])
         budget = self.budget(words, batch["attention_mask"])
-        mask = masking.whole_word_mask(words, budget, noise[:, 0])
+        mask = masking.whole_word_mask(words, budget, noise[:, :1])[:, 0]
         return masking.corrupt(ids, mask, noise[:, 1:], self.mask_id, self.ordinary_ids), mask
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """-> (B, L, D) last hidden states."""
-        found = self.lm.base_model(input_ids=input_ids, attention_mask=attention_mask)
-        return found.last_hidden_state
+    def view(self, batch: dict, mask: Tensor, seed: int) -> View | None:
+        """What the decoder reads where the encoder reads the text under `mask` (B, L) bool. None:
+        there is no decoder."""
+        return None
 
-    def predict(self, hidden: Tensor, places: Tensor, input_ids: Tensor) -> Term:
-        """The LM head's loss at `places`. hidden: (B, L, D), or (n, D) of these places only."""
-        hidden = hidden.flatten(0, 1)[places] if hidden.ndim == 3 else hidden
+    def encode(self, ids: Tensor, batch: dict) -> tuple[Tensor, Tensor | None]:
+        """(B, L, D) states after the last layer, and after layer `middle` if there is one."""
+        inputs = {"input_ids": ids, "attention_mask": batch["attention_mask"]}
+        if self.middle is None:
+            return self.lm.base_model(**inputs).last_hidden_state, None
+        found = self.lm.base_model(**inputs, output_hidden_states=True)
+        middle = found.hidden_states[self.middle]
+        if self.architecture.final_norm:
+            middle = self.lm.base_model.get_submodule(self.architecture.final_norm)(middle)
+        return found.last_hidden_state, middle
+
+    def predict(self, states: Tensor, places: Tensor, batch: dict) -> Term:
+        """The LM head's loss from the states (n, D) of `places`."""
         output = self.lm.get_output_embeddings()
-        states = head_transform(self.lm, hidden)
-        labels = input_ids.flatten()[places]
+        states = head_transform(self.lm, states)
+        labels = batch["input_ids"].flatten()[places]
         return linear_cross_entropy(states, output.weight, output.bias, labels)
 
     def pooled_logits(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -138,26 +175,37 @@ class MLM(nn.Module):
         """(B, L, D) of the encoder -> (B, D)."""
         return hidden[:, 0]
 
-    def decode(self, h: Tensor, ids: Tensor, places: Tensor, batch: dict) -> Term | None:
-        """The decoder's loss from h (B, D) and the ids (B, L) that it reads. None: no decoder."""
-        return None
+    def more_terms(self, hidden: Tensor, batch: dict) -> dict[str, Term]:
+        """Losses beside those of encoder and decoder. hidden: (B, L, D), the last states"""
+        return {}
 
     def represent(self, batch: dict) -> Tensor:
         """For the probe: (B, d) vectors that retrieval would compare by dot product."""
-        return self.encode(batch["input_ids"], batch["attention_mask"])[:, 0]
+        return self.encode(batch["input_ids"], batch)[0][:, 0]
 
     def rebuild(self, batch: dict) -> Term | None:
-        """For the probe: the decoder reads [MASK] for all ordinary tokens and predicts them from
-        the bottleneck of the clean text."""
-        ids = batch["input_ids"]
-        ordinary = self.words(batch) >= 0
-        hidden_ids = ids.masked_fill(ordinary, self.mask_id)
-        h = self.bottleneck(self.encode(ids, batch["attention_mask"]), batch)
-        return self.decode(h, hidden_ids, flat(ordinary), batch)
+        """For the probe: the decoder reads [MASK] for all ordinary tokens, in RetroMAE no token at
+        all, and predicts them from the bottleneck of the clean text."""
+        if not hasattr(self, "decoder"):
+            return None
+        ids, ordinary = batch["input_ids"], self.words(batch) >= 0
+        h_only = torch.arange(ids.shape[1], device=ids.device) == 0
+        view = View(ids.masked_fill(ordinary, self.mask_id), flat(ordinary), h_only[None, None])
+        h = self.bottleneck(self.encode(ids, batch)[0], batch)
+        middle = None if self.middle is None else self.encode(view.ids, batch)[1]
+        return self.decode(h, view, middle, batch)
 
     def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
-        """(B, L) ids that a dry run shows of the first text."""
-        return {"first text": batch["input_ids"], "encoder reads": self.corrupt(batch, seed)[0]}
+        """(B, L) ids that a dry run shows of the first text; of a decoder, the middle row."""
+        corrupted, mask = self.corrupt(batch, seed)
+        shown = {"first text": batch["input_ids"], "encoder reads": corrupted}
+        if view := self.view(batch, mask, seed):
+            seen = view.ids
+            if view.rows is not None:
+                row = int(batch["attention_mask"][0].sum()) // 2
+                seen = seen.where(view.rows[:, row], self.mask_id)
+            shown["decoder sees h and"] = seen
+        return shown
 
 
 class BagOfWords(MLM):
@@ -167,14 +215,10 @@ class BagOfWords(MLM):
 
     name = decoder_of = "bow"
 
-    def forward(self, batch: dict, seed: int) -> dict[str, Term]:
-        corrupted, mask = self.corrupt(batch, seed)
-        masked = flat(mask)
-        hidden = self.encode(corrupted, batch["attention_mask"])
+    def more_terms(self, hidden: Tensor, batch: dict) -> dict[str, Term]:
         output = self.lm.get_output_embeddings()
         logits = output(head_transform(self.lm, hidden[:, 0])).float()  # (B, V)
-        bag = bag_of_words(logits, batch["input_ids"], self.words(batch) >= 0)
-        return {"encoder": self.predict(hidden, masked, batch["input_ids"]), "bow": bag}
+        return {"bow": bag_of_words(logits, batch["input_ids"], self.words(batch) >= 0)}
 
 
 class RetroMAE(MLM):
@@ -187,54 +231,32 @@ class RetroMAE(MLM):
 
     def __init__(self, lm: nn.Module, tokenizer, **options):
         super().__init__(lm, tokenizer, **options)
-        self.decoder = TwoStreamLayer(bert_config(lm.config))
+        config = bert_config(lm.config)
+        self.decoder = initialize(Layer(config), config)
         self.decoder.positions = own_positions(lm.config)
 
-    def forward(self, batch: dict, seed: int) -> dict[str, Term]:
-        ids = batch["input_ids"]
-        corrupted, mask = self.corrupt(batch, seed)
-        view = self.view(batch, seed)
-        masked = flat(mask)
-        targets = flat(self.words(batch) >= 0)
-        hidden = self.encode(corrupted, batch["attention_mask"])
-        decoded = self.rows(hidden[:, 0], ids, view, targets)
-        encoder = self.predict(hidden, masked, ids)
-        decoder = self.predict(decoded, targets, ids)
-        return {"encoder": encoder, "decoder": decoder, **self.more_terms(hidden, batch)}
-
-    def more_terms(self, hidden: Tensor, batch: dict) -> dict[str, Term]:
-        """DupMAE's bag of words. hidden: (B, L, D)"""
-        return {}
-
     @torch.no_grad()
-    def view(self, batch: dict, seed: int) -> Tensor:
-        """(B, L, L) bool, True = row i may attend to column j."""
-        keep = batch["attention_mask"]
+    def view(self, batch: dict, mask: Tensor, seed: int) -> View:
+        keep, words = batch["attention_mask"], self.words(batch)
         L = keep.shape[1]
         noise = self.noise(batch, seed, DECODER_MASK, min(L, DECODER_MASKS), L)
         budget = masking.mask_budget(keep.sum(1), self.options["decoder_mask_ratio"])
-        hidden = masking.whole_word_mask(self.words(batch), budget, noise)
+        hidden = masking.whole_word_mask(words, budget, noise)
         pick = self.noise(batch, seed, DECODER_ROW, L)
-        return masking.position_specific_view(keep, hidden, pick)
+        rows = masking.position_specific_view(keep, hidden, pick)
+        return View(batch["input_ids"], flat(words >= 0), rows)
 
-    def rows(self, h: Tensor, input_ids: Tensor, view: Tensor, places: Tensor) -> Tensor:
-        """h: (B, D)   input_ids: (B, L)   view: (B, L or 1, L) bool, True = visible   -> (n, D)"""
-        keys = torch.cat([h[:, None], self.embed(input_ids=input_ids)[:, 1:]], 1)  # (B, L, D)
-        return self.decoder(self.queries(h, input_ids.shape[1]), keys, view, places)
+    def states(self, h: Tensor, view: View) -> Tensor:
+        """(B, D) -> (n, D) of the decoder."""
+        keys = torch.cat([h[:, None], self.embed(input_ids=view.ids)[:, 1:]], 1)  # (B, L, D)
+        return self.decoder(self.queries(h, keys.shape[1]), keys, view.rows, view.places)
 
     def queries(self, h: Tensor, length: int) -> Tensor:
         """(B, D) -> (B, L, D): h + the embedding of each position."""
         return h[:, None] + self.positions(length)
 
-    def decode(self, h: Tensor, ids: Tensor, places: Tensor, batch: dict) -> Term:
-        h_only = torch.arange(ids.shape[1], device=ids.device) == 0
-        decoded = self.rows(h, ids, h_only[None, None], places)
-        return self.predict(decoded, places, batch["input_ids"])
-
-    def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
-        row = int(batch["attention_mask"][0].sum()) // 2
-        seen = batch["input_ids"].where(self.view(batch, seed)[:, row], self.mask_id)
-        return super().preview(batch, seed) | {"decoder sees h and": seen}  # in the middle row
+    def decode(self, h: Tensor, view: View, middle: None, batch: dict) -> Term:
+        return self.predict(self.states(h, view), view.places, batch)
 
 
 class DupMAE(RetroMAE):
@@ -275,39 +297,27 @@ class LexMAE(MLM):
 
     def __init__(self, lm: nn.Module, tokenizer, **options):
         super().__init__(lm, tokenizer, **options)
-        self.decoder_mask_ratio = self.options["decoder_mask_ratio"]
-        if self.decoder_mask_ratio < self.encoder_mask_ratio:
+        rate, ratio = self.encoder_mask_ratio, self.options["decoder_mask_ratio"]
+        if ratio < rate:
             raise UserError("--decoder_mask_ratio is below --encoder_mask_ratio — raise it")
+        self.more = (ratio - rate) / (1 - rate)  # share that is hidden from the decoder alone
         config = bert_config(lm.config)
         layers = SlotDecoder(config, self.options["decoder_layers"])
-        self.decoder = nn.ModuleDict({"layers": layers, "head": Transform(config)})
+        head = initialize(BertPredictionHeadTransform(config), config)
+        self.decoder = nn.ModuleDict({"layers": layers, "head": head})
         self.decoder.register_parameter("bias", nn.Parameter(torch.zeros(lm.config.vocab_size)))
         self.decoder.add_module("positions", own_positions(lm.config))
-
-    def forward(self, batch: dict, seed: int) -> dict[str, Term]:
-        ids = batch["input_ids"]
-        corrupted, mask = self.corrupt(batch, seed)
-        decoder_ids, decoder_mask = self.corrupt_again(batch, mask, seed)
-        masked = flat(mask)
-        targets = flat(decoder_mask)
-        hidden = self.encode(corrupted, batch["attention_mask"])
-        b = self.bottleneck(hidden, batch)
-        encoder = self.predict(hidden, masked, ids)
-        return {"encoder": encoder, "decoder": self.decode(b, decoder_ids, targets, batch)}
 
     def budget(self, words: Tensor, attention_mask: Tensor) -> Tensor:
         return ((words >= 0).sum(1).double() * self.encoder_mask_ratio).ceil().long()
 
     @torch.no_grad()
-    def corrupt_again(self, batch: dict, mask: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """((B, L) ids that the decoder reads, (B, L) bool, True = has a label there).
-        mask: the encoder's."""
+    def view(self, batch: dict, mask: Tensor, seed: int) -> View:
         ids = batch["input_ids"]
         noise = self.noise(batch, seed, DECODER_MASK, 3, ids.shape[1])
-        rate = self.encoder_mask_ratio
-        more = noise[:, 0] < (self.decoder_mask_ratio - rate) / (1 - rate)
-        mask = mask | (more & (self.words(batch) >= 0))
-        return masking.corrupt(ids, mask, noise[:, 1:], self.mask_id, self.ordinary_ids), mask
+        mask = mask | ((noise[:, 0] < self.more) & (self.words(batch) >= 0))
+        ids = masking.corrupt(ids, mask, noise[:, 1:], self.mask_id, self.ordinary_ids)
+        return View(ids, flat(mask))
 
     def lexicon(self, hidden: Tensor, batch: dict) -> Tensor:
         """(B, V) highest logit of each term over ordinary tokens, hidden or not."""
@@ -320,21 +330,17 @@ class LexMAE(MLM):
             return b
         return self.lm.base_model.embeddings(inputs_embeds=b[:, None])[:, 0]
 
-    def decode(self, h: Tensor, ids: Tensor, places: Tensor, batch: dict) -> Term:
-        rest = self.embed(input_ids=ids)
-        states = self.decoder["layers"](h, rest, batch["attention_mask"], places)
+    def decode(self, h: Tensor, view: View, middle: None, batch: dict) -> Term:
+        rest = self.embed(input_ids=view.ids)
+        states = self.decoder["layers"](h, rest, batch["attention_mask"], view.places)
         weight = self.lm.get_output_embeddings().weight
-        labels = batch["input_ids"].flatten()[places]
+        labels = batch["input_ids"].flatten()[view.places]
         return linear_cross_entropy(self.decoder["head"](states), weight, self.decoder.bias, labels)
 
     def represent(self, batch: dict) -> Tensor:
         """Weights of the terms as in sparse retrieval, log(1 + relu(logits))."""
-        hidden = self.encode(batch["input_ids"], batch["attention_mask"])
+        hidden, _ = self.encode(batch["input_ids"], batch)
         return self.lexicon(hidden, batch).relu().log1p()
-
-    def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
-        seen = self.corrupt_again(batch, self.corrupt(batch, seed)[1], seed)[0]
-        return super().preview(batch, seed) | {"decoder sees b and": seen}
 
 
 class SEED(MLM):
@@ -343,6 +349,7 @@ class SEED(MLM):
     fork. Input [CLS] x1 ... xn, target x1 ... xn [SEP], both clean."""
 
     name = decoder_of = "seed"
+    weight = 0.5
 
     def __init__(self, lm: nn.Module, tokenizer, **options):
         super().__init__(lm, tokenizer, **options)
@@ -350,28 +357,18 @@ class SEED(MLM):
         self.options["decoder_layers"] = self.options["decoder_layers"] or (1 if window >= 8 else 3)
         self.decoder = CausalDecoder(bert_config(lm.config), self.options["decoder_layers"], window)
 
-    def forward(self, batch: dict, seed: int) -> dict[str, Term]:
+    def view(self, batch: dict, mask: Tensor, seed: int) -> View:
         ids, keep = batch["input_ids"], batch["attention_mask"]
-        corrupted, mask = self.corrupt(batch, seed)
-        masked = flat(mask)
-        targets = flat(F.pad(keep[:, 1:], (1, 0)))
-        hidden = self.encode(corrupted, keep)
-        encoder = self.predict(hidden, masked, ids)
-        decoder = self.decode(hidden[:, 0], ids, targets, batch)
-        return {"encoder": encoder._replace(weight=0.5), "decoder": decoder._replace(weight=0.5)}
+        rows = self.decoder.view(ids.shape[1], ids.device)
+        return View(ids, flat(F.pad(keep[:, 1:], (1, 0))), rows[None])
 
-    def decode(self, h: Tensor, ids: Tensor, places: Tensor, batch: dict) -> Term:
+    def decode(self, h: Tensor, view: View, middle: None, batch: dict) -> Term:
+        ids, places = view.ids, view.places
         embedding = self.lm.get_input_embeddings()
         before = places - 1 - places // ids.shape[1]  # the inputs are (B, L - 1)
         states = self.decoder(embedding(ids[:, :-1]), h, before)
         labels = batch["input_ids"].flatten()[places]
         return linear_cross_entropy(states, embedding.weight, None, labels)
-
-    def preview(self, batch: dict, seed: int) -> dict[str, Tensor]:
-        row = int(batch["attention_mask"][0].sum()) // 2
-        view = self.decoder.view(batch["input_ids"].shape[1])[row]
-        seen = batch["input_ids"].where(view, self.mask_id)
-        return super().preview(batch, seed) | {"decoder sees h and": seen}  # in the middle row
 
 
 class Condenser(MLM):
@@ -387,36 +384,15 @@ class Condenser(MLM):
         self.middle = lm.config.num_hidden_layers // 2
         self.decoder = SlotDecoder(bert_config(lm.config), self.options["decoder_layers"])
 
-    def forward(self, batch: dict, seed: int) -> dict[str, Term]:
-        return self.condense(batch, seed)[0]
-
     def budget(self, words: Tensor, attention_mask: Tensor) -> Tensor:
         return masking.mask_budget((words >= 0).sum(1), self.encoder_mask_ratio)
 
-    def condense(self, batch: dict, seed: int) -> tuple[dict[str, Term], Tensor]:
-        """(loss terms, h (B, D))."""
-        ids, keep = batch["input_ids"], batch["attention_mask"]
-        corrupted, mask = self.corrupt(batch, seed)
-        places = flat(mask)
-        hidden, middle = self.states(corrupted, keep)
-        decoded = self.decoder(hidden[:, 0], middle, keep, places)
-        encoder = self.predict(hidden, places, ids)
-        return {"encoder": encoder, "decoder": self.predict(decoded, places, ids)}, hidden[:, 0]
+    def view(self, batch: dict, mask: Tensor, seed: int) -> View:
+        return View(self.corrupt(batch, seed)[0], flat(mask))
 
-    def states(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, L, D) after the last layer and after the middle layer."""
-        found = self.lm.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True
-        )
-        middle = found.hidden_states[self.middle]
-        if self.architecture.final_norm:
-            middle = self.lm.base_model.get_submodule(self.architecture.final_norm)(middle)
-        return found.last_hidden_state, middle
-
-    def decode(self, h: Tensor, ids: Tensor, places: Tensor, batch: dict) -> Term:
-        middle = self.states(ids, batch["attention_mask"])[1]
-        decoded = self.decoder(h, middle, batch["attention_mask"], places)
-        return self.predict(decoded, places, batch["input_ids"])
+    def decode(self, h: Tensor, view: View, middle: Tensor, batch: dict) -> Term:
+        states = self.decoder(h, middle, batch["attention_mask"], view.places)
+        return self.predict(states, view.places, batch)
 
 
 class CoCondenser(Condenser):
@@ -428,10 +404,15 @@ class CoCondenser(Condenser):
 
     def forward(self, batch: dict, seed: int, chunk: bool = False) -> dict[str, Term] | tuple:
         """-> loss terms; of a chunk (terms without the contrast, h), without gradient ({}, h)."""
-        if chunk and not torch.is_grad_enabled():
-            return {}, self.encode(self.corrupt(batch, seed)[0], batch["attention_mask"])[:, 0]
-        terms, h = self.condense(batch, seed)
-        return (terms, h) if chunk else {**terms, "contrast": span_contrast(h)}
+        if not chunk:
+            return super().forward(batch, seed)
+        if torch.is_grad_enabled():
+            terms, hidden = self.main_terms(batch, seed)
+            return terms, hidden[:, 0]
+        return {}, self.encode(self.corrupt(batch, seed)[0], batch)[0][:, 0]
+
+    def more_terms(self, hidden: Tensor, batch: dict) -> dict[str, Term]:
+        return {"contrast": span_contrast(hidden[:, 0])}
 
 
 OBJECTIVES = {

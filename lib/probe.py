@@ -38,23 +38,21 @@ class Probe:
         judged = read_positives(qrels)
         chosen = draw.sample(sorted(judged), min(QUERIES, len(judged)))
         rows = require_rows(queries, chosen, qrels, "query")
-        wanted = set().union(*(judged[qid] for qid in chosen))
-        positives, others = {}, {}  # pid -> string
+        self.queries = [queries[row][1] for row in rows]
+        wanted = sorted(set().union(*(judged[qid] for qid in chosen)))
+        passages = {}  # pid -> string, the positives first
         for part in corpora.parts:
-            missing = sorted(wanted - positives.keys())
-            places = zip(missing, part.texts.rows(missing).tolist(), strict=True)
-            positives |= {pid: part.whole(row) for pid, row in places if row >= 0}
+            places = zip(wanted, part.texts.rows(wanted).tolist(), strict=True)
+            passages |= {pid: part.whole(row) for pid, row in places if row >= 0}
+        if not passages:
+            raise UserError(f"{qrels}: no positive is in the corpus — give other files")
+        for part in corpora.parts:
             count = min(PASSAGES // len(corpora.parts), len(part.texts))
             for row in draw.sample(range(len(part.texts)), count):
-                others[part.texts.id(row)] = part.whole(row)
-        if not positives:
-            raise UserError(f"{qrels}: no positive is in the corpus — give other files")
-        passages = dict([*(positives | others).items()][:PASSAGES])
-        pids = sorted(passages, key=lambda pid: len(passages[pid]), reverse=True)
-        column = {pid: number for number, pid in enumerate(pids)}
-        self.queries = [queries[row][1] for row in rows]
+                passages.setdefault(part.texts.id(row), part.whole(row))
+        pids = sorted([*passages][:PASSAGES], key=lambda pid: len(passages[pid]), reverse=True)
         self.passages = [passages[pid] for pid in pids]
-        self.positives = [{column[pid] for pid in judged[qid] if pid in column} for qid in chosen]
+        self.positives = [{at for at, pid in enumerate(pids) if pid in judged[q]} for q in chosen]
 
     def _batches(self, strings: list[str], device):
         for start in range(0, len(strings), BATCH):
@@ -66,15 +64,13 @@ class Probe:
         """model: an objective of lib/objectives.py, not wrapped; it is in eval mode meanwhile."""
         training = [part for part in model.modules() if part.training]
         model.eval()
-        labels = correct = 0
-        reps = []
+        reps, terms = [], []
         for batch in self._batches(self.texts, device):
             reps.append(model.represent(batch).float())
-            if term := model.rebuild(batch):
-                labels += term.labels
-                correct += int(term.correct)
-        values = {"probe_rebuild": correct / labels} if labels else {}
-        values["probe_cosine"] = spread(torch.cat(reps))[1].item()
+            terms.append(model.rebuild(batch))
+        values = {"probe_cosine": spread(torch.cat(reps))[1].item()}
+        if labels := sum(term.labels for term in terms if term):
+            values["probe_rebuild"] = sum(int(term.correct) for term in terms) / labels
         if self.queries:
             values["probe_recall@100"] = self._recall(model, device)
         for part in training:

@@ -14,15 +14,15 @@ from lib.lines import UserError
 from lib.text import TextFormat, format_texts, to_ids
 from lib.texts import Texts
 
-# An optimizer such as AdamW moves every number by about the learning rate. A weight is a number
-# times this, so that at a rate of 2e-5, which suits the model, weights move by 1e-3.
+# AdamW moves a parameter by about the learning rate. A weight is a parameter times this: at a rate
+# of 2e-5, which suits the model, it moves by 1e-3.
 RATE = 50.0
 PASSAGES_AT_A_TIME = 4096
 
 
 class QueryTable(nn.Module):
-    """weights: (V,), 0 or more   ordinary: (V,) bool, False for special tokens, which never count
-    learned: whether training changes them"""
+    """weights: (V,)   ordinary: (V,) bool, False for special tokens, whose weight is 0
+    learned: whether training changes the weights"""
 
     def __init__(self, weights: Tensor, ordinary: Tensor, learned: bool):
         super().__init__()
@@ -35,7 +35,7 @@ class QueryTable(nn.Module):
 
     @property
     def weights(self) -> Tensor:
-        """(V,), 0 or more, and 0 for special tokens."""
+        """(V,), 0 or more."""
         return (self.scaled * RATE).relu() * self.ordinary
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -36,8 +36,6 @@ UNPORTABLE = "isthmus.NotExpressibleHere"  # several chunks, cut characters, spe
 SPARSE = (["MLMTransformer", "SpladePooling"], ["Transformer", "SpladePooling"])
 TABLE = "query_0_SparseStaticEmbedding"
 
-TITLES = get_args(get_type_hints(TextFormat)["title"])
-
 # the only value of a setting that gives the vectors we give, file by file
 SPLADE_POOLING = {"pooling_strategy": "max", "activation_function": "relu"}
 POOLING = {"include_prompt": True}
@@ -47,14 +45,10 @@ BEHIND_POOLING = {
     "use_residual": False,
 }
 GENERAL = {"max_active_dims": None, "truncate_dim": None}
-TRANSFORMER = {
-    "processing_kwargs": None,
-    "query_expansion": None,
-    "tokenizer_args": None,
-    "processor_kwargs": None,
-    "config_args": None,
-    "config_kwargs": None,
-}
+TRANSFORMER = dict.fromkeys(
+    """processing_kwargs query_expansion tokenizer_args processor_kwargs config_args
+    config_kwargs""".split()
+)
 
 
 def _refuse(place, what: str):
@@ -76,15 +70,13 @@ def read_head(folder: Path) -> tuple[Path, str | None, list[nn.Module]]:
     path = folder / "modules.json"
     if not path.is_file():
         return folder, None, []
-    modules = [one for one in read_json(path) if one["type"] != UNPORTABLE]
-    names = [_short(one["type"]) for one in modules]
-    places = [folder / one["path"] for one in modules]
-    if names == ["Router"]:
-        routes, kinds = _routes(folder)
-        names = [kinds[one] for one in routes["document"]]
-        places = [folder / one for one in routes["document"]]
-        if [kinds[one] for one in routes["query"]] != ["SparseStaticEmbedding"]:
+    modules = [(one["path"], one["type"]) for one in read_json(path) if one["type"] != UNPORTABLE]
+    if [_short(kind) for _, kind in modules] == ["Router"]:
+        queries, modules = _routes(folder)
+        if [_short(kind) for _, kind in queries] != ["SparseStaticEmbedding"]:
             _refuse(path, "a model of other routes than a table for queries")
+    places = [folder / one for one, _ in modules]
+    names = [_short(kind) for _, kind in modules]
     if names in SPARSE:
         _settings(places[1] / "config.json", SPLADE_POOLING)
         return places[0], "max", []
@@ -100,17 +92,18 @@ def _short(name: str) -> str:
     return name.rpartition(".")[2] if name.startswith("sentence_transformers.") else name
 
 
-def _routes(folder: Path) -> tuple[dict, dict]:
-    """({"query": ids of modules, "document": ids of modules}, {id: class}) of a Router."""
+def _routes(folder: Path) -> list[list[tuple[str, str]]]:
+    """(path, class) of the modules of a Router for queries, and for passages."""
     config = read_json(folder / "router_config.json")
-    return config["structure"], {one: _short(name) for one, name in config["types"].items()}
+    routes = [config["structure"][kind] for kind in ("query", "document")]
+    return [[(one, config["types"][one]) for one in route] for route in routes]
 
 
 def read_query_table(folder: Path) -> tuple[torch.Tensor, bool] | None:
     """((V,) weights of a table for queries, whether training changes them), None without one."""
     if not (folder / "router_config.json").is_file():
         return None
-    place = folder / _routes(folder)[0]["query"][0]
+    place = folder / _routes(folder)[0][0][0]
     frozen = _settings(place / "config.json", {"path": None}).get("frozen", False)
     return load_file(place / "model.safetensors")["weight"], not frozen
 
@@ -119,10 +112,9 @@ def _read_pooling(path: Path) -> str:
     config = _settings(path, POOLING)
     modes = config.get("pooling_mode")
     if modes is None:  # older: one flag per mode; none of them set means mean
-        of_flag = {pooling.flag: pooling.mode for pooling in POOLINGS.values()}
-        prefix = "pooling_mode_"
-        flags = [key.removeprefix(prefix) for key in config if key.startswith(prefix)]
-        modes = [of_flag.get(flag, flag) for flag in flags if config[prefix + flag]] or ["mean"]
+        of_flag = {f"pooling_mode_{one.flag}": one.mode for one in POOLINGS.values()}
+        flags = [key for key, value in config.items() if key.startswith("pooling_mode_") and value]
+        modes = [of_flag.get(key, key.removeprefix("pooling_mode_")) for key in flags] or ["mean"]
     modes = [modes] if isinstance(modes, str) else list(modes)
     for name, pooling in POOLINGS.items():
         if [pooling.mode] == modes:
@@ -143,11 +135,11 @@ def _read_module(name: str, place: Path) -> nn.Module:
             _refuse(place, f"the activation {activation}")
         bias = config.get("bias", True)
         module = Dense(config["in_features"], config["out_features"], bias, short)
-    weights = place / "model.safetensors"
-    if weights.is_file():
-        module.load_state_dict(load_file(weights))
+    if (place / "model.safetensors").is_file():
+        weights = load_file(place / "model.safetensors")
     else:
-        module.load_state_dict(torch.load(place / "pytorch_model.bin", weights_only=True))
+        weights = torch.load(place / "pytorch_model.bin", weights_only=True)
+    module.load_state_dict(weights)
     return module
 
 
@@ -156,8 +148,7 @@ def stated_format(folder: Path, base: Path, sparse: bool, tokenizer, limit: int)
     limit: tokens that the backbone (in the folder `base`) can take"""
     kind = {"model_type": "SparseEncoder" if sparse else "SentenceTransformer"}
     config = _settings(folder / "config_sentence_transformers.json", GENERAL | kind)
-    # sentence-transformers 6 adds an empty "document" prompt, which hides the others there: take
-    # the first not empty
+    # version 6 adds an empty "document" prompt, which hides the others there: an empty one is none
     prompts, default = config.get("prompts") or {}, config.get("default_prompt_name")
     query = prompts.get("query") or prompts.get(default) or ""
     passage = next(filter(None, map(prompts.get, ("document", "passage", "corpus", default))), "")
@@ -171,11 +162,8 @@ def stated_format(folder: Path, base: Path, sparse: bool, tokenizer, limit: int)
     config = _settings(paths[0], expected)
     if config.get("do_lower_case"):
         backend = tokenizer.backend_tokenizer
-        if backend.normalizer is None:
-            backend.normalizer = normalizers.Lowercase()
-        elif backend.normalizer.normalize_str("A") != "a":
-            steps = [normalizers.Lowercase(), backend.normalizer]
-            backend.normalizer = normalizers.Sequence(steps)
+        steps = [normalizers.Lowercase(), backend.normalizer]
+        backend.normalizer = normalizers.Sequence([step for step in steps if step])
     longest = config.get("max_seq_length") or min(tokenizer.model_max_length, limit)
     if longest < 1_000_000:  # a tokenizer without a limit has 10^30
         stated["max_query_length"] = min(config.get("query_length") or longest, limit)
@@ -196,10 +184,11 @@ def text_format(folder, stated: dict, overrides: dict, strict: bool, limit: int)
             what = f"{folder}: {name} {value}, but the model has {limit} positions"
             raise UserError(f"{what} — lower it")
     form = TextFormat(**stated | given)
+    titles = get_args(get_type_hints(TextFormat)["title"])
     least = {"max_query_length": 3, "max_passage_length": 3, "max_chunks": 1, "max_characters": 0}
     for name, value in asdict(form).items():
         right = type(value) is type(getattr(TextFormat, name))
-        if not right or value < least.get(name, value) or form.title not in TITLES:
+        if not right or value < least.get(name, value) or form.title not in titles:
             raise UserError(f"{folder}: its {name} is {value!r} — correct the checkpoint's files")
     form.max_query_length = min(form.max_query_length, limit)
     form.max_passage_length = min(form.max_passage_length, limit)
@@ -209,30 +198,29 @@ def text_format(folder, stated: dict, overrides: dict, strict: bool, limit: int)
 def write_head(model: BiEncoder, folder: Path) -> None:
     """All files of sentence-transformers but backbone and tokenizer."""
     form, sparse = model.format, isinstance(model, SparseBiEncoder)
-    home = "sentence_transformers.models."
     if sparse:
-        home = "sentence_transformers.sparse_encoder.models."
+        home, names = "sentence_transformers.sparse_encoder.models.", SPARSE[0]
         pooling = SPLADE_POOLING | {"word_embedding_dimension": model.dim}
     else:
+        home, names = "sentence_transformers.models.", ["Transformer", "Pooling"]
         pooling = {"word_embedding_dimension": model.backbone.config.hidden_size}
         for name, one in POOLINGS.items():
             pooling[f"pooling_mode_{one.flag}"] = model.pooling == name
-    names = [*SPARSE[0]] if sparse else ["Transformer", "Pooling"]
-    names += [type(module).__name__ for module in model.head]
+    names = [*names, *(type(module).__name__ for module in model.head)]
     paths = ["", *(f"{index}_{name}" for index, name in enumerate(names[1:], 1))]
-    modules = [
-        {"idx": index, "name": str(index), "path": path, "type": home + name}
-        for index, (name, path) in enumerate(zip(names, paths, strict=True))
-    ]
-    if sparse and model.query_table is not None:
+    kinds = [home + name for name in names]
+    modules = list(zip(paths, kinds, strict=True))
+    if model.query_table is not None:
         paths[1] = f"document_{paths[1]}"
-        kinds = [one["type"] for one in modules]
         _write_router(model, folder, dict(zip(paths, kinds, strict=True)))
-        kind = "sentence_transformers.models.Router"
-        modules = [{"idx": 0, "name": "0", "path": "", "type": kind}]
+        modules = [("", "sentence_transformers.models.Router")]
     if not model.portable:
-        modules.append({"idx": len(modules), "name": "-", "path": "", "type": UNPORTABLE})
-    write_json(folder / "modules.json", modules)
+        modules.append(("", UNPORTABLE))
+    listed = [
+        {"idx": index, "name": str(index), "path": path, "type": kind}
+        for index, (path, kind) in enumerate(modules)
+    ]
+    write_json(folder / "modules.json", listed)
     write_json(folder / paths[1] / "config.json", pooling)
     for module, path in zip(model.head, paths[2:], strict=True):
         if isinstance(module, Normalize):
@@ -245,8 +233,8 @@ def write_head(model: BiEncoder, folder: Path) -> None:
     if form.max_query_length != form.max_passage_length:
         lengths["query_length"] = form.max_query_length
     write_json(folder / "sentence_bert_config.json", lengths)
-    general = {
-        **({"model_type": "SparseEncoder"} if sparse else {}),
+    kind = {"model_type": "SparseEncoder"} if sparse else {}
+    general = kind | {
         "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
         "prompts": {"query": form.query_prompt, "document": form.passage_prompt},
         "default_prompt_name": None,
@@ -256,8 +244,7 @@ def write_head(model: BiEncoder, folder: Path) -> None:
 
 
 def _write_router(model: SparseBiEncoder, folder: Path, documents: dict[str, str]) -> None:
-    """The files of a Router and of its table for queries. documents: {path: type} of its modules
-    for passages."""
+    """A Router and its table for queries. documents: {path: type} of its modules for passages."""
     kind = "sentence_transformers.sparse_encoder.models.SparseStaticEmbedding"
     structure = {"query": [TABLE], "document": list(documents)}
     parameters = {"default_route": "document", "allow_empty_key": True, "route_mappings": {}}
@@ -275,24 +262,47 @@ def _write_router(model: SparseBiEncoder, folder: Path, documents: dict[str, str
     write_json(path, read_json(path) | length)
 
 
+CODE = """
+```python
+{faiss}from sentence_transformers import {library}
+
+corpus = [("Ants", "They live in colonies."), ("", "Lava is molten rock.")]  # titles, texts
+model = {library}({name!r})
+passages = model.encode_document([{joined} for title, text in corpus])
+queries = model.encode_query(["who lives in colonies?"])
+{search}  # the best two for each query
+```
+
+`mteb.evaluate(model, mteb.get_tasks(["SciFact"]))` is MTEB's evaluation{titles}."""
+SIMILARITY = "scores, rows = model.similarity(queries, passages).topk(2)"
+FAISS = """index = faiss.IndexFlatIP(passages.shape[1])
+index.add(passages)
+scores, rows = index.search(queries, 2)"""
+
+
 def model_card(model: BiEncoder, name: str, card: dict) -> Iterator[str]:
     """Lines of README.md."""
-    kind, library = "Dense", "SentenceTransformer"
+    sparse, title = isinstance(model, SparseBiEncoder), model.format.title
     head = " + ".join([f"{model.pooling} pooling", *(type(part).__name__ for part in model.head)])
-    if isinstance(model, SparseBiEncoder):
-        kind, library = "Sparse", "SparseEncoder"
+    if sparse:
         over = "without special tokens" if model.exclude_special_tokens else "all positions"
         head = f"log(1 + relu(max of the LM's logits over {over}))"
     yield from ("---", "pipeline_tag: sentence-similarity", "---", "", f"# {name}", "")
+    kind = "Sparse" if sparse else "Dense"
     yield f"{kind} retriever: {head}, {model.dim} dimensions, compared by dot product."
     if model.portable:
-        separator = {"space": " ", "sep": "{model.tokenizer.sep_token}"}.get(model.format.title)
-        text = f'f"{{title}}{separator}{{text}}" if title else text' if separator else "text"
-        yield from ("", "```python", f"from sentence_transformers import {library}", "")
-        yield f"model = {library}({name!r})"
-        yield "queries = model.encode_query(['what is it?'])"
-        yield f"passages = model.encode_document([{text} for title, text in corpus])"
-        yield "```"
+        separator = {"space": " ", "sep": model.tokenizer.sep_token}.get(title)
+        joined = "text or title"
+        if separator:
+            joined = f"{separator!r}.join(filter(None, (title, text)))"
+        yield CODE.format(
+            faiss="" if sparse else "import faiss\n",
+            library="SparseEncoder" if sparse else "SentenceTransformer",
+            name=name,
+            joined=joined,
+            search=SIMILARITY if sparse else FAISS,
+            titles="" if title == "space" else "; it joins titles by a space, not as above",
+        )
     yield ""
     yield from card_facts(asdict(model.format) | card)
 

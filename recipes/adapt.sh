@@ -11,10 +11,14 @@
 # QUERIES, QRELS   optional: judged queries for the comparison
 # HEAD             flags of encode.py for the comparison that say how both models make a vector, by default
 #                  "--pooling cls"; "--pooling mean --normalize" for most models of sentence-transformers
-# LAUNCH           how scripts are started, by default "accelerate launch" as `accelerate config` configured it
+# LAUNCH           how scripts are started. Without LAUNCH, "accelerate launch" is used if there are
+#                  GPUs or `accelerate config` was run, else "python"
+# To try it in minutes, on generated texts, call `python -m recipes.tiny_data`, and then
+#     bash recipes/adapt.sh runs/tiny/beir/crafts/corpus.jsonl runs/tiny/model runs/tiny/adapt \
+#         --max_steps 10
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
-[ $# -ge 3 ] || usage 6,15
+[ $# -ge 3 ] || usage
 corpus=$(path "$1") model=$(model "$2") out=$(path "$3")
 flags=("${@:4}")
 judged=${QUERIES:-}${QRELS:-}

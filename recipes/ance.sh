@@ -9,14 +9,17 @@
 #            training queries with the newest checkpoint, and mines negatives. MODEL itself makes the first generation,
 #            with the text flags that stand after OUT: give the miner the same flags as the trainer
 # both       makes the first generation, then runs the two at the same time on this machine
-#
 # DATA       corpus.*, queries.train.*, qrels.train.*, queries.dev.*, qrels.dev.*, as recipes/get_msmarco.sh leaves them
 # OUT        all that the two share. They may run on other GPUs or other machines. To continue one that was stopped,
 #            give the same command again. The trainer may skip generations, and may use one for a long time
+# To try it in minutes, on generated texts, call `python -m recipes.tiny_data`, and then
+#     STEPS=5 bash recipes/ance.sh both runs/tiny/msmarco runs/tiny/retriever runs/tiny/ance \
+#         --loss triplet --passages_per_query 2 --max_steps 10
 #
-# LAUNCH     how scripts are started, default "accelerate launch". TRAIN_LAUNCH and MINE_LAUNCH say it for each side.
-#            The sides need different GPUs (--gpu_ids) and, with several GPUs each, different ports
-#            (--main_process_port)
+# LAUNCH     how scripts are started; TRAIN_LAUNCH and MINE_LAUNCH say it for each side. Without LAUNCH,
+#            "accelerate launch" is used if there are GPUs or `accelerate config` was run, else
+#            "python". The sides need different GPUs (--gpu_ids) and, with several GPUs each, different
+#            ports (--main_process_port)
 # STEPS      steps between two checkpoints for the miner, default 10000 (ANCE); do not give --save_every after OUT
 # SLICES     number of slices of the training queries, one for each generation, default 5 (ANCE)
 # DEPTH      ranks from which negatives are drawn, default 200 (ANCE); NEGATIVES: how many are drawn, default 20 (ANCE)
@@ -27,12 +30,10 @@
 # judged query, whatever the number of processes.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
-[ $# -ge 4 ] && [[ $1 =~ ^(train|mine|both)$ ]] || usage 5,19
+[ $# -ge 4 ] && [[ $1 =~ ^(train|mine|both)$ ]] || usage
 role=$1 data=$(path "$2") model=$(model "$3") out=$(path "$4")
 flags=("${@:5}")
-read -ra train_launch <<<"${TRAIN_LAUNCH:-${LAUNCH:-accelerate launch}}"
-read -ra mine_launch <<<"${MINE_LAUNCH:-${LAUNCH:-accelerate launch}}"
-ance_settings
+ance_settings "$role"
 corpus=$(first "$data"/corpus.* "$data"/collection.*)
 queries=$(first "$data"/queries.train.*) qrels=$(first "$data"/qrels.train.*)
 dev_queries=$(first "$data"/queries.dev.*) dev_qrels=$(first "$data"/qrels.dev.*)

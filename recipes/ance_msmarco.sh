@@ -14,12 +14,15 @@
 # OUT      default runs/ance_msmarco; to continue a stopped run, give the same command again. Each part writes
 #          OUT/PART/model and OUT/PART/table.tsv
 # PARTS    a list of passages, documents (FirstP) and maxp; default "passages". The other two start from its model
-# LAUNCH   how warm-up and evaluation are started, for example "accelerate launch --mixed_precision fp16"; the published
-#          warm-up ran on one GPU
+# LAUNCH   how warm-up and evaluation are started, for example "accelerate launch --mixed_precision
+#          fp16"; the published warm-up ran on one GPU. Without LAUNCH, "accelerate launch" is used
+#          if there are GPUs or `accelerate config` was run, else "python"
 # TRAIN_LAUNCH, MINE_LAUNCH   how the two sides are started, default LAUNCH. The authors used 4 GPUs for each (MaxP: 8)
 #          in fp32: "accelerate launch --multi_gpu --num_processes 4 --gpu_ids 0,1,2,3" for one side, and the same with
 #          "--gpu_ids 4,5,6,7 --main_process_port 29501" for the other
 # MODEL    model that the warm-up starts from; default roberta-base, as published
+# To try it in minutes, on generated texts, call `python -m recipes.tiny_data`, and then
+#     SCALE=tiny bash recipes/ance_msmarco.sh runs/tiny/msmarco runs/tiny/ance_msmarco
 #
 # Batch sizes are per process. With fewer GPUs, raise --gradient_accumulation_steps: a triplet has no in-batch
 # negatives. The MRR@10 of the warm-up on dev is in OUT/passages/generations/generation-0001/manifest.json.
@@ -31,8 +34,8 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
 data=$(path "${1:-data/msmarco}") out=$(path "${2:-runs/ance_msmarco}") parts=${PARTS:-passages}
-[[ $parts =~ ^((passages|documents|maxp)( |$))+$ ]] || usage 10,16
-ance_settings
+[[ $parts =~ ^((passages|documents|maxp)( |$))+$ ]] || usage
+ance_settings both
 corpus=$data/corpus.tsv
 need "$corpus" "$data/triples.train.small.tsv"
 . recipes/scale.sh

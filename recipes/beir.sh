@@ -8,10 +8,13 @@
 #            such file is a split). In collections named arguana or quora, a passage with the id of the query is not
 #            retrieved
 # OUT        default runs/beir-<name of the model>; to continue a stopped run, give the same command again
-# LAUNCH     how scripts are started, by default "accelerate launch" as `accelerate config` configured it
+# LAUNCH     how scripts are started. Without LAUNCH, "accelerate launch" is used if there are GPUs
+#            or `accelerate config` was run, else "python"
+# To try it in minutes, on generated texts, call `python -m recipes.tiny_data`, and then
+#     bash recipes/beir.sh runs/tiny/retriever runs/tiny/beir runs/tiny/zero-shot
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
-[ $# -ge 2 ] || usage 4,10
+[ $# -ge 2 ] || usage
 model=$(model "$1") folder=$(path "$2") flags=("${@:3}")
 out=$(path "runs/beir-$(basename "$model")")
 case ${flags[0]:---} in

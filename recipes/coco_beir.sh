@@ -7,11 +7,14 @@
 #
 # FOLDER   collections in BEIR layout (corpus.jsonl[.gz], queries.jsonl[.gz], qrels/test*.tsv); the paper takes 18
 # OUT      default runs/coco_beir; to continue a stopped run, give the same command again
-# LAUNCH   how scripts are started, for example "accelerate launch --multi_gpu --num_processes 8 --mixed_precision
-#          fp16"; the paper has 200 documents per GPU
+# LAUNCH   how scripts are started, for example "accelerate launch --multi_gpu --num_processes 8
+#          --mixed_precision fp16"; the paper has 200 documents per GPU. Without LAUNCH, "accelerate
+#          launch" is used if there are GPUs or `accelerate config` was run, else "python"
 # MODEL    model that pre-training starts from; default Luyu/condenser. Its folder has no Condenser head, so the head is
 #          new
 # BALANCE  temperature between the corpora; default 1, as published: each corpus counts by its number of documents
+# To try it in minutes, on generated texts, call `python -m recipes.tiny_data`, and then
+#     SCALE=tiny bash recipes/coco_beir.sh runs/tiny/beir runs/tiny/coco_beir
 #
 # Deviations:
 #   1. The authors start from Condenser and its head; its README says that a random head "will likely corrupt" the
@@ -21,7 +24,7 @@
 #   3. A document of a single span is left out; the authors pair it with itself.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
-[ $# -ge 1 ] || usage 6,14
+[ $# -ge 1 ] || usage
 folder=$(path "$1") out=$(path "${2:-runs/coco_beir}")
 setting BALANCE '[1-9][0-9]{0,8}(\.[0-9]+)?' "a number from 1 on"
 corpora=()

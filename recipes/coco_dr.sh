@@ -10,12 +10,15 @@
 # DATA           folder that recipes/get_msmarco.sh --titles --triples filled; default data/msmarco
 # OUT            default runs/coco_dr; to continue a stopped run, give the same command again. The vectors of an episode
 #                take 15 GB, those of its evaluation 14 GB
-# LAUNCH         how scripts are started; published: "accelerate launch --multi_gpu --num_processes 8 --mixed_precision
-#                fp16"
+# LAUNCH         how scripts are started; published: "accelerate launch --multi_gpu --num_processes
+#                8 --mixed_precision fp16". Without LAUNCH, "accelerate launch" is used if there are
+#                GPUs or `accelerate config` was run, else "python"
 # MODEL          model that pre-training starts from; default Luyu/condenser
 # EPISODES       default 3; the authors do not publish their number. The last one is evaluated; you can add more later
 # EPISODE_STEPS  default 45000, as published
-# CLUSTERS       default 50, as published
+# CLUSTERS       default 50, as published; 5 with SCALE=tiny
+# To try it in minutes, on generated texts, call `python -m recipes.tiny_data`, and then
+#     SCALE=tiny bash recipes/coco_dr.sh runs/tiny/beir runs/tiny/msmarco runs/tiny/coco_dr
 #
 # Batch sizes are per process. Each episode continues the model of the one before, with new negatives, new clusters,
 # equal weights of the clusters, and a new optimizer. Deviations, beside those of recipes/coco_beir.sh,
@@ -30,12 +33,13 @@
 #      the queries of ArguAna.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
-[ $# -ge 1 ] || usage 7,19
+[ $# -ge 1 ] || usage
 folder=$(path "$1") data=$(path "${2:-data/msmarco}") out=$(path "${3:-runs/coco_dr}")
 whole EPISODES EPISODE_STEPS
 setting CLUSTERS '[2-9]|[1-9][0-9]{1,8}' "a whole number from 2 on"
 setting BALANCE '[1-9][0-9]{0,8}(\.[0-9]+)?' "a number from 1 on"
-steps=${EPISODE_STEPS:-45000} K=${CLUSTERS:-50}
+steps=${EPISODE_STEPS:-45000}
+K=${CLUSTERS:-$([ "${SCALE:-}" = tiny ] && echo 5 || echo 50)}
 corpus=$data/corpus.tsv queries=$data/queries.train.tsv qrels=$data/qrels.train.tsv
 need "$corpus" "$queries" "$qrels" "$data/triples.train.small.tsv"
 . recipes/scale.sh

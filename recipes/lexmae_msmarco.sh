@@ -7,11 +7,15 @@
 #
 # DATA     folder that recipes/get_msmarco.sh --titles filled; default data/msmarco
 # OUT      default runs/lexmae_msmarco; to continue a stopped run, give the same command again
-# LAUNCH   how scripts are started. The published setting of pre-training is "accelerate launch --multi_gpu
-#          --num_processes 8 --mixed_precision fp16" (8 x 256 = 2048 passages). The authors fine-tune on one GPU; the
-#          batch sizes of stages 1 to 3 here are per process, for eight processes: 8 x 3, 8 x 3 and 8 x 2 queries
+# LAUNCH   how scripts are started. The published setting of pre-training is "accelerate launch
+#          --multi_gpu --num_processes 8 --mixed_precision fp16" (8 x 256 = 2048 passages). The
+#          authors fine-tune on one GPU; the batch sizes of stages 1 to 3 here are per process, for
+#          eight processes: 8 x 3, 8 x 3 and 8 x 2 queries. Without LAUNCH, "accelerate launch" is
+#          used if there are GPUs or `accelerate config` was run, else "python"
 # MODEL    model that pre-training starts from; default bert-base-uncased, as published
 # TEACHER  model that the cross-encoder starts from; default bert-base-uncased
+# To try it in minutes, on generated texts, call `python -m recipes.tiny_data`, and then
+#     SCALE=tiny bash recipes/lexmae_msmarco.sh runs/tiny/msmarco runs/tiny/lexmae
 #
 # Every stage starts from the pre-trained model. Deviations from the authors' recipe:
 #   1. A passage without a title has no separator; the authors write "-" as its title.

@@ -10,7 +10,10 @@
 #              the result is OUT/table.tsv
 # --documents  rank the documents in DATA/documents (get_msmarco.sh --documents); the default of OUT
 #              then ends in -documents
-# LAUNCH       how the scripts are started, default "accelerate launch", set by `accelerate config`
+# LAUNCH       how the scripts are started. Without LAUNCH, "accelerate launch" is used if there are
+#              GPUs or `accelerate config` was run, else "python"
+# To try it in minutes, on generated texts, call `python -m recipes.tiny_data`, and then
+#     bash recipes/msmarco_eval.sh runs/tiny/retriever runs/tiny/msmarco runs/tiny/msmarco_eval
 #
 # Full ranking searches the corpus, 1000 passages or 100 documents deep. The corpus has titles where
 # corpus.tsv is there; bm25 uses none, as published. Re-ranking orders the official candidates,
@@ -23,7 +26,7 @@
 #   4. Their MRR on TREC DL takes every judged passage but pid 0 as relevant, whatever its grade.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
-[ $# -ge 2 ] || usage 5,14
+[ $# -ge 2 ] || usage
 model=$(model "$1") data=$(path "$2") documents="" flags=()
 for argument in "${@:3}"; do
     case $argument in

@@ -84,6 +84,8 @@ stage "8/8  Stage 2: encoding and evaluation"
 evaluate stage2 "$test_queries"
 python evaluate.py --run "$out/evaluation-stage2/run.trec" --qrels "$test" --compare "$out/evaluation-stage1/run.trec" \
     --output_dir "$out/evaluation-gain"
+python evaluate.py --run "$out/evaluation-stage2/run.trec" "$out/evaluation-bm25/run.trec" --qrels "$test" \
+    --compare "$out/evaluation-bm25/run.trec" --output_dir "$out/evaluation-fused"
 
 stage "Done"
 python -m recipes.quickstart_report --folder "$out"

@@ -1,11 +1,14 @@
-"""The end of the quickstart: how well BM25, stage 1 and stage 2 find the passage of each test
-query, three examples.
+"""The end of the quickstart: how well BM25, stage 1, stage 2, and stage 2 fused with BM25 find the
+passage of each test query, three examples. With --table, the end of recipes/two_stages.sh: a table
+alone, for each test split, with the p-value of the difference from BM25.
 
-Reads   --folder, as recipes/quickstart.sh leaves it
+Reads   --folder, as recipes/quickstart.sh or, with --table, recipes/two_stages.sh leaves it
 
     python -m recipes.quickstart_report --folder runs/quickstart
 """
 
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +19,15 @@ from lib.metrics import p_text
 from lib.texts import open_texts
 
 METRICS = "RR@10", "nDCG@10", "R@100"
-STAGES = {"bm25": "BM25", "stage1": "stage 1", "stage2": "stage 2"}
+STAGES = {"bm25": "BM25", "stage1": "stage 1", "stage2": "stage 2", "fused": "stage 2 + BM25"}
+WIDTH = 14  # of the names in a table
+HEADER = f"{'':<{WIDTH}}{'MRR@10':>10}{'nDCG@10':>10}{'Recall@100':>12}"
 
 
 @dataclass(kw_only=True)
 class Args:
-    folder: str = arg(help="OUT of recipes/quickstart.sh")
+    folder: str = arg(help="OUT of recipes/quickstart.sh or recipes/two_stages.sh")
+    table: bool = arg(False, help="print a table for each test split, and nothing else")
 
 
 def shorten(text: str, width: int = 96) -> str:
@@ -42,8 +48,30 @@ def verdict(ours: str, theirs: str, part: dict, metric: str = "RR@10") -> str:
     return f"{ours} is {word} {theirs} by {difference}"
 
 
+def row(name: str, part: dict) -> str:
+    """A line of the table: the metrics of a split."""
+    reciprocal, ndcg, recall = (part["metrics"][metric] for metric in METRICS)
+    return f"{name:<{WIDTH}}{reciprocal:>10.4f}{ndcg:>10.4f}{recall:>12.4f}"
+
+
+def show_table(out: Path) -> None:
+    """BM25, the two stages and the fusion, for each test split."""
+    results = {stage: read_json(out / f"evaluation-{stage}/metrics.json") for stage in STAGES}
+    for split, bm25 in results["bm25"]["splits"].items():
+        print(f"\n{split}: {bm25['queries']} queries")
+        print(f"{HEADER}   nDCG@10 against BM25")
+        for stage, name in STAGES.items():
+            part = results[stage]["splits"][split]
+            gap = part.get("compare", {}).get("nDCG@10")  # BM25 has none
+            gap = f"   {gap['difference']:+.4f}, {p_text(gap['p'])}" if gap else ""
+            print(row(name, part) + gap)
+
+
 def main():
-    out = Path(parse_args(Args).folder)
+    args = parse_args(Args)
+    out = Path(args.folder)
+    if args.table:
+        return show_table(out)
     results = {stage: result(out, stage) for stage in STAGES}
     corpus = open_texts(out / "collection/corpus.jsonl")
     queries = open_texts(out / "collection/queries.test.jsonl")
@@ -70,13 +98,17 @@ def main():
         print(f"   {str(out / name):<48} {what}")
 
     print(f"\n{results['bm25']['queries']} test queries against {len(corpus)} passages")
-    print(f"{'':<10}{'MRR@10':>10}{'nDCG@10':>10}{'Recall@100':>12}")
+    print(HEADER)
     for stage, name in STAGES.items():
-        values = [results[stage]["metrics"][metric] for metric in METRICS]
-        print(f"{name:<10}{values[0]:>10.4f}{values[1]:>10.4f}{values[2]:>12.4f}")
+        print(row(name, results[stage]))
     print(verdict("stage 2", "stage 1", result(out, "gain")))
     print(verdict("stage 2", "BM25", results["stage2"]))
+    print(verdict("stage 2 + BM25", "BM25", results["fused"]))
     print("(stage 2 continues stage 1: twice the steps, and negatives that stage 1 finds hard)")
+    print("\nask it yourself (an empty line ends):")
+    python, here = Path(sys.executable), Path.cwd()
+    python = python.relative_to(here) if python.is_relative_to(here) else "python"  # .venv is here
+    print(f"   {python} -m recipes.search {shlex.quote(str(out))} --bm25")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,13 @@
 #
 # DATA     folder that recipes/get_msmarco.sh --titles filled; default data/msmarco
 # OUT      default runs/retromae_msmarco; to continue a stopped run, give the same command again
-# LAUNCH   how scripts are started, for example "accelerate launch --multi_gpu --num_processes 8 --mixed_precision
-#          bf16". That is the published setting, except that the authors used fp16
+# LAUNCH   how scripts are started, for example "accelerate launch --multi_gpu --num_processes 8
+#          --mixed_precision bf16". That is the published setting, except that the authors used
+#          fp16. Without LAUNCH, "accelerate launch" is used if there are GPUs or `accelerate
+#          config` was run, else "python"
 # MODEL    model that pre-training starts from; default bert-base-uncased
+# To try it in minutes, on generated texts, call `python -m recipes.tiny_data`, and then
+#     SCALE=tiny bash recipes/retromae_msmarco.sh runs/tiny/msmarco runs/tiny/retromae
 #
 # Batch sizes are per process, for eight processes. With fewer processes, keep the product of processes, batch size and
 # accumulation steps in pre-training. In fine-tuning, raise --per_device_batch_size and set --chunk_size 64, because

@@ -4,8 +4,9 @@
 #   teacher   the model that a cross-encoder starts from: $TEACHER, by default bert-base-uncased
 #   short     flags for the end of each training command: empty, except with SCALE=tiny
 #   few       the same for recipes/train_cross_encoder.py
-# SCALE=tiny trains a small BERT with a vocabulary of its own for two steps. It tests that the stages fit together. The
-# cross-encoder starts from it, and so does a recipe that calls `start MODEL`: it sets model to MODEL, or to this BERT.
+# SCALE=tiny trains a small BERT with a vocabulary of its own for two steps. It tests that the stages fit together, for
+# example on the data of recipes/tiny_data.py. The cross-encoder starts from this BERT, and so does a recipe that calls
+# `start MODEL`: it sets model to MODEL, or to this BERT.
 setting SCALE tiny "tiny, or no value for the published size"
 mkdir -p "$out"
 from=(--model "${MODEL:-bert-base-uncased}") teacher=${TEACHER:-bert-base-uncased} short=() few=()

@@ -11,12 +11,15 @@
 # OUT      default runs/seed_msmarco; to continue a stopped run, give the same command again. Each part writes
 #          OUT/PART/model and OUT/PART/table.tsv
 # PARTS    a list of passages and documents, which both start from the warm-up; default "passages"
-# LAUNCH   how scripts are started, for example "accelerate launch --multi_gpu --num_processes 8 --mixed_precision
-#          fp16"; the published warm-up ran on 8 GPUs
+# LAUNCH   how scripts are started, for example "accelerate launch --multi_gpu --num_processes 8
+#          --mixed_precision fp16"; the published warm-up ran on 8 GPUs. Without LAUNCH, "accelerate
+#          launch" is used if there are GPUs or `accelerate config` was run, else "python"
 # TRAIN_LAUNCH, MINE_LAUNCH   how the two sides of ANCE are started, as in recipes/ance_msmarco.sh; the authors used 4
 #          GPUs for each in fp32
 # MODEL    model that pre-training starts from; default bert-base-uncased
 # WINDOW   2 (three decoder layers, the default) or 8 (one layer): the two published checkpoints
+# To try it in minutes, on generated texts, call `python -m recipes.tiny_data`, and then
+#     SCALE=tiny bash recipes/seed_msmarco.sh runs/tiny/msmarco runs/tiny/seed
 #
 # Corpus, optimizer, learning rate and steps of the pre-training were never published. Masks, decoder, window, loss
 # weights and length are the authors'. The miner gets a checkpoint every 10,000 steps (STEPS of recipes/ance.sh), and
@@ -33,8 +36,8 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/paths.sh"
 data=$(path "${1:-data/msmarco}") out=$(path "${2:-runs/seed_msmarco}") parts=${PARTS:-passages}
-[[ $parts =~ ^((passages|documents)( |$))+$ ]] || usage 7,13
-ance_settings
+[[ $parts =~ ^((passages|documents)( |$))+$ ]] || usage
+ance_settings both
 whole WINDOW
 corpus=$data/corpus.tsv
 need "$corpus" "$data/triples.train.small.tsv"

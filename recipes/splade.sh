@@ -7,10 +7,14 @@
 #
 # DATA     folder that recipes/get_msmarco.sh filled; default data/msmarco
 # OUT      default runs/splade: OUT/plusplus, OUT/v3; to continue a stopped run, give the same command again
-# LAUNCH   how scripts are started, for example "accelerate launch --multi_gpu --num_processes 4 --mixed_precision
-#          fp16"; 4 x 32 = 128 queries is the published batch
+# LAUNCH   how scripts are started, for example "accelerate launch --multi_gpu --num_processes 4
+#          --mixed_precision fp16"; 4 x 32 = 128 queries is the published batch. Without LAUNCH,
+#          "accelerate launch" is used if there are GPUs or `accelerate config` was run, else
+#          "python"
 # MODEL    a masked language model; default distilbert-base-uncased
 # TEACHER  model that the cross-encoder starts from; default bert-base-uncased
+# To try it in minutes, on generated texts, call `python -m recipes.tiny_data`, and then
+#     SCALE=tiny bash recipes/splade.sh runs/tiny/msmarco runs/tiny/splade
 #
 # Both checkpoints are SparseEncoder folders: sentence_transformers.SparseEncoder(OUT/v3) loads one.
 # SPLADE++ has the values of naver/splade's 150,000-step trainer: one negative, learning rate 2e-5 after 6,000 steps of

@@ -12,19 +12,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-SUBJECTS = {
-    "ants": "colony queen worker nest soldier larvae trail sugar",
-    "volcanoes": "lava crater eruption magma ash basalt plume vent",
-    "violins": "string bow bridge maple varnish tuning orchestra pitch",
-    "glaciers": "ice moraine valley snow crevasse meltwater fjord retreat",
-    "bread": "flour yeast dough oven crust crumb sourdough salt",
-    "comets": "tail orbit nucleus dust perihelion telescope coma sun",
-    "whales": "baleen pod song krill ocean calf blubber migration",
-    "bridges": "cable arch span pier truss river traffic steel",
-    "cheese": "milk rennet curd whey cellar rind mould goat",
-    "maps": "scale compass atlas border projection legend contour north",
-}
-
 
 def pytest_collection_modifyitems(items):
     """The slow ones first: with several workers, what is left for the end is then short."""
@@ -42,6 +29,8 @@ def tiny_collection(tmp_path_factory):
     """Paths of 40 passages (JSONL; every fourth has no title, 7 to 62 words), 20 queries (TSV),
     qrels (BEIR, one or two positives per query), negatives (`qid TAB pid,...`, five or six each,
     none judged) and candidates (a TREC run of the positives and the negatives)."""
+    from recipes.tiny_data import SUBJECTS  # not before the environment is set, see above
+
     folder, draw = tmp_path_factory.mktemp("collection"), random.Random(0)
     passages, queries, qrels, negatives, candidates = [], [], [], [], []
     for number, (name, words) in enumerate(SUBJECTS.items()):
@@ -212,43 +201,20 @@ def recipe(forked_python):
     return call
 
 
-@pytest.fixture
-def tiny_msmarco(tiny_collection, tmp_path):
-    """A folder of the collection with the names and formats that recipes/get_msmarco.sh leaves."""
-    import shutil
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """What recipes/tiny_data.py writes; read only."""
+    from recipes import tiny_data
 
-    folder = tmp_path / "msmarco"
-    folder.mkdir()
-    passages = [json.loads(line) for line in tiny_collection.corpus.read_text().splitlines()]
-    (folder / "corpus.tsv").write_text(
-        "".join(f"{p['_id']}\t{p['title']}\t{p['text']}\n" for p in passages)
-    )
-    judged = [line.split("\t") for line in tiny_collection.qrels.read_text().splitlines()[1:]]
-    for name in ("train", "dev", "dl19", "dl20"):
-        shutil.copy(tiny_collection.queries, folder / f"queries.{name}.tsv")
-        qrels = folder / f"qrels.{name}.{'txt' if name.startswith('dl') else 'tsv'}"
-        qrels.write_text("".join(f"{qid}\t0\t{pid}\t2\n" for qid, pid, _ in judged))
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_data.write(folder)
     return folder
 
 
 @pytest.fixture
-def tiny_beir(tiny_collection, tmp_path):
-    """A folder of two collections in BEIR layout, `one` and `two`, both the tiny one, with
-    sentences."""
+def tiny_msmarco(tiny_data, tmp_path):
+    """A copy of its MS MARCO without the candidates, which tests of pipelines do without."""
     import shutil
 
-    for name in ("one", "two"):
-        (tmp_path / "beir" / name / "qrels").mkdir(parents=True)
-        passages = [json.loads(line) for line in tiny_collection.corpus.read_text().splitlines()]
-        for passage in passages:
-            words = passage["text"].split()
-            passage["text"] = " ".join(
-                f"A {' '.join(words[i : i + 4])}." for i in range(0, len(words), 4)
-            )
-        rows = "".join(json.dumps(passage) + "\n" for passage in passages)
-        (tmp_path / "beir" / name / "corpus.jsonl").write_text(rows)
-        lines = [line.split("\t") for line in tiny_collection.queries.read_text().splitlines()]
-        rows = "".join(json.dumps({"_id": qid, "text": text}) + "\n" for qid, text in lines)
-        (tmp_path / "beir" / name / "queries.jsonl").write_text(rows)
-        shutil.copy(tiny_collection.qrels, tmp_path / "beir" / name / "qrels" / "test.tsv")
-    return tmp_path / "beir"
+    without = shutil.ignore_patterns("top1000.*", "top100.*", "documents")
+    return shutil.copytree(tiny_data / "msmarco", tmp_path / "msmarco", ignore=without)

@@ -55,6 +55,7 @@ COMMANDS = {  # names of files of the ground stand for their paths
         "--queries_embeddings dense_q --corpus_embeddings dense_p --qrels qrels.tsv",
         "--queries_embeddings sparse_q --corpus_embeddings sparse_p --qrels qrels.tsv",
         "--run run.trec lists.tsv --compare lists.tsv --qrels qrels.tsv",
+        "--queries_embeddings dense_q --corpus_embeddings dense_p",
         "--bm25 --queries queries.tsv --corpus corpus.jsonl --qrels qrels.tsv "
         "--candidates lists.tsv",
     ],
@@ -220,7 +221,11 @@ def problem_of(name: str, words: list[str], ground: Path, seconds: float) -> str
     line = said[max(said.find(f"{name}.py: "), 0) :].rstrip()  # all from the message on
     if stamps(ground) != before:
         return f"it changed what it was given\n{said}"
-    finished = [path for path in Path().rglob(LAST_FILES[name]) if path.parent.name != "best"]
+    last = [LAST_FILES[name]]
+    if name == "evaluate" and "--qrels" not in words:
+        last.append("run.trec")
+    found = (path for file in last for path in Path().rglob(file))
+    finished = [path for path in found if path.parent.name != "best"]
     if status == 0:
         nothing = "--dry_run" in words or "--help" in words or "is complete" in out.getvalue()
         return None if finished or nothing else f"status 0 without its last file\n{said}"

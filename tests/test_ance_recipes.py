@@ -23,40 +23,12 @@ TEXTS = "title", "max_query_length", "max_passage_length", "max_characters", "ma
 KIND = "loss", "optimizer", "weight_decay"
 
 
-def negatives_of(collection):
-    rows = (line.split("\t") for line in collection.negatives.read_text().splitlines())
-    return {qid: pids.split(",") for qid, pids in rows}
-
-
 @pytest.fixture
-def data(tiny_msmarco, tiny_collection):
-    """What get_msmarco.sh --triples --documents leaves, without the sets of TREC; five documents
-    have two chunks or more."""
-    for path in tiny_msmarco.glob("*.dl*"):
-        path.unlink()
-    passages = [line.split("\t") for line in (tiny_msmarco / "corpus.tsv").read_text().splitlines()]
-    texts = {pid: text for pid, _, text in passages}
-    negatives = negatives_of(tiny_collection)
-    queries = dict(line.split("\t") for line in tiny_collection.queries.read_text().splitlines())
-    rows = [
-        (q, p, n)
-        for q, judged in read_qrels(tiny_collection.qrels).items()
-        for p in judged
-        for n in negatives[q]
-    ]
-    rows = "".join(f"{queries[q]}\t{texts[p]}\t{texts[n]}\n" for q, p, n in rows)
-    (tiny_msmarco / "triples.train.small.tsv").write_text(rows)
-    shutil.copytree(
-        tiny_msmarco,
-        tiny_msmarco / "documents",
-        ignore=shutil.ignore_patterns("corpus.*", "triples.*"),
-    )
-    bodies = [text * 100 if row % 8 == 0 else text for row, text in enumerate(texts.values())]
-    rows = "".join(
-        f"{p}\thttp://{p}.org\t{t}\t{b}\n" for (p, t, _), b in zip(passages, bodies, strict=True)
-    )
-    (tiny_msmarco / "documents" / "corpus.tsv").write_text(rows)
-    return tiny_msmarco
+def data(tiny_data, tmp_path):
+    """What get_msmarco.sh --triples --documents leaves, without the sets of TREC and without
+    candidates."""
+    without = shutil.ignore_patterns("*.dl*", "top*")
+    return shutil.copytree(tiny_data / "msmarco", tmp_path / "msmarco", ignore=without)
 
 
 def asked(folder, *names):
@@ -105,12 +77,13 @@ def check_evaluation(folder, recall):
     assert part["queries"] == 20 and recall in part["metrics"] and (folder / "table.tsv").is_file()
 
 
-def mined_before(out, collection, *parts):
+def mined_before(out, data, *parts):
     """First generations, as if the miner had run elsewhere."""
-    negatives = negatives_of(collection)
+    lists = (line.split("\t") for line in (data / "train.negatives.tsv").read_text().splitlines())
+    negatives = {qid: pids.split(",") for qid, pids in lists}
     rows = [
         TrainingRow(qid, list(judged), negatives[qid])
-        for qid, judged in read_qrels(collection.qrels).items()
+        for qid, judged in read_qrels(data / "qrels.train.tsv").items()
     ]
     out.mkdir(exist_ok=True)
     write_training_file(out / "mined.jsonl", rows)
@@ -130,18 +103,14 @@ def test_ance_on_passages(recipe, data, tmp_path):
     assert not (out / "documents").exists()
 
 
-def test_ance_on_documents(recipe, data, tiny_collection, tiny_model_dir, tmp_path):
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
+def test_ance_on_documents(recipe, data, tiny_data, tmp_path):
     out = tmp_path / "out"
     wrong = recipe("ance_msmarco.sh", data, out, PARTS="passages document")
     assert wrong.returncode == 1 and "# PARTS " in wrong.stderr and not out.exists()
-    config = AutoConfig.from_pretrained(tiny_model_dir, max_position_embeddings=512)
-    AutoModel.from_config(config).save_pretrained(tmp_path / "long")
-    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "long")
-    passages = load_encoder(tmp_path / "long", Head("cls", projection=768), {"title": "none"})
+    head = Head("cls", projection=768)
+    passages = load_encoder(tiny_data / "model", head, {"title": "none"})
     save_encoder(passages, out / "passages" / "model", {})
-    mined_before(out, tiny_collection, "documents", "maxp")
+    mined_before(out, data, "documents", "maxp")
     done = recipe("ance_msmarco.sh", data, out, SCALE="tiny", POLL="1", PARTS="documents maxp")
     assert done.returncode == 0, done.stderr
     start, data = out / "passages" / "model", data / "documents"
@@ -153,12 +122,13 @@ def test_ance_on_documents(recipe, data, tiny_collection, tiny_model_dir, tmp_pa
         (out / part / "corpus" / "shard-00000.ids.txt").read_text().split()
         for part in ("documents", "maxp")
     ]
-    assert len(ids[0]) == len(set(ids[1])) == 40 and 45 <= len(ids[1]) <= 55
+    assert len(ids[0]) == len(set(ids[1])) == 80  # of which 5 have four chunks
+    assert len(ids[1]) == 80 + 5 * 3
 
 
-def test_seed_encoder(recipe, data, tiny_collection, tmp_path):
+def test_seed_encoder(recipe, data, tmp_path):
     out = tmp_path / "out"
-    mined_before(out, tiny_collection, "passages", "documents")
+    mined_before(out, data, "passages", "documents")
     done = recipe("seed_msmarco.sh", data, out, SCALE="tiny", POLL="1", PARTS="passages documents")
     assert done.returncode == 0, done.stderr
     assert read_json(out / "pretrained" / "decoder.json")["objective"] == "seed"
@@ -171,10 +141,11 @@ def test_seed_encoder(recipe, data, tiny_collection, tmp_path):
     check_part(out / "documents", data / "documents", start, rates, "sep", "10000", None)
 
 
-def test_coco_dr_by_episodes(recipe, data, tiny_beir, tmp_path):
+def test_coco_dr_by_episodes(recipe, data, tiny_data, tmp_path):
     out = tmp_path / "out"
-    shutil.rmtree(tiny_beir / "two")
-    done = recipe("coco_dr.sh", tiny_beir, data, out, SCALE="tiny", EPISODES="2", CLUSTERS="3")
+    beir = tmp_path / "beir"
+    shutil.copytree(tiny_data / "beir" / "crafts", beir / "crafts")
+    done = recipe("coco_dr.sh", beir, data, out, SCALE="tiny", EPISODES="2")
     assert done.returncode == 0, done.stderr
     check_warm_up(
         out / "warm-up", out / "coco" / "pretrained", ("2e-4", "1000", "51267", "256"), None
@@ -202,15 +173,15 @@ def test_coco_dr_by_episodes(recipe, data, tiny_beir, tmp_path):
         meta = read_json(here / "queries" / "meta.json")
         assert (meta["max_length"], meta["dtype"], meta["model"]) == (64, "float32", str(model))
         clusters.append(read_json(here / "clusters" / "meta.json"))
-        assert len(clusters[-1]["sizes"]) == 3 and sum(clusters[-1]["sizes"]) == 20
+        assert len(clusters[-1]["sizes"]) == 5 and sum(clusters[-1]["sizes"]) == 20
         weights = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["group_weights"]
         assert (
-            len(weights) == 3
+            len(weights) == 5
             and len(set(weights)) > 1
             and sum(weights) == pytest.approx(1, abs=0.03)
         )
         model = run
     assert clusters[0]["source"]["model_hash"] != clusters[1]["source"]["model_hash"]
     check_evaluation(here / "msmarco", "R@1000")
-    assert (here / "beir" / "one" / "evaluation" / "metrics.json").is_file()
-    assert read_json(here / "beir" / "one" / "corpus" / "meta.json")["title"] == "space"
+    assert (here / "beir" / "crafts" / "evaluation" / "metrics.json").is_file()
+    assert read_json(here / "beir" / "crafts" / "corpus" / "meta.json")["title"] == "space"

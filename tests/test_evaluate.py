@@ -416,3 +416,70 @@ def test_the_beir_recipe_does_not_drop_answers(recipe, tmp_path):
     done = recipe("beir.sh", "bm25", "beir", "other", cwd=tmp_path)
     assert done.returncode == 1 and "the id of the query is relevant to bees" in done.stderr
     assert not (tmp_path / "other" / "quora" / "evaluation").exists()
+
+
+def test_without_judgments_all_queries_are_searched(embedded, tiny_collection, evaluate):
+    """The run alone is written, with the lists that judged queries have."""
+    vectors = ["--queries_embeddings", "q", "--corpus_embeddings", "p"]
+    texts = ["--bm25", "--queries", tiny_collection.queries, "--corpus", tiny_collection.corpus]
+    for name, source in (("vectors", vectors), ("texts", texts)):
+        qrels = "test.tsv" if name == "vectors" else tiny_collection.qrels
+        status, shown, error = evaluate(*source, "--output_dir", name)
+        assert status == 0 and "not judged -> " in shown and "RR@10" not in shown, error
+        assert evaluate(*source, "--qrels", qrels, "--output_dir", f"{name}-judged")[0] == 0
+        found, judged = (files.read_run(f"{n}/run.trec") for n in (name, f"{name}-judged"))
+        assert len(found) == (3 if name == "vectors" else 20) and judged
+        for qid, entry in judged.items():
+            assert found[qid].pids == entry.pids and (found[qid].scores == entry.scores).all()
+        assert {path.name for path in (embedded / name).iterdir()} <= {
+            *("args.json", "run.trec", "index")
+        }
+        again = evaluate(*source, "--output_dir", name)
+        assert again[0] == 0 and f"{name} is complete" in again[1]
+    assert evaluate("--run", "vectors/run.trec", "texts/run.trec", "--output_dir", "fused")[0] == 0
+    assert len(files.read_run("fused/run.trec")) == 20
+    (embedded / "top").write_text("q1\td9,d1\n")
+    evaluate(*vectors, "--candidates", "top", "--ignore_identical_ids", "--output_dir", "again")
+    assert files.read_run("again/run.trec")["q1"].pids == ["d1", "d9"]
+
+
+@pytest.mark.parametrize(
+    "flags", ["--compare run", "--metrics AP", "--relevance_level 2", "--allow_unknown"]
+)
+def test_what_needs_judgments_says_so(runs, evaluate, flags):
+    error = refused(evaluate, "--run", "run", *flags.split(), "--output_dir", "out")
+    assert f"{flags.split()[0]}: nothing is measured without judgments — add --qrels" in error
+    assert not (runs / "out").exists()
+
+
+def test_candidates_of_other_queries_are_refused_without_judgments_too(embedded, evaluate):
+    (embedded / "top").write_text("q9\td9,d1\n")
+    flags = ["--queries_embeddings", "q", "--corpus_embeddings", "p", "--candidates", "top"]
+    assert "top: no query in it is searched for" in refused(evaluate, *flags, "--output_dir", "out")
+    assert not (embedded / "out").exists()
+
+
+def test_a_dry_run_shows_the_search_and_writes_nothing(embedded, tiny_collection, evaluate):
+    vectors = ["--queries_embeddings", "q", "--corpus_embeddings", "p", "--depth", 5]
+    texts = ["--bm25", "--queries", tiny_collection.queries, "--corpus", tiny_collection.corpus]
+    meta = files.read_json("q/meta.json")
+    (embedded / "q.tsv").write_text("q0\twhich point is this?\n")
+    finish_embeddings(embedded / "q", {**meta, "input": str(embedded / "q.tsv")})
+    files.write_run("run", [("q1", ["d1"], [1])])
+    cases = [
+        (
+            vectors,
+            ["3 of 3 in q", "q0: which point", "12 of p", "12 dense vectors of 2 dimensions"],
+        ),
+        (vectors, ["exact search", "15 results", " s or more"]),
+        ([*vectors, "--qrels", "test.tsv"], ["m, exact search", "3 of 3 in q"]),
+        (texts, ["20 of 20 in ", "q0: what about colony", "40 of ", "BM25, k1 0.9", "800 results"]),
+        (["--run", "run"], ["run", "1 queries"]),
+    ]
+    for source, expected in cases:
+        status, shown, error = evaluate(*source, "--dry_run", "--output_dir", "out")
+        assert status == 0 and all(some in shown for some in expected), (shown, error)
+        assert not (embedded / "out").exists()
+    files.write_qrels("other.tsv", {"q7": {"d1": 1}})
+    error = refused(evaluate, *vectors, "--qrels", "other.tsv", "--dry_run", "--output_dir", "out")
+    assert "other.tsv:1: query q7 is not in q" in error

@@ -14,7 +14,17 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from lib.checkpoint import load_lm
 from lib.files import UserError
-from lib.objectives import MLM, SEED, BagOfWords, CoCondenser, Condenser, DupMAE, LexMAE, RetroMAE
+from lib.objectives import (
+    MLM,
+    SEED,
+    BagOfWords,
+    CoCondenser,
+    Condenser,
+    DupMAE,
+    LexMAE,
+    RetroMAE,
+    View,
+)
 from lib.spans import span_backward, span_contrast
 from lib.text import pad
 from pretrain_mae import mean_loss
@@ -137,7 +147,8 @@ def naive_lexmae(model, ids, logits, decoder_ids, decoder_mask):
     x = slot_layers(model.decoder["layers"].layers, x)
     head = model.decoder["head"]
     scores = (
-        head.norm(F.gelu(head.dense(x))) @ lm.get_output_embeddings().weight.T + model.decoder.bias
+        head.LayerNorm(F.gelu(head.dense(x))) @ lm.get_output_embeddings().weight.T
+        + model.decoder.bias
     )
     return [nll(scores[i], ids[i]) for i in range(length) if decoder_mask[i]]
 
@@ -157,6 +168,13 @@ def naive_seed(model, ids, h):
     return [nll(row @ embedding.T, ids[i + 1]) for i, row in enumerate(decoder.final_norm(x))]
 
 
+def mask_of(view):
+    """(B, L) bool, True = the decoder has a label there."""
+    mask = torch.zeros_like(view.ids, dtype=torch.bool)
+    mask.flatten()[view.places] = True
+    return mask
+
+
 def naive_bag(ids, logits):
     return sum(nll(logits, token) for token in set(ids[1:-1].tolist()))
 
@@ -166,6 +184,7 @@ def naive_terms(model, batch, seed):
     columns."""
     lm, ids, keep = model.lm, batch["input_ids"], batch["attention_mask"]
     corrupted, mask = model.corrupt(batch, seed)
+    view = model.view(batch, mask, seed)
     found = lm.base_model(input_ids=corrupted, attention_mask=keep, output_hidden_states=True)
     hidden, logits = found.last_hidden_state, lm(input_ids=corrupted, attention_mask=keep).logits
     terms = {"encoder": [], "decoder": [], "bow": [], "contrast": []}
@@ -173,16 +192,16 @@ def naive_terms(model, batch, seed):
         text, h = ids[b, :length], hidden[b, 0]
         terms["encoder"] += [nll(logits[b, i], text[i]) for i in range(length) if mask[b, i]]
         if isinstance(model, RetroMAE):
-            terms["decoder"] += naive_retromae(model, b, text, h, model.view(batch, seed))
+            terms["decoder"] += naive_retromae(model, b, text, h, view.rows)
         if isinstance(model, DupMAE) and length > 2:
             most = logits[b, 1:length].max(0).values
             terms["bow"].append(naive_bag(text, most) / (length - 2))
         if isinstance(model, BagOfWords) and length > 2:
             terms["bow"].append(naive_bag(text, logits[b, 0]) / len(set(text[1:-1].tolist())))
         if isinstance(model, LexMAE):
-            again, more = model.corrupt_again(batch, mask, seed)
+            labelled = mask_of(view)
             terms["decoder"] += naive_lexmae(
-                model, text, logits[b, :length], again[b, :length], more[b]
+                model, text, logits[b, :length], view.ids[b, :length], labelled[b]
             )
         if isinstance(model, SEED):
             terms["decoder"] += naive_seed(model, text, h)
@@ -275,12 +294,12 @@ def test_labels_stand_at_ordinary_tokens_only(tokenizer, objective):
 @pytest.mark.parametrize("objective", ["retromae", "dupmae"])
 def test_retromae_no_token_reaches_its_own_prediction(tokenizer, objective, architecture):
     model, batch = build(tokenizer, architecture, objective), make_batch(tokenizer)
-    ids, view = batch["input_ids"], model.view(batch, 0)
+    ids, view = batch["input_ids"], model.view(batch, None, 0).rows
     places, h = torch.arange(ids.numel()), torch.randn(len(ids), 32)
     length = int(batch["attention_mask"][0].sum())
 
     def rows(h, ids):
-        return model.rows(h, ids, view, places).view(*ids.shape, -1)[0, :length]
+        return model.states(h, View(ids, places, view)).view(*ids.shape, -1)[0, :length]
 
     before, moved = rows(h, ids), 0
     for i in range(1, length - 1):
@@ -329,7 +348,8 @@ def test_lexmae_bottleneck_and_masks(tokenizer, monkeypatch):
     batch = make_batch(tokenizer, texts)
     batch = {k: v[:, :64] if torch.is_tensor(v) and v.ndim == 2 else v for k, v in batch.items()}
     _, mask = model.corrupt(batch, 3)
-    again, more = model.corrupt_again(batch, mask, 3)
+    view = model.view(batch, mask, 3)
+    again, more = view.ids, mask_of(view)
     tokens = (model.words(batch) >= 0).sum(1)
     assert (
         torch.equal(mask.sum(1), (0.3 * tokens.double()).ceil().long()) and not (mask & ~more).any()
@@ -359,7 +379,7 @@ def test_a_token_hidden_from_encoder_and_decoder_reaches_no_prediction(
         make_batch(tokenizer),
     )
     corrupted, mask = model.corrupt(batch, 2)
-    read = model.corrupt_again(batch, mask, 2)[0] if objective is LexMAE else corrupted
+    read = model.view(batch, mask, 2).ids
     hidden = mask & (corrupted == tokenizer.mask_token_id) & (read == tokenizer.mask_token_id)
     assert hidden.sum() > 2
     other = {**batch, "input_ids": torch.where(hidden, model.ordinary_ids[9], batch["input_ids"])}
@@ -405,14 +425,15 @@ def test_seed_predicts_what_follows_from_h_alone(tokenizer):
     hidden = torch.randn(*batch["input_ids"].shape, 32)
     other = torch.cat([hidden[:, :1], torch.randn_like(hidden[:, 1:])], 1)
     places = torch.arange(batch["input_ids"].numel()).view_as(batch["input_ids"])[:, 1:].flatten()
-    of = [model.decode(x[:, 0], batch["input_ids"], places, batch).loss for x in (hidden, other)]
+    view = View(batch["input_ids"], places)
+    of = [model.decode(x[:, 0], view, None, batch).loss for x in (hidden, other)]
     assert of[0] == of[1]
 
 
 def test_condenser_head_reads_late_cls_and_middle_states(tokenizer):
     model, batch = build(tokenizer, "bert", "condenser"), make_batch(tokenizer)
     keep, places = batch["attention_mask"], torch.arange(batch["input_ids"].numel())
-    late, middle = model.states(batch["input_ids"], keep)
+    late, middle = model.encode(batch["input_ids"], batch)
     lm = model.lm.base_model
     assert torch.equal(
         middle, lm.encoder.layer[0](lm.embeddings(batch["input_ids"]), keep[:, None, None].bool())
@@ -423,6 +444,10 @@ def test_condenser_head_reads_late_cls_and_middle_states(tokenizer):
     )
     assert not torch.allclose(before, model.decoder(late[:, 0] + 0.1, middle, keep, places))
     assert not torch.allclose(before, model.decoder(late[:, 0], middle + 0.1, keep, places))
+    shallow = tiny_config("bert", tokenizer, num_hidden_layers=1)
+    shallow = Condenser(AutoModelForMaskedLM.from_config(shallow), tokenizer)
+    embeddings = shallow.lm.base_model.embeddings(batch["input_ids"])
+    assert torch.equal(shallow.encode(batch["input_ids"], batch)[1], embeddings)
 
 
 def test_span_partners_are_their_own_inverse():

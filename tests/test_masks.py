@@ -95,7 +95,7 @@ def test_whole_words_in_random_order_within_the_budget(ratio):
             assert hidden[b, m].tolist() == one_by_one(
                 words[b].tolist(), budget[b], noise[b, m].tolist()
             )
-    assert torch.equal(hidden[:, 1], whole_word_mask(words, budget, noise[:, 1])), (
+    assert torch.equal(hidden[:, 1:2], whole_word_mask(words, budget, noise[:, 1:2])), (
         "one mask per text is the same"
     )
     assert hidden.sum() > 0.9 * 3 * budget.sum() and not (hidden & (words < 0)[:, None]).any()
@@ -103,8 +103,8 @@ def test_whole_words_in_random_order_within_the_budget(ratio):
 
 def test_texts_of_one_long_word_keep_it():
     words = torch.tensor([[-1, 0, 0, 0, 0, -1], [-1, 0, -1, -1, -1, -1], [-1, -1, -1, -1, -1, -1]])
-    hidden = whole_word_mask(words, torch.tensor([3, 1, 1]), torch.rand(3, 6))
-    assert hidden.tolist() == [[False] * 6, [False, True, *[False] * 4], [False] * 6]
+    hidden = whole_word_mask(words, torch.tensor([3, 1, 1]), torch.rand(3, 1, 6))
+    assert hidden[:, 0].tolist() == [[False] * 6, [False, True, *[False] * 4], [False] * 6]
 
 
 def test_corruption_is_80_10_10_and_touches_nothing_else():

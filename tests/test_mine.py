@@ -302,3 +302,27 @@ def test_nothing_found_leaves_queries_without_negatives(tmp_path, mine):
     status, shown, error = mine("--bm25", "--queries", "queries.jsonl", *data)
     assert status == 0 and "min 0, median 0, max 0" in shown, error
     assert negatives(tmp_path / "out") == {"q": []}
+
+
+def test_a_dry_run_shows_what_would_be_mined_and_writes_nothing(planted, mine):
+    folder, flags = planted
+    before = sorted(path.name for path in folder.iterdir())
+    status, shown, errors = mine(*flags, "--output_dir", "out", "--dry_run")
+    assert status == 0, errors
+    facts = {line[3:27].strip(): line[28:] for line in shown.splitlines() if line.startswith("   ")}
+    assert facts["judged pairs"] == "3" and facts["queries"] == "2" and facts["passages"] == "12"
+    assert facts["candidates"] == "the first 200 of m, exact search"
+    assert facts["first query"] == "q: (add --queries to see its text)"
+    assert (facts["positive d2"], facts["positive d1"]) == ("the same text", "text 1")
+    assert facts["memory"].endswith("GB for each process") and facts["time"].startswith("about ")
+
+    bm25 = ["--bm25", "--queries", "queries.jsonl", *flags[4:], "--output_dir", "out"]
+    status, shown, _ = mine(*bm25, "--dry_run")
+    assert status == 0 and "q: a query" in shown and "an index must be built first" in shown
+    (folder / "lists").write_text("r\td1,d2\n")
+    status, shown, _ = mine("--run", "lists", *flags[4:], "--output_dir", "out", "--dry_run")
+    assert status == 0 and "queries with a list      1" in shown
+    (folder / "lists").write_text("r\td1,d99\n")
+    status, _, errors = mine("--run", "lists", *flags[4:], "--output_dir", "out", "--dry_run")
+    assert status == 1 and "lists:1: passage d99" in errors
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*before, "lists"])

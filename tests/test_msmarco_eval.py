@@ -2,10 +2,29 @@
 documents, BM25."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import pytrec_eval
+
+
+@pytest.fixture
+def msmarco(tiny_collection, tmp_path):
+    """A folder of the collection with the names and formats that recipes/get_msmarco.sh leaves. All
+    sets have the same queries."""
+    folder = tmp_path / "msmarco"
+    folder.mkdir()
+    passages = [json.loads(line) for line in tiny_collection.corpus.read_text().splitlines()]
+    (folder / "corpus.tsv").write_text(
+        "".join(f"{p['_id']}\t{p['title']}\t{p['text']}\n" for p in passages)
+    )
+    judged = [line.split("\t") for line in tiny_collection.qrels.read_text().splitlines()[1:]]
+    for name in ("train", "dev", "dl19", "dl20"):
+        shutil.copy(tiny_collection.queries, folder / f"queries.{name}.tsv")
+        qrels = folder / f"qrels.{name}.{'txt' if name.startswith('dl') else 'tsv'}"
+        qrels.write_text("".join(f"{qid}\t0\t{pid}\t2\n" for qid, pid, _ in judged))
+    return folder
 
 
 def read_rows(path, columns):
@@ -71,31 +90,31 @@ def table(done, out):
 
 @pytest.mark.slow
 def test_passages_by_bm25_count_grade_2_on_trec_and_grade_1_on_dev(
-    recipe, tiny_msmarco, tiny_collection, tmp_path
+    recipe, msmarco, tiny_collection, tmp_path
 ):
-    (tiny_msmarco / "queries.dl20.tsv").unlink()  # a set that was not fetched
+    (msmarco / "queries.dl20.tsv").unlink()  # a set that was not fetched
     candidates, texts = candidates_of(tiny_collection), texts_of(tiny_collection)
-    (tiny_msmarco / "collection.tsv").write_text(
+    (msmarco / "collection.tsv").write_text(
         "".join(f"{pid}\t{text}\n" for pid, text in texts.items())
     )
     pairs = [(qid, pid) for qid, pids in candidates.items() for pid in pids]
-    (tiny_msmarco / "top1000.dl19.tsv").write_text(
+    (msmarco / "top1000.dl19.tsv").write_text(
         "".join(f"{q}\t{p}\twhat?\t{texts[p]}\n" for q, p in pairs)
     )
     judged = [
         (qid, pid, 1 if int(qid[1:]) < 10 else 2)
-        for qid, pid in read_rows(tiny_msmarco / "qrels.dl19.txt", (0, 2))
+        for qid, pid in read_rows(msmarco / "qrels.dl19.txt", (0, 2))
     ]
     judged += [
         (f"q{number}", candidates[f"q{number}"][0], 2) for number in range(10)
     ]  # not what BM25 finds
     for name in ("qrels.dl19.txt", "qrels.dev.tsv"):
-        (tiny_msmarco / name).write_text(
+        (msmarco / name).write_text(
             "".join(f"{qid}\t0\t{pid}\t{grade}\n" for qid, pid, grade in judged)
         )
 
     out = tmp_path / "out"
-    names, *rows = table(recipe("msmarco_eval.sh", "bm25", tiny_msmarco, out, "--k1", "1.2"), out)
+    names, *rows = table(recipe("msmarco_eval.sh", "bm25", msmarco, out, "--k1", "1.2"), out)
     assert names == ["set", "ranking", "queries", "RR@10", "nDCG@10", "AP", "R@1000", "Hole@10"]
     assert [row[:3] for row in rows] == [
         ["dev", "full", "20"],
@@ -103,10 +122,10 @@ def test_passages_by_bm25_count_grade_2_on_trec_and_grade_1_on_dev(
         ["dl19", "reranked", "20"],
     ]
     dev, full, reranked = (out / f"evaluation-{name}" for name in ("dev", "dl19", "dl19-reranked"))
-    assert rows[0][3:] == expected(dev, tiny_msmarco / "qrels.dev.tsv", names[3:], 1)
+    assert rows[0][3:] == expected(dev, msmarco / "qrels.dev.tsv", names[3:], 1)
     for row, folder in zip(rows[1:], (full, reranked), strict=True):
-        assert row[3:] == expected(folder, tiny_msmarco / "qrels.dl19.txt", names[3:], 2)
-        assert row[3] != expected(folder, tiny_msmarco / "qrels.dl19.txt", names[3:], 1)[0]
+        assert row[3:] == expected(folder, msmarco / "qrels.dl19.txt", names[3:], 2)
+        assert row[3] != expected(folder, msmarco / "qrels.dl19.txt", names[3:], 1)[0]
     assert lists(dev / "run.trec") == lists(full / "run.trec") and float(rows[0][3]) > float(
         rows[1][3]
     )
@@ -122,15 +141,15 @@ def test_passages_by_bm25_count_grade_2_on_trec_and_grade_1_on_dev(
 
 @pytest.mark.slow
 def test_documents_by_a_model_go_on_by_the_same_command(
-    recipe, tiny_msmarco, tiny_collection, tiny_model_dir, tmp_path
+    recipe, msmarco, tiny_collection, tiny_model_dir, tmp_path
 ):
-    documents = tiny_msmarco / "documents"
+    documents = msmarco / "documents"
     documents.mkdir()
     texts = texts_of(tiny_collection)
     rows = [f"{pid}\thttp://x.org/{pid}\tTitle of {pid}\t{text}\n" for pid, text in texts.items()]
     (documents / "corpus.tsv").write_text("".join(rows))
     (documents / "queries.dl19.tsv").write_text(tiny_collection.queries.read_text())
-    judged = read_rows(tiny_msmarco / "qrels.dl19.txt", (0, 2))
+    judged = read_rows(msmarco / "qrels.dl19.txt", (0, 2))
     qrels = documents / "qrels.dl19.txt"
     qrels.write_text(
         "".join(f"{qid} Q0 {pid} {1 + at % 3}\n" for at, (qid, pid) in enumerate(judged))
@@ -144,15 +163,7 @@ def test_documents_by_a_model_go_on_by_the_same_command(
     (documents / "top100.dl19.trec").write_text("\n".join(kept) + "\n")
 
     out = tmp_path / "out"
-    command = (
-        "msmarco_eval.sh",
-        tiny_model_dir,
-        tiny_msmarco,
-        out,
-        "--documents",
-        "--pooling",
-        "mean",
-    )
+    command = ("msmarco_eval.sh", tiny_model_dir, msmarco, out, "--documents", "--pooling", "mean")
     names, *rows = table(recipe(*command), out)
     assert names[3:] == ["RR@10", "RR@100", "nDCG@10", "AP", "R@100", "Hole@10"]
     assert [row[:3] for row in rows] == [["dl19", "full", "20"], ["dl19", "reranked", "20"]]

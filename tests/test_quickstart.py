@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.files import read_qrels
+from lib.files import read_qrels, read_run
 from lib.texts import open_texts
 from recipes.python_docs import fault, split_docstring, words
 
@@ -125,14 +125,22 @@ def test_docstrings_are_taken_apart():
 
 
 @pytest.mark.slow
-def test_all_of_it_on_a_small_collection(recipe, tmp_path):
+def test_all_of_it_on_a_small_collection(recipe, script, tmp_path):
     done = recipe("quickstart.sh", tmp_path / "out", SCALE="tiny")
     assert done.returncode == 0, done.stderr
     table = done.stdout.split("test queries against 400 passages\n")[1].splitlines()
     assert table[0].split() == ["MRR@10", "nDCG@10", "Recall@100"]
-    for name, line in zip(("BM25", "stage 1", "stage 2"), table[1:4], strict=True):
+    names = ("BM25", "stage 1", "stage 2", "stage 2 + BM25")
+    for name, line in zip(names, table[1:5], strict=True):
         assert line.startswith(name) and all(
             0 < float(value) <= 1 for value in line[len(name) :].split()
         )
-    assert table[4].startswith("stage 2 ") and table[5].startswith("stage 2 ")
+    assert all(line.startswith("stage 2 ") for line in table[5:8])
+    judged = read_qrels(tmp_path / "out/collection/qrels/test.tsv")
+    assert read_run(tmp_path / "out/evaluation-fused/run.trec").keys() == judged.keys()
+    command = done.stdout.rstrip().splitlines()[-1].split()
+    assert command[0].endswith("python")
+    assert command[1:] == ["-m", "recipes.search", str(tmp_path / "out"), "--bm25"]
+    status, shown, error = script(*command[2:], "--query", "read a file", "--top", 3)
+    assert status == 0 and "3 of 400 passages" in shown, error
     assert (tmp_path / "out" / "stage2" / "modules.json").is_file()

@@ -25,7 +25,7 @@ PAGES = {"README.md": README} | {
     f"docs/{path.name}": path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))
 }
 RECIPES = ("import_training_data", "cluster_queries", "score_pairs", "train_cross_encoder")
-RECIPES += ("export_anserini",)
+RECIPES += ("export_anserini", "search", "mteb_task")
 LAUNCH = {"--multi_gpu", "--num_processes", "--mixed_precision", "--cpu", "--gpu_ids", "--help"}
 LAUNCH |= {"--main_process_ip", "--main_process_port"}
 

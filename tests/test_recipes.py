@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from accelerate.commands import launch
 
 from lib.arguments import parse_args
 from lib.files import UserError
@@ -34,6 +35,7 @@ case "$*" in
 esac
 exit 0
 """
+SET = "--num_machines 1 --mixed_precision no --dynamo_backend no"
 ODD = "-w 'x' \"y\" [z]*?$HOME"
 MSMARCO = "corpus.tsv queries.train.tsv qrels.train.tsv queries.dev.tsv qrels.dev.tsv".split()
 
@@ -57,6 +59,32 @@ def stubbed(tmp_path):
         words = tmp_path / "record" / "words"
         calls = words.read_text().split("end-of-call\0")[:-1] if words.is_file() else []
         return done, [call.split("\0")[:-1] for call in calls]
+
+    return call
+
+
+def smi(folder, gpus):
+    """A nvidia-smi that lists this many GPUs."""
+    folder.mkdir(exist_ok=True)
+    lines = "".join(f"GPU {number}: NVIDIA (UUID: GPU-{number})\n" for number in range(gpus))
+    found = f"printf '{lines}'" if gpus else "echo 'No devices were found'; exit 6"
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{found}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+
+
+@pytest.fixture
+def launcher(tmp_path, monkeypatch):
+    """launcher(gpus, NAME=value) -> what a recipe starts scripts with on such a machine."""
+    for name in ("LAUNCH", "CUDA_VISIBLE_DEVICES", "ACCELERATE_MIXED_PRECISION", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def call(gpus, **environment):
+        smi(tmp_path / "bin", gpus)
+        path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        words = f'. {shlex.quote(str(ROOT / "recipes" / "paths.sh"))}; echo "${{launch[@]}}"'
+        environment = {**os.environ, "PATH": path, **environment}
+        return subprocess.check_output(["bash", "-c", words], env=environment, text=True).strip()
 
     return call
 
@@ -229,14 +257,19 @@ def test_a_miner_killed_while_it_cleans_up_goes_on(script, tmp_path, monkeypatch
     assert status == 1 and "nothing to publish — run --task next" in error
 
 
-def test_beir_evaluates_every_collection_of_a_folder(recipe, tiny_beir, tmp_path):
-    done = recipe(
-        "beir.sh", "bm25", "beir", "out", cwd=tmp_path
-    )  # paths count from where it is called
-    assert done.returncode == 0 and (tmp_path / "out" / "one").is_dir(), done.stderr
+def test_beir_evaluates_every_collection_of_a_folder(recipe, tiny_data, tmp_path):
+    out = os.path.relpath(tmp_path / "out", tiny_data)
+    done = recipe("beir.sh", "bm25", "beir", out, cwd=tiny_data)  # paths are the caller's
+    assert done.returncode == 0 and (tmp_path / "out" / "crafts").is_dir(), done.stderr
     table = [line.split() for line in done.stdout.splitlines()[-3:]]
-    assert [row[0] for row in table] == ["one", "two", "average"] and table[0][1:] == table[1][1:]
-    assert float(table[2][-3]) == float(table[0][2]) > 0.5
+    assert [row[:-3] for row in table] == [
+        ["crafts", "20"],
+        ["nature", "20"],
+        ["average", "of", "the", "rows"],
+    ]
+    values = [[float(value) for value in row[-3:]] for row in table]
+    for crafts, nature, average in zip(*values, strict=True):
+        assert average == pytest.approx((crafts + nature) / 2, abs=2e-4) and crafts > 0.5
     empty = recipe("beir.sh", "bm25", ROOT / "lib", tmp_path / "x")
     assert empty.returncode == 1 and "no collection in it" in empty.stderr
     unasked = recipe("beir.sh", cwd=tmp_path)
@@ -266,6 +299,121 @@ echo "$MODEL $TEACHER $PWD"
         f"{here} org/teacher {ROOT}",
     ]
     assert found.splitlines() == expected
+
+
+@pytest.mark.parametrize(
+    "gpus, environment, expected",
+    [
+        (0, {}, "python"),
+        (0, {"CUDA_VISIBLE_DEVICES": "0"}, "python"),
+        (1, {}, f"accelerate launch --num_processes 1 {SET}"),
+        (3, {}, f"accelerate launch --multi_gpu --num_processes 3 {SET}"),
+        (
+            3,
+            {"CUDA_VISIBLE_DEVICES": "0,2"},
+            f"accelerate launch --multi_gpu --num_processes 2 {SET}",
+        ),
+        (3, {"CUDA_VISIBLE_DEVICES": "2"}, f"accelerate launch --num_processes 1 {SET}"),
+        (3, {"CUDA_VISIBLE_DEVICES": ""}, "python"),
+        (3, {"CUDA_VISIBLE_DEVICES": "-1"}, "python"),
+        (
+            1,
+            {"ACCELERATE_MIXED_PRECISION": "bf16"},
+            f"accelerate launch --num_processes 1 {SET.replace('no', 'bf16', 1)}",
+        ),
+        (1, {"LAUNCH": "python -X dev"}, "python -X dev"),
+    ],
+)
+def test_scripts_are_started_for_the_gpus_there_are(
+    gpus, environment, expected, launcher, monkeypatch, caplog
+):
+    assert launcher(gpus, **environment) == expected
+    if expected.startswith("accelerate"):  # it has no value to warn about
+        monkeypatch.setattr(launch, "default_config_file", "absent")
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        parsed = launch.launch_command_parser().parse_args([*expected.split()[2:], "script.py"])
+        caplog.clear()
+        launch._validate_launch_command(parsed)
+        assert not caplog.records
+
+
+def test_a_configuration_of_accelerate_is_obeyed_where_accelerate_finds_it(
+    launcher, tmp_path, monkeypatch
+):
+    from accelerate.commands.config import config_args
+
+    for name, value in (("XDG_CACHE_HOME", tmp_path / "xdg"), ("HF_HOME", tmp_path / "hf")):
+        monkeypatch.setenv(name, str(value))
+        assert launcher(0) == "python"
+        with monkeypatch.context() as patch:
+            patch.setattr(config_args.os, "environ", dict(os.environ))
+            path = Path(importlib.reload(config_args).default_config_file)
+        path.parent.mkdir(parents=True)
+        path.write_text("num_processes: 2\n")
+        assert path.is_relative_to(tmp_path)
+        assert launcher(0) == launcher(2) == "accelerate launch"
+
+
+def test_trainer_and_miner_do_not_share_gpus_by_default(stubbed, odd, tmp_path):
+    smi(tmp_path / "bin", 2)
+    paths = [f"{ODD}/{path}" for path in PIPELINES["seed_msmarco.sh"]]
+    done, calls = stubbed("seed_msmarco.sh", *paths, LAUNCH="", HF_HOME=str(tmp_path))
+    assert done.returncode == 1 and not calls and not (odd / "out").exists()
+    assert "would use the same GPUs — set TRAIN_LAUNCH and MINE_LAUNCH" in done.stderr
+
+
+def test_two_stages_checks_the_flags_before_any_work(recipe, tiny_data, tmp_path):
+    command = ["two_stages.sh", tiny_data / "beir/crafts", tiny_data / "model", tmp_path / "out"]
+    for flags, wrong in (
+        (["--max_steps", 2], "states no pooling — add --pooling"),
+        (["--pooling", "cls", "--kl_weight", 1], "lines without scores"),
+    ):
+        done = recipe(*command, *flags)
+        assert done.returncode == 1 and wrong in done.stderr and not done.stdout
+        assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_the_table_of_two_stages(script, tmp_path):
+    metrics = {"RR@10": 0.5, "nDCG@10": 0.25, "R@100": 1.0}
+    for stage in ("bm25", "stage1", "stage2", "fused"):
+        part = {"queries": 7, "metrics": metrics}
+        if stage != "bm25":
+            part["compare"] = {"nDCG@10": {"difference": -0.125, "p": 0.03}}
+        (tmp_path / f"evaluation-{stage}").mkdir()
+        text = json.dumps({"splits": {"test": part, "test-2": part}})
+        (tmp_path / f"evaluation-{stage}" / "metrics.json").write_text(text)
+    status, shown, errors = script("recipes.quickstart_report", "--folder", tmp_path, "--table")
+    assert status == 0, errors
+    values = ["0.5000", "0.2500", "1.0000"]
+    tables = shown.split("test")[1:]
+    assert len(tables) == 2 and tables[1].startswith("-2: 7 queries\n")
+    for table in tables:
+        rows = [line.split() for line in table.splitlines() if line][2:]
+        gap = ["-0.1250,", "p", "0.0300"]
+        assert rows == [
+            ["BM25", *values],
+            ["stage", "1", *values, *gap],
+            ["stage", "2", *values, *gap],
+            ["stage", "2", "+", "BM25", *values, *gap],
+        ]
+
+
+TRIED = [name for name in PIPELINES if name != "quickstart.sh"] + ["ance.sh"]
+
+
+@pytest.mark.parametrize("name", TRIED)
+def test_each_recipe_states_a_command_that_tries_it(name, stubbed, tiny_data, tmp_path):
+    """It fits the data of recipes/tiny_data.py, and the arguments of the recipe."""
+    text = (ROOT / "recipes" / name).read_text().replace(" \\\n#", "")
+    said = text.split("call `python -m recipes.tiny_data`, and then\n#")[1].splitlines()[0].split()
+    at = said.index("bash")
+    assert said[at + 1] == f"recipes/{name}"
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tiny").symlink_to(tiny_data)
+    environment = dict(word.split("=") for word in said[:at])
+    assert ("SCALE" in environment) == ("recipes/scale.sh" in text)
+    done, calls = stubbed(name, *said[at + 2 :], **environment)
+    assert done.returncode == 0 and len(calls) > 1, done.stderr
 
 
 @pytest.mark.slow
@@ -333,14 +481,18 @@ def test_splade_gives_folders_for_sentence_transformers(recipe, tiny_msmarco, tm
 
 
 @pytest.mark.slow
-def test_coco_pretrains_on_all_collections(recipe, tiny_beir, tmp_path):
-    done = recipe("coco_beir.sh", tiny_beir, tmp_path / "out", SCALE="tiny")
+def test_coco_pretrains_on_all_collections(recipe, tiny_data, tmp_path):
+    done = recipe("coco_beir.sh", tiny_data / "beir", tmp_path / "out", SCALE="tiny")
     assert done.returncode == 0, done.stderr
     assert (
-        "one/corpus.jsonl 40 texts" in done.stdout
-        and "two/corpus.jsonl 40 texts" in done.stdout
+        "crafts/corpus.jsonl 40 texts" in done.stdout
+        and "nature/corpus.jsonl 40 texts" in done.stdout
         and "50.0% of a batch" in done.stdout
     )
-    assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == ["one", "two", "average"]
+    assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == [
+        "crafts",
+        "nature",
+        "average",
+    ]
     settings = json.loads((tmp_path / "out/pretrained/decoder.json").read_text())
     assert settings["objective"] == "cocondenser" and settings["encoder_mask_ratio"] == 0.15

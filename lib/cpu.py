@@ -121,6 +121,7 @@ def _forward(module, query, key, value, attention_mask, dropout=0.0, scaling=Non
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
+@torch.compiler.disable  # torch.compile cannot follow numba
 def max_over_positions(logits: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """(maxima (B, T) fp32, first position of each (B, T) int32) of logits (B, L, T) where mask
     (B, L) is True; -inf and 0 without a position. Twenty times as fast as torch.max."""

@@ -246,8 +246,7 @@ def main():
         if accelerator.is_main_process and (again or not folder.is_dir()):
             card = {"base": args.model, "data": [args.corpus, args.queries, args.train]}
             card["metrics"] = {"steps": step, "dev MRR@10": dev_scores.get(step)}
-            encoder = accelerator.unwrap_model(model, keep_torch_compile=False)
-            checkpoint.save_encoder(encoder, folder, card)
+            checkpoint.save_encoder(launch.unwrap(model), folder, card)
             remove_old_checkpoints(out)
 
     def evaluate():

@@ -22,7 +22,11 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    extract_model_from_parallel,
+)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -308,13 +312,19 @@ class Means:
         self.start += time.perf_counter() - start
 
 
+def unwrap(model):
+    """The module without the wrappers of DDP and torch.compile, so that its class and the names of
+    its weights are the same with them and without."""
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
 def save_state(output_dir, step: int, accelerator, model, optimizer, extra: dict) -> None:
     """state/state.pt: all a resume needs. No generator state: every random choice is a function of
     (seed, step). Atomic, main process only."""
     if accelerator.is_main_process:
         state = {
             "step": step,
-            "model": accelerator.unwrap_model(model).state_dict(),
+            "model": unwrap(model).state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else {},
             "extra": extra,
@@ -341,7 +351,7 @@ def load_state(output_dir, accelerator, model, optimizer) -> tuple[int, dict]:
         if state["launched"] != _launched(accelerator):
             wrong = f"{output_dir}: the run had {state['launched']}, now {_launched(accelerator)}"
             raise UserError(f"{wrong} — resume it as it was")
-        accelerator.unwrap_model(model).load_state_dict(state["model"])
+        unwrap(model).load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(state["scaler"])

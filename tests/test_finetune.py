@@ -296,7 +296,7 @@ def test_a_model_that_no_file_states_is_refused_before_the_first_step(
 def test_dry_run_shows_and_leaves_nothing(arguments, call, tmp_path, capsys):
     call(arguments("--dry_run", chunk_size=8, gradient_accumulation_steps=3))
     shown = capsys.readouterr().out
-    for fact in ("[CLS] what about", "cut at 48", "accumulated = 12", "8 texts at a time", "GB"):
+    for fact in ("[CLS] what about", "cut at 48", "accumulated = 12", "GB"):
         assert fact in shown
     assert not (tmp_path / "out").exists()
 

@@ -106,7 +106,7 @@ class Held:
 def main():
     held, accelerator = Held(), make_accelerator()
     accelerator.print(f"{accelerator.num_processes} process(es)")
-    RunLog(accelerator, ".").finish()
+    RunLog(accelerator, ".").finish("next")
 run(main)
 print(f"ended, group: {is_initialized()}\\n", end="")
 """

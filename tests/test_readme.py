@@ -97,7 +97,7 @@ def test_what_was_dropped_is_gone():
     table = README.split("## What version 2 dropped")[1].split("\n\n")[1]
     rows = [line.strip("|").split("|") for line in table.splitlines()[2:]]
     gone = set().union(*(flags_in(row[0]) for row in rows))
-    assert len(gone) == 19
+    assert len(gone) == 21
     left = {script: gone & flags_of(script) for script in SCRIPTS if gone & flags_of(script)}
     assert not left
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A search engine for the documentation of your own Python, made with the five scripts: a collection from the docstrings
-# of the standard library and of the installed packages, a small BERT from scratch, pre-training with RetroMAE,
+# of the standard library and of the installed packages, a small BERT from scratch, pre-training with DupMAE,
 # fine-tuning in two stages, evaluation.
 #
 #     bash recipes/quickstart.sh [OUT]        OUT: default runs/quickstart
@@ -34,14 +34,14 @@ stage() { printf '\n%s  %s\n' "$(date +%H:%M:%S)" "$*"; }
 stage "1/8  The collection: query = first paragraph of a docstring, passage = the rest, title = qualified name"
 python -m recipes.python_docs --output_dir "$out/collection" ${collection[@]+"${collection[@]}"}
 
-stage "2/8  A tokenizer and a small BERT from scratch, pre-trained on the passages with RetroMAE"
+stage "2/8  A tokenizer and a small BERT from scratch, pre-trained on the passages with DupMAE"
 python -m recipes.train_tokenizer --corpus "$corpus" --vocab_size $vocabulary --output_dir "$out/tokenizer"
 mkdir -p "$out"
 cat >"$out/bert.json" <<END
 {"model_type": "bert", "hidden_size": 256, "num_hidden_layers": $layers, "num_attention_heads": 4,
  "intermediate_size": 1024, "max_position_embeddings": 128}
 END
-python pretrain_mae.py --objective retromae --model_config "$out/bert.json" --tokenizer "$out/tokenizer" \
+python pretrain_mae.py --objective dupmae --model_config "$out/bert.json" --tokenizer "$out/tokenizer" \
     --corpus "$corpus" --max_length 64 --per_device_batch_size 32 --max_steps $pretrain_steps --learning_rate 5e-4 \
     --save_every 100 --output_dir "$out/pretrained" --resume
 

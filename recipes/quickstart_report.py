@@ -90,7 +90,7 @@ def main():
     print("\nfiles")
     for name, what in (
         ("collection", "corpus, queries, qrels"),
-        ("pretrained", "RetroMAE checkpoint"),
+        ("pretrained", "DupMAE checkpoint"),
         ("stage2", "the retriever: loads in sentence-transformers too"),
         ("stage2-corpus", "its vectors of the corpus"),
         ("evaluation-stage2", "its TREC run, metrics with intervals, per-query values"),

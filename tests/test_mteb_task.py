@@ -15,12 +15,12 @@ METRICS = ["nDCG@10", "RR@10", "R@100"]
 
 
 @pytest.mark.parametrize("name", ["dense", "sparse"])
-def test_mteb_measures_what_we_measure(tiny_beir, tiny_model_dir, tmp_path, script, name):
+def test_mteb_measures_what_we_measure(tiny_data, tiny_model_dir, tmp_path, script, name):
     pytest.importorskip("mteb")
     head = Head(kind="sparse") if name == "sparse" else Head("mean", normalize=True)
     form = {"query_prompt": "what of ", "title": "sep", "max_query_length": 12}
     save_encoder(load_encoder(tiny_model_dir, head, form), tmp_path / "model", {})
-    data = tiny_beir / "one"
+    data = tiny_data / "beir" / "crafts"
     for kind, what in (("query", "queries"), ("passage", "corpus")):
         flags = ["--input", data / f"{what}.jsonl", "--kind", kind, "--dtype", "float32"]
         flags += ["--num_workers", 0, "--output_dir", tmp_path / what]
@@ -37,7 +37,7 @@ def test_mteb_measures_what_we_measure(tiny_beir, tiny_model_dir, tmp_path, scri
     ours = read_json(tmp_path / "ours" / "metrics.json")["splits"]["test"]["metrics"]
     found = {name: float(value) for name, value in found.items()}  # MTEB rounds to five digits
     assert found == pytest.approx(ours, abs=1e-5) and 0 < found["nDCG@10"] < 1
-    assert list((tmp_path / "mteb").rglob("one.json"))
+    assert list((tmp_path / "mteb").rglob("crafts.json"))
 
 
 def test_without_mteb_one_line_says_what_to_install(script, tmp_path, monkeypatch):

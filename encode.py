@@ -205,9 +205,8 @@ def main():
     names = ("title", "query_prompt", "passage_prompt", "max_chunks", "max_characters")
     overrides = {name: getattr(args, name) for name in names}
     overrides[f"max_{args.kind}_length"] = args.max_length
-    with accelerator.main_process_first():
-        source = checkpoint_folder(args.model)
-        texts = open_texts(args.input)
+    source = checkpoint_folder(args.model)
+    texts = open_texts(args.input)
     excluded = args.exclude_special_tokens
     head = Head(args.pooling, args.head, normalize=args.normalize, exclude_special_tokens=excluded)
     model = load_encoder(source, head, overrides, not args.override, args.trust_remote_code)

@@ -214,7 +214,7 @@ def main():
     for path in args.qrels:
         name = Path(path).name.removesuffix(".gz").rsplit(".", 1)[0]
         if name in splits:
-            raise UserError(f"--qrels: two files, and so two splits, are named {name} — rename one")
+            raise UserError(f"--qrels: two files, so two splits, are named {name} — rename one")
         splits[name] = files.read_qrels(path)
         if args.ignore_identical_ids:
             check_identical_ids(path, files.positives(splits[name]))
@@ -240,7 +240,8 @@ def main():
     given = [(args.candidates, listed), (args.compare, other), ("".join(args.run[:1]), listing)]
     for path, lists in given:  # lists of no query at all are a run that found nothing
         if lists and not any(qid in lists for qid in qids):
-            raise UserError(f"{path}: no query in it is {place} — give files that belong together")
+            wrong = f"{path}: no query in it is {place}"
+            raise UserError(f"{wrong} — give files that belong together")
     if args.dry_run:
         facts = plan(args, index, qids, accelerator.device) if index else {}
         facts |= {path: f"{len(read)} queries" for path, read in zip(args.run, runs, strict=True)}

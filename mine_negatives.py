@@ -217,8 +217,7 @@ def main():
     qids = list(positives)
     if not qids:
         raise UserError(f"{args.qrels}: no passage has a grade above 0 — mining needs positives")
-    with accelerator.main_process_first():
-        corpus = open_texts(args.corpus)
+    corpus = open_texts(args.corpus)
     flat = [pid for qid in qids for pid in positives[qid]]
     edges = np.cumsum([len(positives[qid]) for qid in qids])[:-1]
     positive_rows = np.split(require_rows(corpus, flat, args.qrels, "passage"), edges)

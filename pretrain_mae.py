@@ -188,12 +188,11 @@ def main():
     stated = checkpoint.private_settings(args.model) if args.model else {}
     title = args.title or stated.get("title", "space")
     cut = Cut(tokenizer, args.max_length, title, objective.options.get("span_tokens", 0))
-    with accelerator.main_process_first():
-        parts = [Blocks(open_texts(path), cut) for path in args.corpus]
-        blocks = Corpora(parts, args.seed, args.balance)
-        probe = None
-        if args.probe_every and accelerator.is_main_process:
-            probe = Probe(blocks, cut.collate, args.probe_queries, args.probe_qrels)
+    parts = [Blocks(open_texts(path), cut) for path in args.corpus]
+    blocks = Corpora(parts, args.seed, args.balance)
+    probe = None
+    if args.probe_every and accelerator.is_main_process:
+        probe = Probe(blocks, cut.collate, args.probe_queries, args.probe_qrels)
     batch_size = W * B * accumulation
     max_steps = args.max_steps or math.ceil(args.num_epochs * len(blocks) / batch_size)
     warmup_steps = steps_of(args.warmup_steps, max_steps)

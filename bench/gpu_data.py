@@ -56,7 +56,7 @@ class Writer:
         self.cumulative = np.cumsum(share / share.sum())
 
     def text(self, tokens: int) -> str:
-        """A text of about so many tokens, in sentences."""
+        """A text of sentences, of about `tokens` tokens."""
         count = max(round(tokens * SENTENCE / (SENTENCE + 1) * 3 / 4), 1)
         places = np.searchsorted(self.cumulative, self.draw.random(count))
         words = self.words[np.minimum(places, len(self.words) - 1)].tolist()

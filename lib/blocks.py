@@ -111,7 +111,7 @@ def split(text: str, offsets: list, room: int, size: int, draw=None) -> list[tup
 def cut_texts(texts: Texts, cut: Cut, first: int) -> np.ndarray:
     """(n, 3) int32 (row, first character, end) of the pieces of AT_ONCE texts from row `first`."""
     rows = texts.stream(first, first + AT_ONCE)
-    strings = [join_title(*row[1:], cut.title, cut.tokenizer) for row in rows]
+    strings = [join_title(titles, text, cut.title, cut.tokenizer) for _, titles, text in rows]
     backend = cut.tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
@@ -135,8 +135,8 @@ def write_table(path, texts: Texts, cut: Cut) -> None:
 
 class Blocks:
     """The examples of a corpus: its blocks, or two spans of a document, drawn anew at every visit.
-    The corpus is cut once; the table is kept beside its Arrow copy, for all processes. Call it
-    under accelerator.main_process_first(). UserError: there is no example."""
+    The corpus is cut once, by one of the processes; the table is kept beside its Arrow copy.
+    UserError: there is no example."""
 
     def __init__(self, texts: Texts, cut: Cut):
         self.texts = texts
@@ -160,7 +160,8 @@ class Blocks:
 
     def whole(self, row: int) -> str:
         """A text of the corpus, uncut."""
-        return join_title(*self.texts[row], self.cut.title, self.cut.tokenizer)
+        titles, text = self.texts[row]
+        return join_title(titles, text, self.cut.title, self.cut.tokenizer)
 
     def string(self, line: int) -> str:
         row, start, end = self.table[line].tolist()

@@ -35,6 +35,12 @@ def order(entry: RunList) -> list[int]:
     return sorted(range(len(pairs)), key=pairs.__getitem__, reverse=True)
 
 
+def in_order(entry: RunList) -> RunList:
+    """The list in that order."""
+    places = order(entry)
+    return RunList([entry.pids[at] for at in places], entry.scores[places])
+
+
 def reciprocal_rank_fusion(runs: Sequence[dict[str, RunList]], k: int = 60) -> dict[str, RunList]:
     """One run from several: a score is the sum over the runs of 1 / (k + rank). Cormack et al.,
     SIGIR 2009, with their k."""
@@ -42,8 +48,7 @@ def reciprocal_rank_fusion(runs: Sequence[dict[str, RunList]], k: int = 60) -> d
     for qid in dict.fromkeys(qid for run in runs for qid in run):
         scores = {}
         for entry in (run[qid] for run in runs if qid in run):
-            for rank, at in enumerate(order(entry), 1):
-                pid = entry.pids[at]
+            for rank, pid in enumerate(in_order(entry).pids, 1):
                 scores[pid] = scores.get(pid, 0.0) + 1.0 / (k + rank)
         pids = sorted(scores, key=lambda pid: (-scores[pid], pid))
         fused[qid] = RunList(pids, np.array([scores[pid] for pid in pids], dtype=np.float32))
@@ -84,7 +89,7 @@ def score_run(
     for name, (kind, cut) in parsed.items():
         for qid, entry in lists.items():
             if kind == "Hole":
-                first = [entry.pids[at] for at in order(entry)[: int(cut)]]
+                first = in_order(entry).pids[: int(cut)]
                 value = sum(pid not in qrels[qid] for pid in first) / max(len(first), 1)
             else:
                 value = measured.get(qid, {}).get(measures[name].replace(".", "_"), 0.0)

@@ -62,7 +62,8 @@ def format_texts(rows: Sequence[tuple], kind: str, form: TextFormat, tokenizer) 
     strings = [text for _, text in rows]
     if kind == "passage":
         end = form.max_characters or None
-        strings = [join_title(*row, form.title, tokenizer)[:end] for row in rows]
+        joined = (join_title(titles, text, form.title, tokenizer) for titles, text in rows)
+        strings = [string[:end] for string in joined]
     return [form.prompt(kind) + string for string in strings]
 
 

@@ -31,7 +31,7 @@ from lib.embeddings import Embeddings
 from lib.files import UserError, atomic, positives, read_json, read_qrels, read_run, write_json
 from lib.launch import run
 from lib.lines import json_lines, lines, one_line
-from lib.metrics import order
+from lib.metrics import in_order
 
 COLOURS = "#0072B2 #D55E00 #009E73 #000000 #CC79A7 #E69F00 #56B4E9".split()
 DASHES = ["-", "--", ":", "-."]
@@ -230,11 +230,12 @@ def recall(paths: dict[str, Path], args: Args) -> list[Panel]:
         found = read_run(path)
         judged = relevant.keys() & found.keys()
         if not judged:
-            raise UserError(f"{path}: no query has a positive in {args.qrels} — give its judgments")
+            wrong = f"{path}: no query has a positive in {args.qrels}"
+            raise UserError(f"{wrong} — give its judgments")
         y = np.zeros(max(len(entry.pids) for entry in found.values()))
         for qid in judged:
             wanted = set(relevant[qid])
-            hits = [found[qid].pids[at] in wanted for at in order(found[qid])]
+            hits = [pid in wanted for pid in in_order(found[qid]).pids]
             y[: len(hits)] += np.array(hits) / len(wanted)
         y = y.cumsum() / len(qrels)  # a query without a result or a positive counts 0
         drawn.append(Line(name, [*range(1, len(y) + 1)], y.tolist(), style))

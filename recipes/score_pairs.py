@@ -24,7 +24,6 @@ N GPUs    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16
               -m recipes.score_pairs ...
 """
 
-import os
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -181,12 +180,9 @@ def main():
     rank = accelerator.process_index
     W = accelerator.num_processes
     device = accelerator.device
-    if args.num_workers:  # threads of the tokenizer would compete with the workers
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
     budget = args.tokens_per_batch or (2048 if device.type == "cpu" else 65536)
-    with accelerator.main_process_first():
-        corpus = open_texts(args.corpus)
-        queries = open_texts(args.queries)
+    corpus = open_texts(args.corpus)
+    queries = open_texts(args.queries)
     folder = checkpoint_folder(args.model)
     form = TextFormat(
         title=args.title, max_query_length=args.max_query_length, max_passage_length=args.max_length

@@ -41,7 +41,7 @@ from lib.encoder import Head
 from lib.files import RunList, UserError
 from lib.inverted import open_sparse
 from lib.launch import make_accelerator, run
-from lib.metrics import order, reciprocal_rank_fusion
+from lib.metrics import in_order, reciprocal_rank_fusion
 from lib.search import DenseIndex
 from lib.text import format_texts, pad, to_ids
 from lib.texts import Texts, open_texts
@@ -67,20 +67,22 @@ class Args:
 class Vectors:
     """Passages by their vectors, and the checkpoint that encodes queries for them."""
 
-    def __init__(self, folder: Path, model: str | None, texts: Texts, args: Args, accelerator):
-        """UserError: the vectors are not of these texts, or not of this checkpoint."""
-        self.corpus, self.accelerator, self.name = Embeddings(folder), accelerator, str(folder)
-        meta, sparse = self.corpus.meta, self.corpus.sparse
+    def __init__(
+        self, corpus: Embeddings, model: str, texts: Texts, prompt: str | None, accelerator
+    ):
+        """model: the checkpoint. UserError: the vectors are not of these texts, or not of it."""
+        folder, meta, sparse = corpus.folder, corpus.meta, corpus.sparse
+        self.corpus, self.accelerator, self.name = corpus, accelerator, str(folder)
         if meta.get("input_fingerprint") not in (None, texts.fingerprint):
             wrong = f"{folder}: these are vectors of other texts than {texts.source}"
             raise UserError(f"{wrong} — give their texts with --corpus, or encode again")
-        checkpoint = checkpoint_folder(stated(folder, "model", model))
+        checkpoint = checkpoint_folder(model)
         if meta.get("model_hash") not in (None, model_hash(checkpoint)):
             wrong = f"{folder}: made by another checkpoint than {checkpoint}"
             raise UserError(f"{wrong} — give theirs with --model, or encode again")
         head = Head(meta.get("pooling"), "dense", normalize=meta.get("normalized", False))
         head = Head(kind="sparse") if sparse else head
-        encoder = load_encoder(checkpoint, head, {"query_prompt": args.query_prompt})
+        encoder = load_encoder(checkpoint, head, {"query_prompt": prompt})
         self.encoder = encoder.to(accelerator.device)
         if encoder.dim != self.corpus.dim:
             sizes = f"{self.corpus.dim} dimensions, and {checkpoint} has {encoder.dim}"
@@ -101,7 +103,8 @@ class Vectors:
             batch = send_to_device(batch, self.accelerator.device)
             vector = self.encoder.encode(batch, "query").float().cpu().numpy()
         if not np.isfinite(vector).all():
-            raise UserError(f"{self.name}: the query's vector is not finite — check the checkpoint")
+            wrong = f"{self.name}: the query's vector is not finite"
+            raise UserError(f"{wrong} — check the checkpoint")
         if self.corpus.sparse:
             return csr_matrix(vector)
         return vector.astype(self.corpus.meta.get("dtype", "float32")).astype(np.float32)
@@ -149,12 +152,11 @@ class BM25:
         return (match.span() for match in found if term(match.group().lower()) in terms)
 
 
-def stated(folder: Path, what: str, given: str | None) -> str:
+def stated(vectors: Embeddings, what: str, given: str | None) -> str:
     """The path of the checkpoint or corpus: as given, or as meta.json has it."""
-    meta = Embeddings(folder).meta
-    path = given or meta.get({"model": "model", "corpus": "input"}[what])
-    if not path or meta.get("kind") != "passage":
-        wrong = f"{folder}: its meta.json is not of passages, or names no {what}"
+    path = given or vectors.meta.get({"model": "model", "corpus": "input"}[what])
+    if not path or vectors.meta.get("kind") != "passage":
+        wrong = f"{vectors.folder}: its meta.json is not of passages, or names no {what}"
         raise UserError(f"{wrong} — give vectors of passages, and --{what}")
     return path
 
@@ -172,16 +174,13 @@ def open_all(args: Args, accelerator) -> tuple[list[Vectors | BM25], Texts]:
             corpus = corpus or str(folder / "collection" / "corpus.jsonl")
             folders[at] = folder / "stage2-corpus"
             models[at] = models[at] or str(folder / "stage2")
-    texts = open_texts(corpus or stated(folders[0], "corpus", None))
-    pairs = zip(folders, models, strict=True)
-    found = [Vectors(folder, model, texts, args, accelerator) for folder, model in pairs]
+    opened = [Embeddings(folder) for folder in folders]
+    texts = open_texts(corpus or stated(opened[0], "corpus", None))
+    found = []
+    for vectors, model in zip(opened, models, strict=True):
+        model = stated(vectors, "model", model)
+        found.append(Vectors(vectors, model, texts, args.query_prompt, accelerator))
     return [*found, BM25(texts)] if args.bm25 else found, texts
-
-
-def in_order(entry: RunList) -> RunList:
-    """A list in trec_eval's order, as evaluate.py writes it."""
-    places = order(entry)
-    return RunList([entry.pids[at] for at in places], entry.scores[places])
 
 
 def ranking(retriever: Vectors | BM25, asked) -> RunList:
@@ -208,14 +207,14 @@ def search(retrievers: list, texts: Texts, query: str, top: int) -> tuple[list[d
     """The records of --json for a query, best first, and the seconds that the ranking took."""
     start = time.perf_counter()
     asked = [retriever.ask(query) for retriever in retrievers]
-    lists = [ranking(*pair) for pair in zip(retrievers, asked, strict=True)]
+    lists = [ranking(one, query) for one, query in zip(retrievers, asked, strict=True)]
     fused = lists[0]
     if len(lists) > 1:
         fused = in_order(reciprocal_rank_fusion([{query: entry} for entry in lists])[query])
     seconds = time.perf_counter() - start
     pids = fused.pids[:top]
     names = [retriever.name for retriever in retrievers]
-    terms = [shares(*pair, pids) for pair in zip(retrievers, asked, strict=True)]
+    terms = [shares(one, query, pids) for one, query in zip(retrievers, asked, strict=True)]
     records = []
     for at, (pid, row) in enumerate(zip(pids, texts.rows(pids), strict=True)):
         if row < 0:

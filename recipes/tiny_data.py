@@ -211,16 +211,19 @@ def write_beir(folder: Path, passages: list[Passage]) -> None:
         write_qrels(folder / "qrels" / f"{name}.tsv", qrels)
 
 
-def write_model(folder: Path, texts: list[str]) -> None:
-    vocabulary = train(lambda: texts, 400)
-    tokenizer = BertTokenizerFast(vocab=vocabulary, model_max_length=512)
+def write_model(
+    folder: Path, texts: list[str], vocab_size: int = 400, max_length: int = 512
+) -> None:
+    """A BERT with random weights, and a tokenizer that is trained on the texts."""
+    vocabulary = train(lambda: texts, vocab_size)
+    tokenizer = BertTokenizerFast(vocab=vocabulary, model_max_length=max_length)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=64,
-        max_position_embeddings=512,
+        max_position_embeddings=max_length,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.3,  # vectors that differ clearly from text to text
     )

@@ -79,27 +79,11 @@ def tiny_collection(tmp_path_factory):
 def tiny_model_dir(tmp_path_factory, tiny_collection):
     """Plain Hugging Face folder: a random BertForMaskedLM (2 layers of 32, 128 positions) and a
     WordPiece tokenizer trained on the collection."""
-    import torch
-    from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
-
-    from recipes.train_tokenizer import train
+    from recipes.tiny_data import write_model
 
     folder = tmp_path_factory.mktemp("model")
     texts = [tiny_collection.corpus.read_text(), tiny_collection.queries.read_text()]
-    tokenizer = BertTokenizerFast(vocab=train(lambda: texts, 300), model_max_length=128)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=128,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.3,  # vectors that differ clearly from text to text
-    )
-    BertForMaskedLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_model(folder, texts, vocab_size=300, max_length=128)
     return folder
 
 
